@@ -1,0 +1,97 @@
+"""Pretrain the policy: a small GPT-2 on every review that is not in the test split."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tokenmdp.checkpoints import load_state, save_state
+
+from .corpus import token_batches
+
+
+def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2Config:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_positions=1024, n_embd=width, n_layer=layers, n_head=heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own curve in one fused call: a fifth faster on CPU
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **extra,
+    )  # fmt: skip
+
+
+def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, heads, gains and biases."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def schedule(done: float) -> float:
+    """Share of the peak learning rate when ``done`` of the budget is spent: warm up 2%, then cosine to 2%."""
+    if done < 0.02:
+        return done / 0.02 + 0.01
+    return 0.02 + 0.98 * 0.5 * (1 + float(torch.cos(torch.tensor((done - 0.02) / 0.98 * torch.pi))))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
+    """Mean nats per real token: position t predicts token t+1; padding is right of everything, so causality hides it."""
+    with autocast(batch.device):
+        logits = model(input_ids=batch).logits[:, :-1]  # (N, T-1, V)
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad).float()
+
+
+def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batch_tokens: int, learning_rate: float,
+             seed: int, state_file: Path, device: torch.device, log) -> None:  # fmt: skip
+    """Train on ``tokens`` tokens; saves every few minutes and goes on from the last save."""
+    model.to(device).train()
+    pad = model.config.pad_token_id
+    optimizers = make_optimizers(model, learning_rate)
+    seen, epoch, skip = 0, 0, 0
+    if state_file.exists():
+        state = load_state(state_file)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        seen, epoch, skip = state["seen"], state["epoch"], state["batches"]
+        log(f"resumed at {seen / 1e6:.1f}M tokens")
+    started, since, saved_at, losses = time.monotonic(), seen, time.monotonic(), []
+    while seen < tokens:
+        for number, batch in enumerate(token_batches(rows, batch_tokens, pad, random.Random(seed + epoch))):
+            if number < skip:
+                continue
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * schedule(seen / tokens)
+            loss = next_token_loss(model, batch.to(device), pad)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            seen += int((batch[:, 1:] != pad).sum())
+            skip = number + 1
+            if skip % 50 == 0:
+                speed = (seen - since) / (time.monotonic() - started)
+                log(f"epoch {epoch} {seen / 1e6:6.2f}M tokens  loss {sum(losses) / len(losses):.3f}  {speed:.0f} tokens/s")
+                losses = []
+            if time.monotonic() - saved_at > 300 or seen >= tokens:
+                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+                save_state(state_file, {**state, "seen": seen, "epoch": epoch, "batches": skip})
+                saved_at = time.monotonic()
+            if seen >= tokens:
+                return
+        epoch, skip = epoch + 1, 0

@@ -1,0 +1,129 @@
+"""Files that survive an interruption: atomic writes, and nested state as safetensors plus JSON (never pickle)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged or was written by something else; the message names the file and the remedy."""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never half of it.
+
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+    >>> write_text(target, "whole"); target.read_text()
+    'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling directory that takes the place of ``path`` when the block ends without an error.
+
+    An error or Ctrl-C inside the block leaves the previous ``path`` untouched. The swap is two renames; a crash
+    between them leaves the old version as ``path.previous``, which `recover_directory` puts back.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    previous = path.with_name(path.name + ".previous")
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes 0700: other users could not read the checkpoint
+        shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover_directory(path)
+        raise
+
+
+def recover_directory(path: str | Path) -> Path:
+    """Put back ``path.previous`` if a crash between the two renames of `atomic_directory` left only that."""
+    path = Path(path)
+    previous = path.with_name(path.name + ".previous")
+    if previous.exists() and not path.exists():
+        os.replace(previous, path)
+    return path
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """Save nested dicts and lists of tensors and JSON values as one safetensors file, atomically.
+
+    The nesting is JSON in the file's metadata; every tensor leaf becomes ``{"__tensor__": index}``.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = str(len(tensors))
+            tensors[key] = value.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared storage
+            return {"__tensor__": key}
+        if isinstance(value, dict):
+            return {"__dict__": [[key, pack(item)] for key, item in value.items()]}  # pairs keep integer keys
+        if isinstance(value, list | tuple):
+            return [pack(item) for item in value]
+        return value
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"state": json.dumps(pack(state))}
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def load_state(path: str | Path) -> Any:
+    """Read what `save_state` wrote. Tensors come back on the CPU; tuples come back as lists.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds no state.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; delete it to start afresh or restore a copy") from error
+    if "state" not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file without saved state: was it written by another program?")
+
+    def unpack(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpack(item) for item in value]
+        if isinstance(value, dict):
+            if "__tensor__" in value:
+                return tensors[value["__tensor__"]]
+            return {key: unpack(item) for key, item in value["__dict__"]}
+        return value
+
+    return unpack(json.loads(metadata["state"]))

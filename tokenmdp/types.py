@@ -1,0 +1,84 @@
+"""The records that travel through the library, and the one alignment they all keep.
+
+Axes. P prompt slots, H response slots (the horizon), N episodes; a single environment has no leading axis or N = 1.
+
+    slot      0 .. P-1                      P + t,  t = 0 .. H-1
+    holds     the prompt, left-padded       response token t
+    empty     pad id, attention_mask 0      pad id, attention_mask 0
+
+Index t means *response token t* in every per-token array:
+
+    logprobs[t]       log pi(token t | prompt, tokens < t)     from the logits of slot P+t-1
+    values[t]         V(state before token t)                  from the hidden state of slot P+t-1
+    token_rewards[t]  the reward of token t
+    response_mask[t]  token t was generated (the end-of-text token included); ``token_mask`` in an info dict
+
+`response_rows` owns the shift by one; nobody else slices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Episode(NamedTuple):
+    """Finished episodes, as the environment saw them."""
+
+    input_ids: torch.Tensor  # (N, P+H) int64
+    attention_mask: torch.Tensor  # (N, P+H) bool
+    response_mask: torch.Tensor  # (N, H) bool
+
+    @property
+    def prompt_slots(self) -> int:
+        """P, the number of prompt slots."""
+        return self.input_ids.shape[-1] - self.response_mask.shape[-1]
+
+
+class RewardOutput(NamedTuple):
+    """What a reward model said about N episodes."""
+
+    score: torch.Tensor  # (N,) float32
+    attention: torch.Tensor | None = None  # (N, H) float32: raw last-layer row of the pooled token, mean over heads
+
+
+class Outcome(NamedTuple):
+    """Finished episodes with their scores, and which rows of the vector environment they came from."""
+
+    episode: Episode
+    reward: RewardOutput
+    rows: torch.Tensor  # (N,) int64; [0] in a single environment
+
+
+class Credit(NamedTuple):
+    """What a credit method returns."""
+
+    token_rewards: torch.Tensor  # (N, H) float32, zero outside the response
+    report: dict[str, torch.Tensor]  # further (N,) tensors for info, such as attention_mass; often empty
+
+
+class Rollout(NamedTuple):
+    """One batch of finished episodes, ready for a policy update. Units: nats for log-probabilities."""
+
+    input_ids: torch.Tensor  # (N, P+H) int64
+    attention_mask: torch.Tensor  # (N, P+H) bool
+    response_mask: torch.Tensor  # (N, H) bool
+    logprobs: torch.Tensor  # (N, H) float32, under the distribution that sampled
+    ref_logprobs: torch.Tensor  # (N, H) float32, the frozen reference under the same processing
+    values: torch.Tensor  # (N, H) float32
+    token_rewards: torch.Tensor  # (N, H) float32
+    scores: torch.Tensor  # (N,) float32
+
+
+def response_rows(per_slot: torch.Tensor, prompt_slots: int) -> torch.Tensor:
+    """The rows of a full forward that predict (or value the state before) response tokens 0 .. H-1.
+
+    Slot P+t-1 has seen everything up to token t-1, so it speaks about token t.
+
+    >>> import torch
+    >>> response_rows(torch.arange(5)[None, :, None], prompt_slots=2)[0, :, 0].tolist()   # P=2, H=3
+    [1, 2, 3]
+    """
+    return per_slot[..., prompt_slots - 1 : -1, :]  # (..., P+H, C) -> (..., H, C)
