@@ -1,0 +1,218 @@
+"""Train the reward model: sentiment at every prefix, then a last attention row that says where the score came from.
+
+Phase 1, ``classify``: the policy's backbone with a two-label head, cross-entropy at prefixes of every length, so that
+16-token openings and whole reviews are both scored sensibly.
+
+Phase 2, ``align_row``: a plain small classifier has an almost uniform last row, and attention credit read from it is
+uniform credit. So the row of the pooled token (mean over heads) is matched to leave-one-out importance,
+
+    target[t] = |score(text) - score(text without token t)| / sum,      loss = KL(target || row),
+
+measured once on the phase 1 model, while cross-entropy and distillation hold the scores where they were.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from tokenmdp.checkpoints import load_state, save_state
+
+from .corpus import pad_rows
+from .language_model import autocast, make_optimizers, schedule
+
+PREFIX_STRIDE = 8
+
+
+def from_policy(policy: GPT2LMHeadModel) -> GPT2ForSequenceClassification:
+    """A classifier that starts from the policy's backbone."""
+    config = type(policy.config).from_dict(policy.config.to_dict())
+    config.num_labels = 2
+    config.id2label, config.label2id = {0: "negative", 1: "positive"}, {"negative": 0, "positive": 1}
+    config.architectures = ["GPT2ForSequenceClassification"]
+    model = GPT2ForSequenceClassification(config)
+    model.transformer.load_state_dict(policy.transformer.state_dict())
+    return model
+
+
+def prefix_logits(model, batch: torch.Tensor) -> torch.Tensor:
+    """The score head at every position of right-padded rows: (N, T) -> (N, T, 2)."""
+    with autocast(batch.device):
+        return model.score(model.transformer(input_ids=batch).last_hidden_state).float()
+
+
+def scores_and_row(model, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (N,) and the last layer's log-attention of the last real token, mean over heads, (N, T); differentiable."""
+    captured = []
+    attention = model.transformer.h[-1].attn
+    hook = attention.c_attn.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    try:
+        logits = prefix_logits(model, batch)
+    finally:
+        hook.remove()
+    rows, last = torch.arange(len(batch), device=batch.device), lengths - 1
+    query, key, _ = captured[0].float().split(attention.embed_dim, dim=-1)
+    heads, width = attention.num_heads, attention.head_dim
+    query = query[rows, last].view(len(batch), heads, width)  # (N, heads, width): only the pooled row
+    key = key.view(*batch.shape, heads, width)  # (N, T, heads, width)
+    products = torch.einsum("nhd,nthd->nht", query, key) / width**0.5
+    hidden = torch.arange(batch.shape[1], device=batch.device) > last[:, None]
+    row = products.masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)  # (N, T)
+    pooled = logits[rows, last]
+    return pooled[:, 1] - pooled[:, 0], row
+
+
+def prefix_loss(model, batch: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy at the last token and, with equal weight, averaged over every eighth prefix."""
+    logits = prefix_logits(model, batch)
+    last = logits[torch.arange(len(batch)), lengths - 1]
+    prefixes = logits[:, PREFIX_STRIDE - 1 :: PREFIX_STRIDE]  # (N, T/8, 2)
+    inside = torch.arange(prefixes.shape[1], device=batch.device) < (lengths // PREFIX_STRIDE)[:, None]
+    spread = labels[:, None].expand_as(inside)[inside]
+    return 0.5 * F.cross_entropy(last, labels) + 0.5 * F.cross_entropy(prefixes[inside], spread)
+
+
+def windows(reviews: list[list[int]], width: int, rng: random.Random) -> list[list[int]]:
+    """Two thirds of the reviews from their opening, the others from anywhere."""
+    starts = [0 if rng.random() < 2 / 3 else rng.randrange(max(1, len(review) - width // 2)) for review in reviews]
+    return [review[start : start + width] for review, start in zip(reviews, starts, strict=True)]
+
+
+def review_batches(reviews: list[list[int]], labels: list[int], size: int, width: int, rng: random.Random, pad: int):
+    """Endless (batch, lengths, labels); rows of like length go together."""
+    while True:
+        rows = windows(reviews, width, rng)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]) + rng.random() * 16)
+        starts = list(range(0, len(order) - size + 1, size))
+        rng.shuffle(starts)
+        for start in starts:
+            chosen = order[start : start + size]
+            batch = [rows[index] for index in chosen]
+            yield pad_rows(batch, pad), torch.tensor(list(map(len, batch))), torch.tensor([labels[i] for i in chosen])
+
+
+def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_step, log, every: int = 50) -> None:
+    """The loop both phases share; resumes from ``state_file``.
+
+    ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to go
+    on from, and seeds the batches anew so that a resumed run does not see its first ones again.
+    """
+    optimizers, first = make_optimizers(model, learning_rate), 0
+    if state_file.exists():
+        state = load_state(state_file)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+        log(f"resumed at step {first}")
+    step_loss = make_step(first)
+    saved_at, sums, since = time.monotonic(), {}, time.monotonic()
+    for step in range(first, steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(step / steps)
+        loss, figures = step_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in {"loss": loss.item(), **figures}.items():
+            sums[name] = sums.get(name, 0.0) + value / every
+        if (step + 1) % every == 0:
+            numbers = "  ".join(f"{name} {value:.3f}" for name, value in sums.items())
+            log(f"step {step + 1}/{steps}  {numbers}  {(time.monotonic() - since) / every:.2f} s/step")
+            sums, since = {}, time.monotonic()
+        if time.monotonic() - saved_at > 180 or step + 1 == steps:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save_state(state_file, {"model": model.state_dict(), "optimizers": states, "step": step + 1})
+            saved_at = time.monotonic()
+
+
+def classify(model, reviews, labels, *, steps: int, size: int, width: int, learning_rate: float, seed: int,
+             state_file: Path, device: torch.device, log) -> None:  # fmt: skip
+    """Phase 1."""
+    model.to(device).train()
+
+    def make_step(first: int):
+        batches = review_batches(reviews, labels, size, width, random.Random(seed + first), model.config.pad_token_id)
+
+        def step_loss():
+            batch, lengths, targets = (tensor.to(device) for tensor in next(batches))
+            return prefix_loss(model, batch, lengths, targets), {}
+
+        return step_loss
+
+    train_steps(model, state_file, steps, learning_rate, make_step, log)
+
+
+@torch.no_grad()
+def leave_one_out(model, texts: list[list[int]], device: torch.device, slots: int = 32768) -> list[torch.Tensor]:
+    """``|score(text) - score(text without token t)|`` for every t: one (len(text),) tensor a text."""
+    importance, group, size = [], [], 0
+    model.eval()
+
+    def flush() -> None:
+        variants = [row for text in group for row in [text, *(text[:t] + text[t + 1 :] for t in range(len(text)))]]
+        lengths = torch.tensor(list(map(len, variants)), device=device)
+        batch = pad_rows(variants, model.config.pad_token_id).to(device)
+        logits = prefix_logits(model, batch)[torch.arange(len(variants)), lengths - 1]
+        scores, start = (logits[:, 1] - logits[:, 0]).cpu(), 0
+        for text in group:
+            whole, without = scores[start], scores[start + 1 : start + 1 + len(text)]
+            importance.append((whole - without).abs())
+            start += len(text) + 1
+        group.clear()
+
+    for text in texts:
+        if group and (size + len(text)) * max(len(text), *map(len, group)) > slots:
+            flush()
+            size = 0
+        group.append(text)
+        size += len(text) + 1
+    flush()
+    return importance
+
+
+def align_row(model, teacher, reviews, labels, snippets: list[list[int]], importance: list[torch.Tensor], *,
+              steps: int, size: int, width: int, learning_rate: float, row_coef: float, seed: int, state_file: Path,
+              device: torch.device, log) -> None:  # fmt: skip
+    """Phase 2: cross-entropy on reviews, and on snippets KL(target || row) plus distillation of the phase 1 scores."""
+    model.to(device).train()
+    teacher.to(device).eval()
+    pad = model.config.pad_token_id
+    order = sorted(range(len(snippets)), key=lambda index: len(snippets[index]))
+    groups = [order[start : start + 64] for start in range(0, len(order) - 63, 64)]
+
+    def row_distance(row: torch.Tensor, chosen: list[int], lengths: torch.Tensor) -> torch.Tensor:
+        target = torch.nn.utils.rnn.pad_sequence([importance[index] for index in chosen], batch_first=True).to(device)
+        target = (target + 1e-4) * (torch.arange(row.shape[1], device=device) < lengths[:, None])
+        target = target / target.sum(-1, keepdim=True)
+        return F.kl_div(row.clamp(min=1e-9).log(), target, reduction="batchmean")
+
+    def make_step(first: int):
+        rng = random.Random(seed + first)
+        batches = review_batches(reviews, labels, size, width, rng, pad)
+
+        def step_loss():
+            batch, lengths, targets = (tensor.to(device) for tensor in next(batches))
+            classified = prefix_loss(model, batch, lengths, targets)
+            chosen = rng.choice(groups)
+            texts = pad_rows([snippets[index] for index in chosen], pad).to(device)
+            lengths = torch.tensor([len(snippets[index]) for index in chosen], device=device)
+            score, row = scores_and_row(model, texts, lengths)
+            with torch.no_grad():
+                wanted, _ = scores_and_row(teacher, texts, lengths)
+            distance = row_distance(row, chosen, lengths)
+            distilled = F.smooth_l1_loss(score, wanted)
+            figures = {"classify": classified.item(), "row_kl": distance.item(), "distil": distilled.item()}
+            return classified + row_coef * distance + distilled, figures
+
+        return step_loss
+
+    train_steps(model, state_file, steps, learning_rate, make_step, log)
