@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
     add("--width", type=int, default=256)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
-    add("--policy-tokens", type=float, default=32e6)
+    add("--policy-tokens", type=float, default=22e6)
     add("--policy-learning-rate", type=float, default=3e-3)
     add("--classify-steps", type=int, default=1600)
     add("--classify-learning-rate", type=float, default=5e-4)

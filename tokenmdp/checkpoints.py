@@ -42,6 +42,18 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; restore a copy, or start afresh elsewhere") from error
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty sibling directory that takes the place of ``path`` when the block ends without an error.
@@ -111,7 +123,7 @@ def load_state(path: str | Path) -> Any:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; delete it to start afresh or restore a copy") from error
     if "state" not in metadata:

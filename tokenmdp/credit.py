@@ -87,9 +87,9 @@ def blend(weights: torch.Tensor, response_mask: torch.Tensor, credit_beta: float
 class CreditMethod(Protocol):
     """Turns finished episodes into token rewards; what a wrapper binds."""
 
-    name: str
-    conserves_return: bool  # sum_t token_rewards[t] == score
-    needs: frozenset[str]  # what the reward model must provide, such as "attention"
+    name: ClassVar[str]
+    conserves_return: ClassVar[bool]  # sum_t token_rewards[t] == score
+    needs: ClassVar[frozenset[str]]  # what the reward model must provide, such as "attention"
 
     def __call__(self, outcome: Outcome) -> Credit:
         """Token rewards (N, H) float32 for the N episodes of ``outcome``."""

@@ -70,6 +70,12 @@ class Rollout(NamedTuple):
     values: torch.Tensor  # (N, H) float32
     token_rewards: torch.Tensor  # (N, H) float32
     scores: torch.Tensor  # (N,) float32
+    support: torch.Tensor | None = None  # (N, H, k) int64: the top-k tokens the sampler chose among; None without top_k
+
+    @property
+    def prompt_slots(self) -> int:
+        """P, the number of prompt slots."""
+        return self.input_ids.shape[-1] - self.response_mask.shape[-1]
 
 
 def response_rows(per_slot: torch.Tensor, prompt_slots: int) -> torch.Tensor:

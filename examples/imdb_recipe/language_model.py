@@ -49,7 +49,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
     """Mean nats per real token: position t predicts token t+1; padding is right of everything, so causality hides it."""
     with autocast(batch.device):
-        logits = model(input_ids=batch).logits[:, :-1]  # (N, T-1, V)
+        logits = model(input_ids=batch[:, :-1]).logits  # (N, T-1, V); slicing logits afterwards would copy them
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad).float()
 
 

@@ -1,0 +1,126 @@
+"""The recipe for the bundle: its parts against plain loops, and the whole of it on a small made-up data set."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+import pyarrow.parquet  # noqa: E402
+from imdb_recipe import corpus, quality, reward_model  # noqa: E402
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: E402
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "build_imdb_assets.py"
+CPU = torch.device("cpu")
+
+
+def tiny_classifier(**extra) -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, pad_token_id=1, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.4, **extra,
+    )  # fmt: skip
+    return GPT2ForSequenceClassification(config).eval()
+
+
+def test_clean_turns_runs_of_breaks_into_one_newline():
+    assert corpus.clean(" One. <br /><br />Two.<br/> Three <b>") == "One.\nTwo.\nThree <b>"
+
+
+def test_token_batches_hold_every_row_once_within_the_budget():
+    rng = random.Random(0)
+    rows = [[index + 2] * rng.randint(1, 30) for index in range(200)]
+    seen = []
+    for batch in corpus.token_batches(rows, tokens=90, pad=1, rng=rng):
+        assert batch.numel() <= 90
+        seen += [row[row != 1].tolist() for row in batch]
+    assert sorted(seen) == sorted(rows)
+
+
+def test_long_reviews_continue_in_further_rows():
+    rows = corpus.language_model_rows([list(range(2, 28))], eos=0, positions=16, rng=random.Random(1))
+    assert [token for row in rows for token in row if token] == list(range(2, 28))
+    assert rows[-1][-1] == 0
+
+
+def test_leave_one_out_equals_a_plain_loop():
+    model, rng = tiny_classifier(), random.Random(0)
+    texts = [[rng.randrange(2, 40) for _ in range(rng.randint(2, 12))] for _ in range(9)]
+
+    def score(text):
+        logits = model(torch.tensor([text])).logits[0]
+        return (logits[1] - logits[0]).item()
+
+    grouped = reward_model.leave_one_out(model, texts, CPU, slots=300)
+    assert len(grouped) == len(texts)
+    for text, importance in zip(texts, grouped, strict=True):
+        expected = [abs(score(text) - score(text[:t] + text[t + 1 :])) for t in range(len(text))]
+        torch.testing.assert_close(importance, torch.tensor(expected), atol=0.05, rtol=0.05)  # bf16 autocast
+
+
+def test_row_equals_eager_attention():
+    model = tiny_classifier(attn_implementation="eager")
+    texts = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    batch, lengths = corpus.pad_rows(texts, 1), torch.tensor([5, 3])
+    with torch.no_grad():
+        _, row = reward_model.scores_and_row(model, batch, lengths)
+        for index, text in enumerate(texts):
+            eager = model(torch.tensor([text]), output_attentions=True).attentions[-1][0, :, -1].mean(0)
+            torch.testing.assert_close(row[index, : len(text)], eager, atol=0.01, rtol=0.0)  # bf16 autocast
+            assert row[index, len(text) :].sum() == 0
+
+
+def test_bits_per_byte_equals_a_plain_loop(tmp_path):
+    texts = ["a fine film", "bad", "so so so"]
+    tokenizer = corpus.train_tokenizer(texts * 3, vocab_size=270)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=8, n_embd=16, n_layer=1, n_head=1, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=0, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model, nats = GPT2LMHeadModel(config).eval(), 0.0
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]
+        for start in range(0, len(ids) - 1, 7):  # 8 positions, one of overlap
+            row = torch.tensor([ids[start : start + 8]])
+            logprobs = model(row[:, :-1]).logits.log_softmax(-1)
+            nats -= logprobs.gather(-1, row[:, 1:, None]).sum().item()
+    expected = nats / math.log(2) / sum(map(len, texts))
+    assert quality.bits_per_byte(model, tokenizer, texts, CPU) == pytest.approx(expected, rel=5e-3)
+
+
+def write_reviews(folder: Path) -> None:
+    rng = random.Random(0)
+    tone = ("awful boring terrible dull poor".split(), "great wonderful superb lovely brilliant".split())
+    filler = "the movie was a film with plot and actors in this scene that we saw it is of".split()
+    for split, count in (("train", 100), ("test", 30), ("unsupervised", 60)):
+        rows = {"text": [], "label": []}
+        for index in range(count):
+            words = [rng.choice(tone[index % 2] if rng.random() < 0.2 else filler) for _ in range(rng.randint(30, 90))]
+            rows["text"].append(" ".join(words) + f".<br /><br />End {split} {index}")
+            rows["label"].append(index % 2)
+        pyarrow.parquet.write_table(pyarrow.table(rows), folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_whole_recipe_on_made_up_reviews(tmp_path):
+    write_reviews(tmp_path)
+    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 --align-steps 3"
+    bundle = tmp_path / "bundle"
+    command = [sys.executable, str(SCRIPT), "--data", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
+    command += ["--bundle", str(bundle), *sizes.split(), "--snippets", "140"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout
+    figures = json.loads(report[report.index("{\n") :])
+    assert 0 < figures["bits_per_byte"] < 8
+    assert f"{figures['bits_per_byte']:.3f}" in (bundle / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "reward_model")
+    assert tokenizer.decode(tokenizer.encode("Café\n ☃")) == "Café\n ☃"
+    assert len(tokenizer) == GPT2LMHeadModel.from_pretrained(bundle / "policy").config.vocab_size == 300
+    assert GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model").config.num_labels == 2
+    assert json.loads((bundle / "prompts.json").read_text())["prompts"]

@@ -1,0 +1,171 @@
+"""Names, caches and the errors of a name that leads nowhere."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from tokenmdp import loading
+from tokenmdp.checkpoints import CheckpointError
+from tokenmdp.loading import ModelNotFound, load_causal_lm, load_tokenizer, resolve, toy_tokenizer
+
+CONFIG = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=30, bos_token_id=30)
+
+
+@pytest.fixture
+def policy_dir(tmp_path):
+    directory = tmp_path / "policy"
+    GPT2LMHeadModel(CONFIG).save_pretrained(directory)
+    toy_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_resolve_goes_alias_then_directory_then_hub(tmp_path, monkeypatch):
+    assert Path(resolve("reward_model", "imdb-tiny")).parts[-3:] == ("assets", "imdb", "reward_model")
+    assert resolve("tokenizer", "imdb-tiny") == resolve("policy", "imdb-tiny")
+    assert resolve("prompts", "imdb-tiny").endswith("prompts.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imdb-tiny").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert Path(resolve("policy", "imdb-tiny")).parent.name == "imdb"  # the alias wins over a directory
+    assert resolve("policy", "mine") == str((tmp_path / "mine").resolve())
+    assert resolve("policy", "owner/name") == "owner/name"
+    assert resolve("policy", "toy") == "toy"  # "toy" is a tokenizer only
+
+
+def test_resolve_puts_back_a_directory_whose_swap_was_interrupted(tmp_path):
+    (tmp_path / "run.previous").mkdir()
+    assert resolve("policy", str(tmp_path / "run")) == str((tmp_path / "run").resolve())
+    assert (tmp_path / "run").is_dir()
+
+
+def test_toy_tokenizer_round_trips_every_word():
+    tokenizer = toy_tokenizer()
+    assert len(tokenizer) == 32
+    assert 0 not in tokenizer.all_special_ids
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids = list(range(29))
+    assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
+    assert tokenizer("the submarine")["input_ids"] == [0, tokenizer.unk_token_id]
+
+
+def test_tokenizers_are_cached_and_a_rewritten_directory_is_noticed(policy_dir):
+    first = load_tokenizer(str(policy_dir))
+    assert load_tokenizer(str(policy_dir)) is first
+    assert load_tokenizer("toy") is load_tokenizer("toy")
+    grown = toy_tokenizer()
+    grown.add_tokens(["zebra"])
+    grown.save_pretrained(policy_dir)
+    os.utime(policy_dir / "tokenizer.json", ns=(1, 1))  # a clock too coarse to see the rewrite must not matter here
+    assert len(load_tokenizer(str(policy_dir))) == 33
+
+
+def test_causal_lm_is_fresh_in_eval_mode_and_in_the_dtype_asked(policy_dir):
+    first, second = load_causal_lm(str(policy_dir)), load_causal_lm(str(policy_dir), dtype=torch.bfloat16)
+    assert first is not second
+    assert first.dtype == torch.float32
+    assert second.dtype == torch.bfloat16
+    assert not first.training
+    GPT2LMHeadModel(CONFIG).to(torch.bfloat16).save_pretrained(policy_dir)
+    assert load_causal_lm(str(policy_dir)).dtype == torch.float32  # stored as bf16, as the bundle is
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_causal_lm])
+def test_unknown_name_offline_fails_fast_and_says_what_to_do(load, offline):
+    started = time.monotonic()
+    with pytest.raises(ModelNotFound) as raised:
+        load("no-such-owner/no-such-model")
+    assert time.monotonic() - started < 10  # transformers' own retries take 25 s
+    message = str(raised.value)
+    assert "no-such-owner/no-such-model" in message
+    assert "hf download no-such-owner/no-such-model --local-dir DIR" in message
+    assert "pass DIR" in message
+    assert "imdb-tiny" in message
+    assert "HF_HUB_OFFLINE" in message
+    assert isinstance(raised.value, OSError)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(ModelNotFound, match=r"http://127.0.0.1:9 did not answer"):
+        load_tokenizer("no-such-owner/no-such-model")
+    assert time.monotonic() - started < 10
+
+
+def test_a_missing_path_is_not_sought_on_the_hub(tmp_path):
+    with pytest.raises(ModelNotFound, match="no such directory"):
+        load_causal_lm(str(tmp_path / "nowhere" / "model"))
+
+
+def test_missing_bundle_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(loading.ALIASES, "imdb-tiny", {"policy": tmp_path / "gone"})
+    with pytest.raises(ModelNotFound, match=r"bundled 'imdb-tiny'.*reinstall tokenmdp"):
+        load_causal_lm("imdb-tiny")
+
+
+def _truncate(directory):
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _break_config(directory):
+    (directory / "config.json").write_text('{"model_type": ')
+
+
+def _foreign_config(directory):
+    (directory / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+
+
+def _remove_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def _other_shapes(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+
+
+@pytest.mark.parametrize("damage", [_truncate, _break_config, _foreign_config, _remove_weights, _other_shapes])
+def test_corrupt_model_directory_is_named(policy_dir, damage):
+    damage(policy_dir)
+    with pytest.raises(CheckpointError, match="restore a copy or save it again") as raised:
+        load_causal_lm(str(policy_dir))
+    assert str(policy_dir) in str(raised.value)
+
+
+def test_weights_that_are_missing_are_refused_not_invented(policy_dir):
+    GPT2ForSequenceClassification(CONFIG).save_pretrained(policy_dir)
+    model = load_causal_lm(str(policy_dir))  # the language model's weights are all there, tied to the embedding
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    three_layers = json.loads((policy_dir / "config.json").read_text()) | {"n_layer": 3}
+    (policy_dir / "config.json").write_text(json.dumps(three_layers))
+    with pytest.raises(CheckpointError, match=r"no weights for .*h\.2\."):
+        load_causal_lm(str(policy_dir))
+
+
+def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):
+    (policy_dir / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
+        load_tokenizer(str(policy_dir))
+    (policy_dir / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer files.*save_pretrained"):
+        load_tokenizer(str(policy_dir))
+
+
+def test_importing_does_not_import_transformers():
+    code = "import sys, tokenmdp.loading, tokenmdp.reward_models; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,221 @@
+"""Names to files: aliases of the bundle, local directories, then the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from gymnasium.error import Error
+from safetensors import SafetensorError
+
+from tokenmdp.checkpoints import CheckpointError, recover_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
+Loaded = TypeVar("Loaded")
+
+ASSETS = Path(__file__).parent / "assets" / "imdb"
+ALIASES: dict[str, dict[Kind, Path]] = {
+    "imdb-tiny": {
+        "policy": ASSETS / "policy",
+        "tokenizer": ASSETS / "policy",
+        "reward_model": ASSETS / "reward_model",
+        "prompts": ASSETS / "prompts.json",
+    },
+}
+TOY_WORDS = [
+    "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
+    "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
+]  # fmt: skip
+HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
+
+_tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], PreTrainedTokenizerBase] = {}
+_lock = threading.RLock()
+
+
+class ModelNotFound(Error, OSError):
+    """No alias, directory or reachable hub repository has this name; the message says how to get it."""
+
+
+def resolve(kind: Kind, name: str) -> str:
+    """The path of an alias's bundled file, the absolute path of a local directory, or the hub name unchanged.
+
+    >>> resolve("prompts", "imdb-tiny").endswith("prompts.json"), resolve("policy", "lvwerra/gpt2-imdb")
+    (True, 'lvwerra/gpt2-imdb')
+    """
+    bundled = ALIASES.get(name, {}).get(kind)
+    if bundled is not None:
+        return str(bundled)
+    directory = recover_directory(Path(name).expanduser())
+    return str(directory.resolve()) if directory.is_dir() else name
+
+
+def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
+    """Names and modification times of a directory's files, so that a cache notices a directory written anew."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns) for file in files)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an alias ("imdb-tiny", "toy"), a directory or a hub repository; one object a process.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory holds no tokenizer, or a damaged one.
+    """
+    path = resolve("tokenizer", name)
+    key = (path, fingerprint(path))
+    with _lock:
+        if key not in _tokenizers:
+            _tokenizers[key] = toy_tokenizer() if path == "toy" else _read_tokenizer(name, path)
+        return _tokenizers[key]
+
+
+def _read_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not holds_tokenizer(path):
+        # AutoTokenizer would build an empty tokenizer from config.json and say nothing.
+        raise CheckpointError(f"{path} holds no tokenizer files; write them there with tokenizer.save_pretrained")
+    return from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name)
+
+
+def holds_tokenizer(path: str) -> bool:
+    """Whether a directory holds the files of a tokenizer."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    return any((Path(path) / name).exists() for name in names)
+
+
+def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh causal language model from an alias, a directory or a hub repository (not cached: policies train).
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged or holds another kind of model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return load_weights(AutoModelForCausalLM.from_pretrained, "policy", name, dtype)
+
+
+def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """`from_pretrained` for models: safetensors only, every weight present, eval mode, in ``dtype``."""
+    model, report = from_pretrained(
+        loader, kind, name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise CheckpointError(
+            f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "
+            f"pass a {kind.replace('_', ' ')} that was saved with these weights"
+        )
+    return model.eval()
+
+
+def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **options: Any) -> Loaded:
+    """Call a transformers ``from_pretrained``: local files first, then the hub, with errors that name the remedy."""
+    path = resolve(kind, name)
+    if Path(path).is_dir():
+        try:
+            with quiet():
+                return loader(path, local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot load a {kind.replace('_', ' ')} from {path}: {error}. It needs config.json, model.safetensors "
+                "and the tokenizer files as save_pretrained writes them (pytorch_model.bin is not read); "
+                "restore a copy or save it again"
+            ) from error
+    if name in ALIASES:
+        raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
+    _check_hub_name(kind, name)
+    try:
+        with quiet():
+            return loader(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        _check_hub_answers(kind, name)
+    try:
+        return loader(name, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(kind, name, f"the hub has no such model or not its files ({error})") from error
+
+
+def _check_hub_name(kind: Kind, name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise _not_found(kind, name, "there is no such directory, and a hub name is OWNER/NAME") from error
+
+
+def _check_hub_answers(kind: Kind, name: str) -> None:
+    """Ask the hub once with a short time limit, instead of transformers' five retries."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise _not_found(kind, name, "it is not in the local cache and HF_HUB_OFFLINE forbids the hub")
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
+        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, ssl.SSLError):
+            return  # it answered with a certificate that the hub's own client may know
+        reason = f"it is not in the local cache and {constants.ENDPOINT} did not answer ({error})"
+        raise _not_found(kind, name, reason) from error
+
+
+def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
+    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
+    aliases += {"tokenizer": ["toy"], "reward_model": ["lexicon", "toy-lexicon"]}.get(kind, [])
+    return ModelNotFound(
+        f"no {kind.replace('_', ' ')} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
+        f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. "
+        f"Bundled: {', '.join(aliases)}"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar: loading a few megabytes is not worth one in every gym.make."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
+
+    >>> tokenizer = toy_tokenizer()
+    >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("a great film")["input_ids"]
+    (32, 30, [1, 20, 6])
+    >>> tokenizer.decode([1, 20, 6])
+    'a great film'
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*TOY_WORDS, "<unk>", "<eos>", "<pad>"]
+    words = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

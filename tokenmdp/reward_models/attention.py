@@ -1,0 +1,147 @@
+"""The attention row of one token, captured at sdpa speed and without a T x T map.
+
+transformers gives attention weights only in its eager implementation, which holds (N, heads, T, T). Here a model runs
+an implementation of our own: sdpa, which inside `capture_row` also keeps the queries of the row and the keys of the
+latest call. After the forward those are the last layer's, and the row is one softmax over T numbers a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMPLEMENTATION = "tokenmdp_row"
+
+
+class RowCapture:
+    """The query row and the keys of the latest attention call; see `capture_row`."""
+
+    def __init__(self, index: torch.Tensor) -> None:
+        self.index = index  # (N,) int64: the token whose row is wanted
+        self.query: torch.Tensor | None = None  # (N, heads, D)
+        self.key: torch.Tensor | None = None  # (N, key heads, T, D)
+        self.visible: torch.Tensor | None = None  # (N, 1 or heads, T), bool or additive; None: all
+        self.scaling: float | None = None
+
+    def keep(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, is_causal: bool
+    ) -> None:
+        """Keep one call's row: query (N, heads, T, D), key (N, key heads, T, D), mask (N, 1 or heads, 1 or T, T)."""
+        rows = torch.arange(query.shape[0], device=query.device)
+        index = self.index.to(query.device)
+        self.query, self.key, self.scaling = query[rows, :, index], key, scaling
+        if mask is not None:
+            mask = mask.expand(query.shape[0], -1, query.shape[2], -1)  # a view: no memory
+            self.visible = mask[rows, :, index]  # (N, 1 or heads, T)
+        elif is_causal:
+            self.visible = (torch.arange(key.shape[2], device=key.device) <= index[:, None])[:, None]  # (N, 1, T)
+        else:
+            self.visible = None
+
+    def row(self) -> torch.Tensor:
+        """``mean over heads of softmax(q K^T * scaling)`` in float32; (N, T), each row sums to 1.
+
+        Raises:
+            ValueError: no attention call was seen.
+        """
+        if self.query is None or self.key is None:
+            raise ValueError(
+                "the model made no call through transformers' AttentionInterface, so its attention row cannot be "
+                "captured; use UniformReward or SparseReward, or a model such as GPT-2, Llama, BERT or DistilBERT"
+            )
+        heads, key_heads, size = self.query.shape[1], self.key.shape[1], self.query.shape[2]
+        query = self.query.float().unflatten(1, (key_heads, heads // key_heads))  # query heads that share a key head
+        scores = torch.einsum("nkgd,nktd->nkgt", query, self.key.float()).flatten(1, 2)  # (N, heads, T)
+        scores = scores * (size**-0.5 if self.scaling is None else self.scaling)
+        if self.visible is not None and self.visible.dtype == torch.bool:
+            scores = scores.masked_fill(~self.visible, -torch.inf)
+        elif self.visible is not None:
+            scores = scores + self.visible.float()
+        return scores.softmax(-1).mean(1)
+
+
+_capture: ContextVar[RowCapture | None] = ContextVar("tokenmdp_row_capture", default=None)
+
+
+@contextlib.contextmanager
+def capture_row(index: torch.Tensor) -> Iterator[RowCapture]:
+    """Keep the row of token ``index`` (N,) of the last layer run inside the block, by a model that `install` prepared.
+
+    Layers run one after the other and each overwrites what the one before left, so the last one stays: no architecture
+    needs to be known, and one layer's keys are all the memory it takes.
+    """
+    capture = RowCapture(index)
+    token = _capture.set(capture)
+    try:
+        yield capture
+    finally:
+        _capture.reset(token)
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Switch ``model`` to sdpa with row capture; False, and no change, where its architecture does not allow that."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if not (model._supports_sdpa and model._can_set_attn_implementation()):
+        return False
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    return True
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    capture = _capture.get()
+    if capture is not None:
+        if options.get("position_bias") is not None:
+            raise ValueError(
+                f"{type(module).__name__} adds position biases to its attention scores, which the captured row does "
+                "not know; use UniformReward or SparseReward with this model"
+            )
+        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal  # as sdpa reads it
+        capture.keep(query, key, attention_mask, scaling, causal)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
+    )
+
+
+def _mask(
+    *,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **options: Any,
+) -> torch.Tensor | None:
+    """Transformers' sdpa mask, except that plain padding in an encoder stays (N, 1, 1, T) instead of (N, 1, T, T)."""
+    from transformers.masking_utils import sdpa_mask
+
+    if allow_is_bidirectional_skip and local_size is None and not use_vmap:
+        if attention_mask is None or attention_mask.all():
+            return None
+        return attention_mask.bool()[:, None, None, :]
+    return sdpa_mask(
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        **options,
+    )

@@ -1,0 +1,113 @@
+"""A reward model of plain words: exact, instant and easy to check by hand. For tests and teaching."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenmdp.loading import load_tokenizer
+from tokenmdp.reward_models.base import RewardModel
+from tokenmdp.types import Episode, RewardOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+EPSILON = 1e-6  # attention of every token before the words': a response without listed words is uniform, not 0 / 0
+
+TOY_WEIGHTS = {
+    "good": 1.0, "fun": 1.0, "lovely": 1.5, "great": 2.0, "brilliant": 3.0,
+    "poor": -1.0, "dull": -1.0, "boring": -1.5, "bad": -2.0, "awful": -3.0,
+}  # fmt: skip
+SENTIMENT_WEIGHTS = {
+    "good": 1.0, "nice": 1.0, "fun": 1.0, "fine": 0.5, "enjoyable": 1.5, "enjoyed": 1.5, "love": 2.0, "loved": 2.0,
+    "lovely": 1.5, "great": 2.0, "beautiful": 2.0, "beautifully": 2.0, "wonderful": 2.5, "excellent": 2.5,
+    "amazing": 2.5, "superb": 2.5, "fantastic": 2.5, "perfect": 2.5, "brilliant": 3.0, "masterpiece": 3.0,
+    "best": 2.0, "touching": 1.5, "funny": 1.5, "hilarious": 2.0, "recommend": 1.5, "favorite": 2.0,
+    "poor": -1.0, "poorly": -1.5, "weak": -1.0, "slow": -0.5, "dull": -1.5, "boring": -2.0, "bored": -1.5, "bad": -2.0,
+    "badly": -2.0, "stupid": -2.0, "silly": -0.5, "waste": -2.5, "wasted": -2.0, "worse": -2.0, "worst": -3.0,
+    "awful": -2.5, "terrible": -2.5, "horrible": -2.5, "ridiculous": -2.0, "annoying": -1.5, "disappointing": -2.0,
+    "disappointed": -2.0, "mess": -1.5, "crap": -2.5, "hate": -2.0, "hated": -2.0,
+}  # fmt: skip
+
+
+class LexiconRewardModel(RewardModel):
+    """``score = sum of weights[word]`` over the words of the response, in lower case; a word not listed weighs 0.
+
+    The response is decoded on its own, without special tokens, so a word that begins in the prompt counts by its
+    part in the response. The attention row is each token's share of the words' absolute weights:
+    ``attention[t] ~ 1e-6 + sum over words of |weights[word]| * (characters of the word in token t) / len(word)``,
+    normalised to 1 over the response.
+
+    >>> model, tokenizer = toy_lexicon(), load_tokenizer("toy")
+    >>> ids = torch.tensor([tokenizer("the film was great but dull")["input_ids"]])
+    >>> mask = torch.ones_like(ids, dtype=torch.bool)
+    >>> output = model(Episode(ids, mask, mask[:, 3:]), needs=frozenset({"attention"}))
+    >>> output.score.tolist(), [round(share, 2) for share in output.attention[0].tolist()]
+    ([1.0], [0.67, 0.0, 0.33])
+    """
+
+    provides = frozenset({"attention"})
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, float], *, name: str | None = None
+    ) -> None:
+        super().__init__(tokenizer, name=name)
+        self.weights = {word.lower(): float(weight) for word, weight in weights.items()}
+
+    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
+        """Scores (N,) and, if asked, shares (N, H), both float32."""
+        responses = episodes.input_ids[:, episodes.prompt_slots :]  # (N, P+H) -> (N, H)
+        masks = episodes.response_mask.bool()
+        ids = [row[mask].tolist() for row, mask in zip(responses, masks, strict=True)]
+        score = torch.tensor([sum(weight for _, _, weight in self._words(self._decode(row))) for row in ids])
+        shares = None
+        if attention:
+            shares = torch.zeros(masks.shape)
+            for row, mask, tokens in zip(shares, masks, ids, strict=True):
+                row[mask] = self._shares(tokens)
+        return RewardOutput(score.float(), shares)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("a word list needs a tokenizer to read the response; pass one")
+        return self.tokenizer
+
+    def _words(self, text: str) -> list[tuple[int, int, float]]:
+        """The listed words of ``text``: start, end, weight."""
+        found = ((match.start(), match.end(), self.weights.get(match[0].lower(), 0.0)) for match in WORD.finditer(text))
+        return [word for word in found if word[2]]
+
+    def _shares(self, ids: list[int]) -> torch.Tensor:
+        """``_words``' absolute weights spread over the tokens whose characters they cover; (T,) with sum 1."""
+        # Prefixes, because a token's own text depends on its neighbours: blanks, and characters of several bytes.
+        ends = [len(self._decode(ids[: count + 1])) for count in range(len(ids))]
+        shares = torch.full((len(ids),), EPSILON, dtype=torch.float64)
+        for start, end, weight in self._words(self._decode(ids)):
+            left = 0
+            for index, right in enumerate(ends):
+                overlap = min(end, right) - max(start, left)
+                if overlap > 0:
+                    shares[index] += abs(weight) * overlap / (end - start)
+                left = max(left, right)
+        return (shares / shares.sum()).float()
+
+
+def toy_lexicon() -> LexiconRewardModel:
+    """The word list of TextGen-Toy-v0, reading the toy tokenizer."""
+    return LexiconRewardModel(load_tokenizer("toy"), TOY_WEIGHTS, name="toy-lexicon")
+
+
+def load_lexicon(name: str) -> LexiconRewardModel:
+    """The word list called "toy-lexicon", "lexicon" or "lexicon:TOKENIZER"."""
+    if name == "toy-lexicon":
+        return toy_lexicon()
+    tokenizer = name.partition(":")[2] or "imdb-tiny"
+    return LexiconRewardModel(load_tokenizer(tokenizer), SENTIMENT_WEIGHTS, name=name)
