@@ -105,6 +105,7 @@ class SparseCredit:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, outcome: Outcome) -> Credit:
+        """Token rewards (N, H), all of it on the last response token."""
         return Credit(redistribute(outcome.reward.score, sparse_weights(outcome.episode.response_mask)), {})
 
 
@@ -117,6 +118,7 @@ class UniformCredit:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, outcome: Outcome) -> Credit:
+        """Token rewards (N, H), the same on every response token."""
         return Credit(redistribute(outcome.reward.score, uniform_weights(outcome.episode.response_mask)), {})
 
 
@@ -141,6 +143,7 @@ class AttentionCredit:
             raise ValueError(f"attention_floor is {self.attention_floor}; it must be positive (default 1e-3)")
 
     def __call__(self, outcome: Outcome) -> Credit:
+        """Token rewards (N, H) that follow the attention row, and the report."""
         attention, mask = outcome.reward.attention, outcome.episode.response_mask
         if attention is None:
             raise ValueError("the reward model returned no attention row; use one that provides it, or UniformReward")

@@ -1,0 +1,79 @@
+"""Reward wrappers for a single environment: each puts one credit method's token rewards into the terminal info.
+
+`reward` stays what it was (0.0, then the score), so any tool works as it is; a learner uses either ``reward`` or
+``info["token_rewards"]``, never both. `tokenmdp.wrappers.vector` has the same names for vector environments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.utils import RecordConstructorArgs
+
+from tokenmdp.credit import ATTENTION_FLOOR, AttentionCredit, CreditMethod, SparseCredit, UniformCredit
+from tokenmdp.wrappers.base import CreditWrapper, OffersOutcome, UnreadTokenRewards, find_credit_wrapper
+
+__all__ = [
+    "AttentionCreditReward",
+    "OffersOutcome",
+    "SparseReward",
+    "UniformReward",
+    "UnreadTokenRewards",
+    "find_credit_wrapper",
+]
+
+
+class _SingleCreditWrapper(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
+    def __init__(self, env: gym.Env, credit: CreditMethod, **arguments: Any) -> None:
+        RecordConstructorArgs.__init__(self, **arguments)
+        gym.Wrapper.__init__(self, env)
+        self._bind(credit)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; the terminal info gains ``token_rewards`` and the credit method's report."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        outcome = self.env.unwrapped.outcome
+        if terminated and outcome is not None:
+            # Flags as Python bool: Gymnasium's vector infos turn np.bool_ into arrays of objects.
+            info |= {
+                key: column[0] if column.dtype.kind != "b" or column.ndim > 1 else bool(column[0])
+                for key, column in self._columns(outcome).items()
+            }
+            if self.render_mode == "human":
+                self.render()
+        return obs, reward, terminated, truncated, info
+
+
+class SparseReward(_SingleCreditWrapper):
+    """``token_rewards[t] = score * 1[t = last]``: plain RLHF."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env, SparseCredit())
+
+
+class UniformReward(_SingleCreditWrapper):
+    """``token_rewards[t] = score / T`` over the T response tokens."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env, UniformCredit())
+
+
+class AttentionCreditReward(_SingleCreditWrapper):
+    """``token_rewards[t] = score * (credit_beta * alpha[t] + (1 - credit_beta) * 1[t = last])``.
+
+    alpha is the reward model's last-layer attention row of the token it pools, averaged over heads, restricted to the
+    response and renormalised. The terminal info also says ``attention_mass`` (the response's share of the row) and
+    ``credit_fallback`` (True where that is below ``attention_floor`` and alpha is uniform).
+
+    Source: Chan et al., "Dense Reward for Free in RLHF", ICML 2024.
+
+    Args:
+        env: an environment whose reward model provides "attention".
+        credit_beta: 0 is sparse, 1 is dense only.
+        attention_floor: the least response mass that is trusted.
+    """
+
+    def __init__(self, env: gym.Env, credit_beta: float = 0.8, attention_floor: float = ATTENTION_FLOOR) -> None:
+        credit = AttentionCredit(credit_beta, attention_floor)
+        super().__init__(env, credit, credit_beta=credit_beta, attention_floor=attention_floor)
