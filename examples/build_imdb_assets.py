@@ -81,7 +81,7 @@ class Build:
         if not file.exists():
             self.log("sampling prompts")
             eos, rng = tokenizer.eos_token_id, random.Random(self.arguments.seed)
-            openings = quality.sample_responses(policy, [[eos]] * 6000, 8, self.device, self.arguments.seed)
+            openings = quality.sample_responses(policy, [[eos]] * 8000, 8, self.device, self.arguments.seed, temperature=0.8)
             texts = {}
             for opening in openings:
                 text = tokenizer.decode(opening[: rng.randint(2, 8)])
@@ -199,12 +199,12 @@ def parse() -> argparse.Namespace:
     add("--width", type=int, default=256)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
-    add("--policy-tokens", type=float, default=22e6)
+    add("--policy-tokens", type=float, default=17e6)
     add("--policy-learning-rate", type=float, default=3e-3)
-    add("--classify-steps", type=int, default=1600)
+    add("--classify-steps", type=int, default=1300)
     add("--classify-learning-rate", type=float, default=5e-4)
     add("--snippets", type=int, default=20000)
-    add("--align-steps", type=int, default=1200)
+    add("--align-steps", type=int, default=900)
     add("--align-learning-rate", type=float, default=5e-4)
     add("--row-coef", type=float, default=0.5)
     return parser.parse_args()

@@ -63,8 +63,9 @@ def accuracy(model, rows: list[list[int]], labels: list[int], device: torch.devi
 
 
 @torch.no_grad()
-def sample_responses(policy, prompts: list[list[int]], tokens: int, device: torch.device, seed: int) -> list[list[int]]:
-    """One response of exactly ``tokens`` tokens for each prompt, sampled at temperature 1 without end-of-text."""
+def sample_responses(policy, prompts: list[list[int]], tokens: int, device: torch.device, seed: int,
+                     temperature: float = 1.0) -> list[list[int]]:  # fmt: skip
+    """One response of exactly ``tokens`` tokens for each prompt, sampled without end-of-text."""
     policy.to(device).eval()
     torch.manual_seed(seed)
     eos, pad = policy.config.eos_token_id, policy.config.pad_token_id
@@ -75,8 +76,8 @@ def sample_responses(policy, prompts: list[list[int]], tokens: int, device: torc
             part = chosen[start : start + 256]
             batch = torch.tensor([prompts[index] for index in part], device=device)
             text = policy.generate(
-                batch, attention_mask=torch.ones_like(batch), do_sample=True, top_k=0, max_new_tokens=tokens,
-                suppress_tokens=[eos, pad], pad_token_id=pad,
+                batch, attention_mask=torch.ones_like(batch), do_sample=True, top_k=0, temperature=temperature,
+                max_new_tokens=tokens, suppress_tokens=[eos, pad], pad_token_id=pad,
             )  # fmt: skip
             for index, row in zip(part, text[:, length:].tolist(), strict=True):
                 responses[index] = row
