@@ -1,0 +1,1 @@
+"""Agents, one readable file each; installed as ``tokenmdp.agents``. They import tokenmdp, nothing imports them."""

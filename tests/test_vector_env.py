@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import gymnasium as gym
+import gymnasium.utils.env_checker
 import numpy as np
 import pytest
 from doubles import HashRewardModel

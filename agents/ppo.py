@@ -1,0 +1,368 @@
+"""PPO for language models, with the reward of each token where the credit wrapper put it.
+
+One update: every row of the vector environment plays one episode; the KL to a frozen reference is taken off the token
+rewards; GAE turns them into advantages; several epochs of minibatches take clipped steps. Reads top to bottom;
+README.md beside this file numbers the details and defines every metric.
+
+    import gymnasium as gym
+    from tokenmdp.agents.ppo import PPO, PPOConfig
+    from tokenmdp.wrappers import vector
+
+    envs = gym.make_vec("tokenmdp:TextGen-IMDb-v0", num_envs=64, autoreset_mode="Disabled")
+    agent = PPO("imdb-tiny", vector.AttentionCreditReward(envs, credit_beta=0.8), PPOConfig(seed=1))
+    agent.learn(num_updates=150)
+    agent.save("runs/first")
+
+Sources: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; Ziegler et al., "Fine-Tuning Language Models
+from Human Preferences", 2019 (KL penalty in the reward, adaptive coefficient); Huang et al., "The N Implementation
+Details of RLHF with PPO", 2023; Chan et al., "Dense Reward for Free in RLHF", ICML 2024 (token rewards).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import nn
+
+from tokenmdp.checkpoints import (
+    CheckpointError,
+    atomic_directory,
+    load_state,
+    read_json,
+    recover_directory,
+    save_state,
+    write_text,
+)
+from tokenmdp.divergences import kl_k1
+from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
+from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
+from tokenmdp.returns import explained_variance, gae, whiten
+from tokenmdp.rollouts import check_envs, collect
+from tokenmdp.types import Rollout
+
+Metrics = dict[str, float]
+FORMAT = "tokenmdp-ppo-1"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with 64 episodes of 16 tokens."""
+
+    seed: int = 1
+    learning_rate: float = 1e-4
+    anneal_lr: bool = False  # linearly to 0 over total_updates
+    total_updates: int | None = None  # only for anneal_lr
+    adam_eps: float = 1e-8
+    update_epochs: int = 4
+    num_minibatches: int = 4
+    max_grad_norm: float = 1.0
+    target_kl: float | None = None  # ends an update's epochs once approx_kl of a minibatch exceeds it
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_coef: float = 0.2
+    clip_coef_value: float | None = 1.0  # in units of the score; None: no clipping
+    vf_coef: float = 0.1
+    ent_coef: float = 0.0
+
+    kl_coef: float = 0.1  # the initial one, if kl_target is set
+    kl_target: float | None = None  # nats a sequence; adapts kl_coef so that kl approaches it
+    kl_horizon: int = 10_000  # episodes over which the coefficient adapts
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: every token
+    dtype: str = "auto"  # of the forwards: "auto", "float32", "bfloat16"; weights stay float32
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "update_epochs", "num_minibatches", "max_grad_norm", "clip_coef", "kl_horizon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("kl_target", "target_kl", "clip_coef_value"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive, or None to switch it off")
+        if self.anneal_lr and not self.total_updates:
+            raise ValueError(
+                "anneal_lr lowers the learning rate over total_updates: set total_updates to the run's length"
+            )
+
+
+class PPO:
+    """A policy, its frozen reference and the environments it learns in.
+
+    Args:
+        policy: Alias, directory or hub name of a causal language model, or such a model (trained in place).
+        envs: Vector environment with ``autoreset_mode="Disabled"`` under a credit wrapper. One update plays one
+            episode in each row.
+        config: The run's numbers.
+        reference: Name or model that the KL is measured to; default a frozen copy of ``policy`` as it starts.
+
+    Attributes:
+        policy, reference: `CausalLMPolicy`.
+        num_updates_done: Updates so far, over all calls of `learn` and all resumed runs.
+        history: One dict of metrics an update.
+        kl_coef: The coefficient of the next update.
+    """
+
+    def __init__(
+        self,
+        policy: str | Any,
+        envs: VectorEnv,
+        config: PPOConfig | None = None,
+        reference: str | Any | None = None,
+    ) -> None:
+        self.envs, self.config = envs, config or PPOConfig()
+        cfg, task = self.config, check_envs(envs).task
+        if envs.num_envs < cfg.num_minibatches:
+            raise ValueError(
+                f"{envs.num_envs} episodes do not fill num_minibatches={cfg.num_minibatches}; "
+                "raise num_envs or lower num_minibatches"
+            )
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(fastest if cfg.device == "auto" else cfg.device)
+        compute_dtype = resolve_dtype(cfg.dtype, device)
+
+        def build(model: str | Any) -> CausalLMPolicy:
+            options: dict[str, Any] = {
+                "vocab_size": task.vocab_size,
+                "eos_token_id": task.eos_token_id,
+                "min_new_tokens": task.min_new_tokens,
+                "temperature": cfg.temperature,
+                "top_k": cfg.top_k,
+                "compute_dtype": compute_dtype,
+            }
+            if not isinstance(model, str):
+                return CausalLMPolicy(model.float(), **options).to(device)
+            check_vocabulary(model, task.tokenizer)
+            return CausalLMPolicy.from_pretrained(model, **options).to(device)
+
+        self.policy = build(policy)
+        self.policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
+        self.reference = copy.deepcopy(self.policy) if reference is None else build(reference)
+        self.reference.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=True)
+        self.generator = torch.Generator(device).manual_seed(cfg.seed)  # sampling and minibatches
+        self.kl_coef = cfg.kl_coef
+        self.num_updates_done = 0
+        self.history: list[Metrics] = []
+
+    def learn(self, num_updates: int, callback: Callable[[Metrics], None] | None = None) -> PPO:
+        """Run ``num_updates`` further updates; ``callback(metrics)`` follows each, and may raise to stop.
+
+        Raises:
+            FloatingPointError: an update produced a NaN; go back to the last checkpoint.
+        """
+        cfg = self.config
+        if cfg.anneal_lr and self.num_updates_done + num_updates > (cfg.total_updates or 0):
+            raise ValueError(
+                f"{self.num_updates_done} updates are done and {num_updates} more exceed total_updates="
+                f"{cfg.total_updates}, where the learning rate is 0; raise total_updates"
+            )
+        for _ in range(num_updates):
+            started = time.perf_counter()
+            learning_rate = self._schedule()
+
+            # 1 Sample: one episode a row, scored by the reward model, credited by the wrapper.
+            rollout, metrics = collect(
+                self.envs,
+                self.policy,
+                self.reference,
+                self.generator,
+                seed=environment_seed(cfg.seed) if self.num_updates_done == 0 else None,
+                rows_per_forward=math.ceil(self.envs.num_envs / cfg.num_minibatches),
+            )
+            mask = rollout.response_mask
+
+            # 2 Rewards: credit minus the KL penalty, token by token.  (N, H)
+            rewards = rollout.token_rewards - self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
+
+            # 3 Advantages. Whitening rewards would break sum == score, so only advantages are whitened.
+            advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.gae_lambda)
+            metrics["explained_variance"] = explained_variance(rollout.values, returns, mask).item()
+
+            # 4 Epochs of minibatches.
+            metrics |= self._optimise(rollout, whiten(advantages, mask), returns)
+
+            # 5 Log, then adapt the coefficient that the next update uses.
+            self.num_updates_done += 1
+            seconds = time.perf_counter() - started
+            metrics |= {
+                "update": self.num_updates_done,
+                "kl_coef": self.kl_coef,
+                "learning_rate": learning_rate,
+                "seconds": seconds,
+                "tokens_per_second": metrics["response_tokens"] / seconds,
+            }
+            if cfg.kl_target is not None:
+                self.kl_coef = adapt_kl_coef(
+                    self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.envs.num_envs
+                )
+            self.history.append(metrics)
+            if callback is not None:
+                callback(metrics)
+        return self
+
+    def _schedule(self) -> float:
+        """Set this update's learning rate; it depends on the updates done alone, so that a resumed run has the same."""
+        cfg = self.config
+        left = 1 - self.num_updates_done / cfg.total_updates if cfg.anneal_lr and cfg.total_updates else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * left
+        return cfg.learning_rate * left
+
+    def _optimise(self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Metrics:
+        """``update_epochs`` passes over the rollout in ``num_minibatches`` random parts of its episodes."""
+        cfg, records = self.config, []
+        for rows in self._minibatches(len(rollout.scores)):
+            mask = rollout.response_mask[rows]
+            new = self.policy.evaluate(
+                rollout.input_ids[rows],
+                rollout.attention_mask[rows],
+                rollout.prompt_slots,
+                None if rollout.support is None else rollout.support[rows],
+            )
+            policy = clipped_policy_loss(new.logprobs, rollout.logprobs[rows], advantages[rows], mask, cfg.clip_coef)
+            value_loss = clipped_value_loss(new.values, rollout.values[rows], returns[rows], mask, cfg.clip_coef_value)
+            entropy = entropy_bonus(new.entropy, mask)
+            loss = policy.loss + cfg.vf_coef * value_loss - cfg.ent_coef * entropy
+
+            self.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)
+            losses = (loss, policy.loss, value_loss, entropy, policy.approx_kl, policy.clip_fraction, grad_norm)
+            records.append(torch.stack([number.detach() for number in losses]))
+            if cfg.target_kl is not None and policy.approx_kl > cfg.target_kl:
+                break  # before the step: it would go further in the direction that is already too far
+            self.optimizer.step()
+        names = ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+        metrics = dict(zip(names, torch.stack(records).mean(0).tolist(), strict=True))  # one transfer an update
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(
+                f"update {self.num_updates_done + 1} gave {metrics}; load the last checkpoint and lower learning_rate "
+                f"(now {cfg.learning_rate}), or set dtype='float32'"
+            )
+        return metrics | {"minibatches": len(records)}
+
+    def _minibatches(self, num_episodes: int) -> Any:
+        for _ in range(self.config.update_epochs):
+            order = torch.randperm(num_episodes, generator=self.generator, device=self.generator.device)
+            yield from order.chunk(self.config.num_minibatches)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from.
+
+        The directory appears whole or not at all: an interrupted save leaves the previous checkpoint.
+
+            config.json, model.safetensors, tokenizer files     the policy
+            value_head.safetensors, ppo_config.json
+            state/trainer.safetensors                           optimizer, random numbers, kl_coef, updates done
+            state/envs.json, state/history.json                 the environments' random numbers; metrics
+            state/reference/                                    the frozen reference
+
+        Raises:
+            CheckpointError: the directory holds something else, or cannot be written.
+        """
+        path, envs = Path(directory), check_envs(self.envs)
+        if path.exists() and not (path / "ppo_config.json").exists() and (path.is_file() or any(path.iterdir())):
+            raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
+        record = {"format": FORMAT, "config": asdict(self.config)}
+        trainer = {
+            "num_updates_done": self.num_updates_done,
+            "kl_coef": self.kl_coef,
+            "device": self.generator.device.type,
+            "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            with atomic_directory(path) as new:
+                self.policy.save_pretrained(new)
+                envs.tokenizer.save_pretrained(new)
+                write_text(new / "ppo_config.json", json.dumps(record, indent=2) + "\n")
+                save_state(new / "state" / "trainer.safetensors", trainer)
+                write_text(new / "state" / "envs.json", json.dumps(envs.get_rng_state()))
+                write_text(new / "state" / "history.json", json.dumps(self.history))
+                self.reference.save_pretrained(new / "state" / "reference")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint {path} ({error}); save to a writable directory"
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | Path, envs: VectorEnv, **overrides: Any) -> PPO:
+        """Go on from `save`: on the same machine in float32, ``learn(n)`` continues bit for bit.
+
+        Args:
+            directory: What `save` wrote.
+            envs: The same environments: same arguments, same num_envs.
+            **overrides: Fields of `PPOConfig` to change, such as ``device="cpu"`` (not those that are saved state).
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or of another program, or ``envs`` has other rows.
+        """
+        if fixed := sorted({"seed", "kl_coef", "adam_eps"} & overrides.keys()):
+            raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
+        path = recover_directory(directory)
+        record = read_json(path / "ppo_config.json")
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise CheckpointError(f"{path / 'ppo_config.json'} is not of format {FORMAT}: another program wrote it")
+        try:
+            config = PPOConfig(**record["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / 'ppo_config.json'} does not fit this version ({error}); edit it") from error
+        if not (path / VALUE_HEAD_FILE).exists():
+            raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
+        agent = cls(str(path), envs, replace(config, **overrides), reference=str(path / "state" / "reference"))
+        trainer = load_state(path / "state" / "trainer.safetensors")
+        rng_state = read_json(path / "state" / "envs.json")
+        try:
+            agent.num_updates_done, agent.kl_coef = trainer["num_updates_done"], trainer["kl_coef"]
+            if trainer["device"] == agent.generator.device.type:
+                agent.generator.set_state(trainer["generator"])
+            else:
+                agent.generator.manual_seed(config.seed + agent.num_updates_done)
+                logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
+            agent.optimizer.load_state_dict(trainer["optimizer"])
+            check_envs(envs).set_rng_state(rng_state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path / 'state'} does not fit ({error}); pass environments like those it was saved with, "
+                f"or start a new run from the weights: PPO(policy={str(path)!r}, ...)"
+            ) from error
+        agent.history = read_json(path / "state" / "history.json")
+        return agent
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, num_episodes: int) -> float:
+    """``kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * num_episodes / kl_horizon)``.
+
+    Source: Ziegler et al. 2019, section 2.2, as TRL's AdaptiveKLController has it.
+
+    >>> round(adapt_kl_coef(0.2, kl=12.0, kl_target=6.0, kl_horizon=100, num_episodes=50), 6)
+    0.22
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_episodes / kl_horizon)
+
+
+def environment_seed(seed: int) -> int:
+    """A seed for ``envs.reset``. Row i is seeded with it plus i, so runs 1 and 2 must not start from 1 and 2.
+
+    >>> environment_seed(1) == environment_seed(1), abs(environment_seed(1) - environment_seed(2)) > 10_000
+    (True, True)
+    """
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])

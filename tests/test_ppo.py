@@ -1,0 +1,355 @@
+import dataclasses
+import json
+import math
+
+import gymnasium as gym
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tokenmdp.agents import ppo
+from tokenmdp.agents.ppo import PPO, PPOConfig, adapt_kl_coef
+from tokenmdp.checkpoints import CheckpointError, load_state, save_state
+from tokenmdp.reward_models import RewardModel
+from tokenmdp.testing import ToyMDP, total_variation
+from tokenmdp.types import RewardOutput
+from tokenmdp.wrappers import vector
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+UNTIMED = ("seconds", "tokens_per_second")
+
+
+def make_envs(num_envs=8, wrapper=vector.UniformReward, **options):
+    return wrapper(gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=num_envs, autoreset_mode="Disabled", **options))
+
+
+def make_lm(vocab_size=32, eos=30):
+    torch.manual_seed(0)
+    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, bos_token_id=eos, eos_token_id=eos, **shape))
+
+
+def make_agent(envs=None, **options):
+    settings = {"dtype": "float32", "device": "cpu", "learning_rate": 1e-3, "update_epochs": 2, "num_minibatches": 2}
+    return PPO(make_lm(), envs or make_envs(), PPOConfig(**(settings | options)))
+
+
+def timeless(history):
+    return [{key: value for key, value in metrics.items() if key not in UNTIMED} for metrics in history]
+
+
+def weights(agent):
+    return {**agent.policy.state_dict(), **{f"reference.{k}": v for k, v in agent.reference.state_dict().items()}}
+
+
+class TableReward(RewardModel):
+    """The scores of a `ToyMDP`, by response."""
+
+    def __init__(self, mdp):
+        super().__init__(None)
+        self.mdp = mdp
+
+    def check_tokenizer(self, tokenizer):
+        assert len(tokenizer) == self.mdp.vocab_size
+
+    def evaluate(self, episodes, attention):
+        responses = episodes.input_ids[:, episodes.prompt_slots :]
+        rows = [tuple(row[mask].tolist()) for row, mask in zip(responses, episodes.response_mask, strict=True)]
+        return RewardOutput(torch.tensor([self.mdp.score_of(row) for row in rows]))
+
+
+@pytest.mark.slow
+def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
+    """RECIPES E4: pi*(y) = ref(y) exp(score(y) / kl_coef) / Z, on 15 enumerable texts."""
+    mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=2, seed=0)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    envs = gym.make_vec(
+        "tokenmdp:TextGen-v0", num_envs=256, autoreset_mode="Disabled", tokenizer=tokenizer,
+        reward_model=TableReward(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
+    )  # fmt: skip
+    config = PPOConfig(
+        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=150,
+        clip_coef_value=None, vf_coef=0.5, num_minibatches=2,
+    )  # fmt: skip
+    agent = PPO(make_lm(vocab_size=3, eos=2), vector.SparseReward(envs), config)
+    episode = mdp.episodes(prompt=[0], prompt_slots=2)
+
+    def seq_logprobs(policy):
+        with torch.no_grad():
+            logprobs = policy.evaluate(episode.input_ids, episode.attention_mask, episode.prompt_slots).logprobs
+        return (logprobs * mdp.mask).sum(-1).double()
+
+    reference = seq_logprobs(agent.reference)
+    optimum, best = mdp.optimum(reference, config.kl_coef)
+    assert math.isclose(reference.exp().sum(), 1, abs_tol=1e-5)
+    assert total_variation(seq_logprobs(agent.policy), optimum) > 0.3
+    agent.learn(150)
+    policy = seq_logprobs(agent.policy)
+    assert total_variation(policy, optimum) < 0.05
+    assert best - mdp.objective(policy, reference, config.kl_coef) < 0.02
+    assert torch.equal(seq_logprobs(agent.reference), reference)
+    assert agent.history[-1]["explained_variance"] > 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"anneal_lr": True, "total_updates": 5, "kl_target": 0.5, "kl_horizon": 20, "top_k": 7, "temperature": 0.8},
+    ],
+    ids=["defaults", "schedules and top-k"],
+)
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, options):
+    unbroken = make_agent(**options).learn(5)
+    first = make_agent(**options).learn(2)
+    first.save(tmp_path / "run")
+    resumed = PPO.load(tmp_path / "run", make_envs())
+    assert resumed.num_updates_done == 2
+    resumed.learn(3)
+    assert resumed.config == unbroken.config
+    assert timeless(resumed.history) == timeless(unbroken.history)
+    assert resumed.kl_coef == unbroken.kl_coef
+    expected = weights(unbroken)
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert timeless(first.history) == timeless(unbroken.history[:2])  # saving disturbed nothing
+    assert timeless(first.learn(3).history) == timeless(unbroken.history)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_gives_another():
+    runs = [timeless(make_agent(seed=seed).learn(2).history) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1]
+    assert runs[0][0]["score_mean"] != runs[2][0]["score_mean"]
+
+
+@pytest.mark.parametrize("wrapper", [vector.SparseReward, vector.UniformReward, vector.AttentionCreditReward])
+def test_learning_raises_the_score_and_every_metric_is_finite(wrapper):
+    agent = make_agent(make_envs(32, wrapper), kl_coef=0.02, learning_rate=2e-3, update_epochs=4)
+    seen = []
+    agent.learn(12, seen.append)
+    assert seen == agent.history
+    assert [metrics["update"] for metrics in seen] == list(range(1, 13))
+    assert all(math.isfinite(value) for metrics in seen for value in metrics.values())
+    assert seen[-1]["score_mean"] > seen[0]["score_mean"] + 2
+    assert seen[-1]["kl"] > 0.1
+    assert abs(seen[0]["kl"]) < 1e-4  # the policy starts as its reference
+
+
+def test_the_kl_penalty_holds_the_policy_back():
+    kls = [make_agent(make_envs(32), kl_coef=coef, update_epochs=4).learn(8).history[-1]["kl"] for coef in (0.0, 5.0)]
+    assert kls[0] > 4 * abs(kls[1])
+
+
+def test_only_the_first_update_seeds_the_environment(monkeypatch):
+    seeds, collect = [], ppo.collect
+
+    def spy(*parts, seed, **options):
+        seeds.append(seed)
+        return collect(*parts, seed=seed, **options)
+
+    monkeypatch.setattr(ppo, "collect", spy)
+    make_agent(seed=4).learn(2).learn(1)
+    assert seeds == [ppo.environment_seed(4), None, None]
+
+
+def test_the_entropy_bonus_keeps_the_policy_broad():
+    narrow, broad = (
+        make_agent(make_envs(32), ent_coef=coef, kl_coef=0.0, update_epochs=4).learn(10).history[-1]["entropy"]
+        for coef in (0.0, 1.0)
+    )
+    assert broad > narrow + 0.2
+
+
+def test_minimum_length_and_top_k_leave_everything_finite():
+    agent = make_agent(make_envs(16, min_new_tokens=3), top_k=4, learning_rate=5e-3, update_epochs=6).learn(6)
+    assert all(math.isfinite(value) for metrics in agent.history for value in metrics.values())
+    assert all(metrics["response_length"] >= 4 for metrics in agent.history)
+    assert agent.history[-1]["kl"] > 0
+
+
+def test_target_kl_ends_the_epochs_before_the_step_that_goes_too_far():
+    free = make_agent(learning_rate=1e-2, update_epochs=5).learn(1).history[0]
+    held = make_agent(learning_rate=1e-2, update_epochs=5, target_kl=0.01).learn(1).history[0]
+    assert free["minibatches"] == 10
+    assert 2 <= held["minibatches"] < 10
+    assert held["approx_kl"] < free["approx_kl"]
+
+
+def test_the_coefficient_follows_the_target():
+    assert adapt_kl_coef(0.2, kl=60.0, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.204)
+    assert adapt_kl_coef(0.2, kl=-1.0, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.196)
+    assert adapt_kl_coef(0.2, kl=6.6, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.202)
+    agent = make_agent(kl_target=5.0, kl_horizon=8).learn(2)
+    assert [metrics["kl_coef"] for metrics in agent.history] == pytest.approx([0.1, 0.08])
+
+
+def test_the_learning_rate_falls_linearly_and_the_run_ends_where_it_is_0():
+    agent = make_agent(anneal_lr=True, total_updates=4).learn(4)
+    rates = [metrics["learning_rate"] for metrics in agent.history]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    with pytest.raises(ValueError, match="exceed total_updates=4"):
+        agent.learn(1)
+
+
+def test_a_callback_may_interrupt_and_the_run_goes_on_as_if_it_had_not():
+    def interrupt(metrics):
+        if metrics["update"] == 2:
+            raise KeyboardInterrupt
+
+    agent = make_agent()
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(4, interrupt)
+    assert agent.num_updates_done == len(agent.history) == 2
+    assert timeless(agent.learn(2).history) == timeless(make_agent().learn(4).history)
+
+
+def test_a_nan_stops_the_run_and_names_the_remedy():
+    agent = make_agent()
+    torch.nn.init.constant_(agent.policy.value_head.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"update 1 .*lower learning_rate"):
+        agent.learn(1)
+
+
+def test_bfloat16_learns_too():
+    agent = make_agent(make_envs(32), dtype="bfloat16", update_epochs=4).learn(8)
+    assert agent.policy.lm.dtype == torch.float32
+    assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"]
+    still = make_agent(make_envs(32), dtype="bfloat16", learning_rate=1e-12).learn(1).history[0]
+    assert 0 < still["approx_kl"] < 1e-4  # rounding alone: sampling with the cache against the full forward
+    assert still["clip_fraction"] == 0
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_learns_saves_and_resumes(tmp_path, dtype):
+    agent = make_agent(make_envs(32), device="cuda", dtype=dtype, update_epochs=4, top_k=20).learn(8)
+    assert agent.policy.lm.device.type == "cuda"
+    assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"]
+    agent.save(tmp_path / "run")
+    PPO.load(tmp_path / "run", make_envs(32)).learn(1)
+    PPO.load(tmp_path / "run", make_envs(32), top_k=0).learn(1)
+
+
+def test_a_checkpoint_is_a_directory_that_transformers_reads(tmp_path):
+    agent = make_agent().learn(1)
+    agent.save(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert torch.equal(model.transformer.wte.weight, agent.policy.lm.transformer.wte.weight)
+    assert tokenizer.get_vocab() == agent.envs.unwrapped.tokenizer.get_vocab()
+    assert json.loads((tmp_path / "run/ppo_config.json").read_text())["config"] == dataclasses.asdict(agent.config)
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"value_head.safetensors", "state/trainer.safetensors", "state/envs.json"} <= files
+    assert not [name for name in files if name.endswith((".pt", ".bin", ".pkl"))]
+    other = PPO(str(tmp_path / "run"), make_envs(), dataclasses.replace(agent.config, seed=9))  # a new run from it
+    assert torch.equal(other.policy.value_head.weight, agent.policy.value_head.weight)
+    assert other.num_updates_done == 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    make_agent().save(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ppo_config.json",
+        "model.safetensors",
+        "value_head.safetensors",
+        "config.json",
+        "state/trainer.safetensors",
+        "state/envs.json",
+        "state/history.json",
+        "state/reference/model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named(checkpoint, name, damage):
+    file = checkpoint / name
+    content = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=str(file.parent)):
+        PPO.load(checkpoint, make_envs())
+
+
+def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*nowhere/ppo_config.json"):
+        PPO.load(tmp_path / "nowhere", make_envs())
+    config = checkpoint / "ppo_config.json"
+    config.write_text('{"format": "other"}')
+    with pytest.raises(CheckpointError, match="another program wrote it"):
+        PPO.load(checkpoint, make_envs())
+    config.write_text(json.dumps({"format": ppo.FORMAT, "config": {"learning_speed": 1}}))
+    with pytest.raises(CheckpointError, match="learning_speed"):
+        PPO.load(checkpoint, make_envs())
+
+
+def test_a_checkpoint_of_another_device_goes_on_and_says_what_differs(checkpoint, caplog):
+    file = checkpoint / "state" / "trainer.safetensors"
+    save_state(file, load_state(file) | {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)})
+    agent = PPO.load(checkpoint, make_envs(), learning_rate=5e-4).learn(1)
+    assert "saved on cuda" in caplog.text
+    assert agent.history[-1]["learning_rate"] == 5e-4
+    with pytest.raises(ValueError, match="kl_coef, seed cannot change"):
+        PPO.load(checkpoint, make_envs(), seed=3, kl_coef=0.3)
+
+
+def test_environments_of_another_shape_are_refused(checkpoint):
+    with pytest.raises(CheckpointError, match="8 random-number states for 4 rows"):
+        PPO.load(checkpoint, make_envs(4))
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(checkpoint, monkeypatch):
+    agent = PPO.load(checkpoint, make_envs()).learn(1)
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "save_state", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            agent.save(checkpoint)
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    agent.save(checkpoint)
+    assert PPO.load(checkpoint, make_envs()).num_updates_done == 1
+
+
+def test_saving_never_replaces_other_files_and_says_when_it_cannot_write(tmp_path):
+    agent = make_agent()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds other files"):
+        agent.save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        agent.save(tmp_path / "thesis.txt" / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"gamma": 1.5}, "gamma is 1.5"),
+        ({"target_kl": -1.0}, "target_kl is -1.0"),
+        ({"anneal_lr": True}, "total_updates"),
+    ],
+)
+def test_bad_numbers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**options)
+
+
+def test_misfits_of_policy_and_environment_are_named():
+    with pytest.raises(ValueError, match="8 episodes do not fill num_minibatches=9"):
+        make_agent(num_minibatches=9)
+    with pytest.raises(ValueError, match="10 logits and the environment 32 tokens"):
+        PPO(make_lm(vocab_size=10, eos=1), make_envs(), PPOConfig(device="cpu"))
+    with pytest.raises(ValueError, match="up to 44 slots and the policy has 32 positions"):
+        make_agent(make_envs(max_new_tokens=40))

@@ -1,0 +1,1 @@
+"""What the ``tokenmdp`` command does, one module a job; `tokenmdp.cli` parses the arguments and reports errors."""

@@ -1,0 +1,117 @@
+"""Progress of a training run on a terminal or in a log file, and Ctrl-C between two updates."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_SECONDS = 10.0  # at most one line in this time where the output is a file
+
+
+def make_console() -> Console:
+    """A console for standard output with at least 256 colours where it is a terminal.
+
+    A bare ``TERM=xterm``, usual in containers, counts as 16 colours, which would leave no shades in a heat map;
+    terminals that call themselves so have shown 256 for twenty years.
+    """
+    console = Console()
+    return Console(color_system="256") if console.color_system == "standard" else console
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The numbers worth watching.
+
+    >>> summary({"score_mean": 1.0, "kl": 0.5, "entropy": 2.25, "tokens_per_second": 812.4})
+    'score +1.00  KL 0.50  entropy 2.25  812 tokens/s'
+    """
+    return (
+        f"score {metrics['score_mean']:+.2f}  KL {metrics['kl']:.2f}  entropy {metrics['entropy']:.2f}  "
+        f"{metrics['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> clock(75.4)
+    '1:15'
+    """
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class TrainingDisplay:
+    """A live bar on a terminal, a line now and then in a file."""
+
+    def __init__(self, console: Console, done: int, updates: int) -> None:
+        self.console, self.done, self.updates = console, done, updates
+        self.progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.bar = self.progress.add_task("", total=updates, completed=done, numbers="first update ...")
+
+    def __enter__(self) -> TrainingDisplay:
+        self.started = time.monotonic()
+        self.logged = -LOG_SECONDS
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, metrics: Mapping[str, Any]) -> None:
+        """After an update."""
+        update = int(metrics["update"])
+        self.progress.update(self.bar, completed=update, numbers=summary(metrics))
+        elapsed = time.monotonic() - self.started
+        if not self.console.is_terminal and (elapsed - self.logged >= LOG_SECONDS or update == self.updates):
+            self.logged = elapsed
+            left = elapsed / (update - self.done) * (self.updates - update)
+            self.console.print(
+                f"update {update}/{self.updates}  {summary(metrics)}  {clock(elapsed)} ETA {clock(left)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+class Interruption:
+    """Turns the first Ctrl-C (or a termination request) into a wish to stop after the update under way.
+
+    Stopping in the middle of an update would leave weights and optimizer half changed. A second Ctrl-C does stop at
+    once; the last checkpoint is then where the run goes on.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.asked = False
+
+    def __enter__(self) -> Interruption:
+        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("finishing this update, then saving (Ctrl-C again leaves at once)")

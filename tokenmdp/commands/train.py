@@ -1,0 +1,228 @@
+"""``tokenmdp train``: one resumable PPO run, and the report of what it changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.checkpoints import CheckpointError, write_text
+from tokenmdp.commands import allocator
+from tokenmdp.commands.display import Interruption, TrainingDisplay, make_console
+from tokenmdp.commands.evaluation import (
+    Evaluation,
+    comparison,
+    comparison_table,
+    evaluate,
+    load_evaluation,
+    save_evaluation,
+)
+from tokenmdp.commands.run_directory import RunDirectory
+from tokenmdp.commands.settings import (
+    PRESETS,
+    TOY_POLICY,
+    PromptSplit,
+    RunSettings,
+    make_envs,
+    settings_from,
+    settings_record,
+    split_prompts,
+    toy_policy,
+)
+from tokenmdp.rendering import SEPARATOR
+from tokenmdp.report import curves, heatmap
+
+if TYPE_CHECKING:
+    from tokenmdp.cli import Train
+
+SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
+SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
+
+
+class Stop(Exception):
+    """Ends training between two updates."""
+
+
+def train(arguments: Train) -> int:
+    """Train, or go on, then report; the exit status."""
+    logging.disable_progress_bar()  # transformers draws one for every checkpoint
+    console = make_console()
+    settings, preset = settings_from(arguments), PRESETS[arguments.preset]
+    updates = preset.updates if arguments.updates is None else arguments.updates
+    if updates < 1:
+        raise ValueError(f"--updates is {updates}; it must be at least 1")
+    ppo_config(settings, updates)  # raises for a wrong field before a directory is made
+    run = RunDirectory(arguments.out or Path("runs") / f"{arguments.preset}-{settings.credit}-seed{settings.seed}")
+    has_checkpoint = run.check(settings_record(settings), resume=arguments.resume)
+    console.print(f"run directory: {run.path}", highlight=False)
+    console.print(
+        f"{allocator.describe(os.environ)}; {torch.get_num_threads()} threads",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+    split = split_prompts(settings)
+    envs = make_envs(settings, settings.num_envs, split.training)
+    if has_checkpoint:
+        agent = load_agent(run, settings, envs, updates)
+        console.print(f"going on after update {agent.num_updates_done} of {updates}")
+    else:
+        policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
+        agent = PPO(policy, envs, ppo_config(settings, updates))
+        if settings.policy == TOY_POLICY:
+            console.print("the toy policy starts untrained: random weights, random words")
+    run.claim(settings_record(settings))  # only now: a command that fails above leaves no half-made run behind
+    console.print(f"{describe(agent)}; {split.note}", highlight=False, soft_wrap=True)
+
+    before = evaluate_before(run, agent, settings, split, console)
+    if learn(run, agent, updates, preset.checkpoint_every, console):
+        raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+    report(run, agent, settings, split, before, console)
+    return 0
+
+
+def ppo_config(settings: RunSettings, updates: int) -> PPOConfig:
+    """The agent's configuration; a learning-rate schedule ends with the run.
+
+    Raises:
+        ValueError: ``settings.ppo`` names a field that does not exist or that the command sets itself.
+    """
+    known = {item.name for item in fields(PPOConfig)} - {"seed", "device", "total_updates"}
+    unknown = sorted(settings.ppo.keys() - known)
+    if unknown:
+        raise ValueError(f"--ppo has no field {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    try:
+        return PPOConfig(**settings.ppo, seed=settings.seed, device=settings.device, total_updates=updates)
+    except TypeError as error:  # a string where a number is compared
+        raise ValueError(f"--ppo {settings.ppo} holds a value of the wrong type ({error})") from error
+
+
+def load_agent(run: RunDirectory, settings: RunSettings, envs: Any, updates: int) -> PPO:
+    """The agent of the run's checkpoint."""
+    try:
+        return PPO.load(run.checkpoint, envs, device=settings.device, total_updates=updates)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the run in {run.path} cannot be continued: {error}. To start afresh choose another --out, "
+            f"or delete {run.path}"
+        ) from error
+
+
+def describe(agent: PPO) -> str:
+    """Model, episodes and precision in a few words."""
+    parameters = sum(weight.numel() for weight in agent.policy.lm.parameters())
+    task = agent.envs.unwrapped.task  # type: ignore[attr-defined]
+    precision = str(agent.policy.compute_dtype).removeprefix("torch.")
+    return (
+        f"policy of {parameters / 1e6:.2f}M parameters in {precision} on {agent.policy.lm.device}; "
+        f"{agent.envs.num_envs} episodes of up to {task.max_new_tokens} tokens an update"
+    )
+
+
+def evaluate_before(
+    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, console: Console
+) -> Evaluation:
+    """The evaluation of the policy as it started; made once a run, from the frozen reference."""
+    if run.before.exists():
+        return load_evaluation(run.before)
+    with console.status("evaluating the policy before training"):
+        before = evaluate(agent.reference, agent.reference, settings, split.held_out, samples=settings.eval_samples)
+    save_evaluation(run.before, before)
+    return before
+
+
+def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, console: Console) -> bool:
+    """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    done = agent.num_updates_done
+    run.keep_metrics_up_to(done)
+    if done >= updates:
+        console.print(f"all {updates} updates are done; raise --updates to train further")
+        return False
+    writer = SummaryWriter(run.tensorboard, purge_step=done + 1)
+    saved = done
+
+    def after_update(metrics: dict[str, Any]) -> None:
+        nonlocal saved
+        run.append_metrics(metrics)
+        for key, value in metrics.items():
+            if key != "update":
+                writer.add_scalar(key, value, metrics["update"])
+        display.show(metrics)
+        if agent.num_updates_done % checkpoint_every == 0:
+            agent.save(run.checkpoint)
+            saved = agent.num_updates_done
+        if interruption.asked:
+            raise Stop
+
+    try:
+        with Interruption(console) as interruption, TrainingDisplay(console, done, updates) as display:
+            # Not KeyboardInterrupt: that one comes in the middle of an update, whose state must not be saved.
+            with contextlib.suppress(Stop):
+                agent.learn(updates - done, callback=after_update)
+            if saved != agent.num_updates_done:
+                agent.save(run.checkpoint)
+            return interruption.asked and agent.num_updates_done < updates
+    finally:
+        writer.close()
+
+
+def report(
+    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, before: Evaluation, console: Console
+) -> None:
+    """Evaluate after training; print the table and samples; write curve, page and summary."""
+    with console.status("evaluating the policy after training"):
+        after = evaluate(agent.policy, agent.reference, settings, split.held_out, samples=settings.eval_samples)
+    save_evaluation(run.path / "after.json", after)
+    rows = comparison(before, after)
+    summary = {
+        "updates": agent.num_updates_done,
+        "samples": len(after.scores),
+        **{name: {key: interval._asdict() for key, interval in row.items()} for name, row in rows.items()},
+    }
+    write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+    records = curves.read_metrics(run.metrics)
+    curve = curves.plot_learning_curves(
+        {settings.credit: [records]},
+        run.report / "learning_curve.png",
+        metric=("score_mean", "kl", "entropy"),
+        window=1 + int(SMOOTHING * len(records)),
+        title=f"{settings.env}, {settings.credit} credit, seed {settings.seed}",
+    )
+    page = heatmap.html(
+        {"Before training": before.samples, "After training": after.samples},
+        run.report / "samples.html",
+        title=f"Token credit: {settings.credit}",
+        note=f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}",
+    )
+    print_samples(console, before, after)
+    console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
+    for name, path in (
+        ("learning curve", curve),
+        ("samples with credit", page),
+        ("metrics", run.metrics),
+        ("policy", run.checkpoint),
+    ):
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def print_samples(console: Console, before: Evaluation, after: Evaluation) -> None:
+    """The first samples before and after, one scale of colour for all."""
+    pairs = list(zip(before.samples, after.samples, strict=True))[:SHOWN_SAMPLES]
+    scale = heatmap.credit_scale([sample.credits for pair in pairs for sample in pair])
+    for pair in pairs:
+        console.print()
+        for label, sample in zip(("before", "after "), pair, strict=True):
+            line = heatmap.terminal(sample.tokens, sample.credits, prompt=sample.prompt + SEPARATOR, scale=scale)
+            console.print(f"{label} {sample.score:+6.2f} ", line, sep="", highlight=False, soft_wrap=True)
+    console.print()

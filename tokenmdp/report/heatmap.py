@@ -1,0 +1,153 @@
+"""Tokens tinted by their credit, for the terminal and as a self-contained HTML page.
+
+One scale for both: ``intensity = credit / scale`` in [-1, 1]; orange rewards, blue penalises. The pair keeps
+apart under the common colour-vision deficiencies, and every view carries the numbers as well (hover or a table).
+"""
+
+from __future__ import annotations
+
+import html as markup
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from tokenmdp.report.page import SCRIPT, STYLE
+from tokenmdp.report.samples import Sample
+
+# Equal lightness: only the hue and its strength change with credit, so the order reads the same on a dark and on a
+# light terminal, whose background we cannot know.
+_NEUTRAL, _REWARDED, _PENALISED = (168, 168, 168), (255, 153, 51), (92, 173, 255)
+_INK = "#101010"
+
+
+def credit_scale(rows: Sequence[Sequence[float]]) -> float:
+    """The largest ``|credit|`` of all rows, or 1 where every credit is zero.
+
+    >>> credit_scale([[0.5, -2.0], [1.0]]), credit_scale([[0.0]])
+    (2.0, 1.0)
+    """
+    return max((abs(credit) for row in rows for credit in row), default=0.0) or 1.0
+
+
+def tint(intensity: float) -> str:
+    """The terminal colour of ``intensity`` in [-1, 1] (clipped) as ``#rrggbb``.
+
+    >>> tint(0.0), tint(1.0), tint(-1.0)
+    ('#a8a8a8', '#ff9933', '#5cadff')
+    """
+    share = min(abs(intensity), 1.0)
+    end = _REWARDED if intensity > 0 else _PENALISED
+    return "#" + "".join(f"{round(low + share * (high - low)):02x}" for low, high in zip(_NEUTRAL, end, strict=True))
+
+
+def printable(piece: str) -> str:
+    r"""``piece`` on one line: line breaks and control characters become visible marks, an empty piece a dot.
+
+    >>> printable(" good"), printable("\n\n"), printable(""), printable("\x1b[2J")
+    (' good', '↵↵', '·', '�[2J')
+    """
+    text = piece.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
+    # A control character would let a sampled text move the reader's cursor or clear the screen.
+    return "".join(mark if mark.isprintable() else "�" for mark in text) or "·"
+
+
+def _check(tokens: Sequence[str], credits: Sequence[float]) -> None:
+    if len(tokens) != len(credits):
+        raise ValueError(f"{len(tokens)} tokens and {len(credits)} credits: a heat map needs one credit a token")
+
+
+def terminal(tokens: Sequence[str], credits: Sequence[float], *, prompt: str = "", scale: float | None = None) -> Text:
+    """Tokens on a background tinted by credit, after an untinted prompt.
+
+    Args:
+        tokens: text pieces in order, as `token_pieces` gives them.
+        credits: one number a token, in the units of the score.
+        prompt: text shown before them.
+        scale: the credit that gets the full colour; default the largest ``|credit|``. Pass `credit_scale` of all
+            rows to compare several lines.
+
+    >>> terminal([" good", " film"], [1.0, -0.5], prompt="a").plain
+    'a good film'
+    """
+    _check(tokens, credits)
+    scale = credit_scale([credits]) if scale is None else scale
+    text = Text(printable(prompt) if prompt else "")
+    for piece, credit in zip(tokens, credits, strict=True):
+        text.append(printable(piece), style=f"{_INK} on {tint(credit / scale)}")
+    return text
+
+
+def terminal_line(tokens: Sequence[str], credits: Sequence[float], *, prompt: str = "") -> str:
+    r"""`terminal` as one string with ANSI colours, without a final line break.
+
+    >>> terminal_line([" good"], [1.0])
+    '\x1b[38;2;16;16;16;48;2;255;153;51m good\x1b[0m'
+    """
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, color_system="truecolor", no_color=False, legacy_windows=False)
+    console.print(terminal(tokens, credits, prompt=prompt), end="", soft_wrap=True, highlight=False)
+    return stream.getvalue()
+
+
+def _token_html(piece: str, credit: float, scale: float) -> str:
+    share = min(abs(credit) / scale, 1.0)
+    side = "up" if credit > 0 else "down"
+    label = f"{credit:+.4f}"
+    return f'<span class="t {side}" style="--a:{share:.3f}" data-r="{label}">{markup.escape(printable(piece))}</span>'
+
+
+def _sample_html(sample: Sample, scale: float) -> str:
+    tokens = "".join(map(_token_html, sample.tokens, sample.credits, [scale] * len(sample.tokens)))
+    # + 0.0: a rounding error below zero would read -0.000
+    facts = [
+        f"score {sample.score:+.3f}",
+        *(f"{key} {round(value, 3) + 0.0:.3f}" for key, value in sample.facts.items()),
+    ]
+    note = markup.escape(" · ".join(facts))
+    return (
+        f'<p class="sample"><span class="prompt">{markup.escape(printable(sample.prompt))}</span>{tokens}'
+        f'<small class="facts">{note}</small></p>'
+    )
+
+
+def html(
+    sections: dict[str, Sequence[Sample]], path: str | Path, *, title: str = "Token credit", note: str = ""
+) -> Path:
+    """Write one page that needs nothing else: every section's samples on one common credit scale.
+
+    Args:
+        sections: heading -> samples; two sections of equal length stand side by side on a wide screen.
+        path: the file to write; its folder is made.
+        title: heading of the page.
+        note: one line below it, such as how the samples were drawn.
+    """
+    from tokenmdp.checkpoints import write_text
+
+    samples = [sample for section in sections.values() for sample in section]
+    for sample in samples:
+        _check(sample.tokens, sample.credits)
+    scale = credit_scale([sample.credits for sample in samples])
+    columns = "".join(
+        f'<section style="--rows:{len(rows) + 1}"><h2>{markup.escape(heading)}</h2>'
+        + "".join(_sample_html(sample, scale) for sample in rows)
+        + "</section>"
+        for heading, rows in sections.items()
+    )
+    legend = (
+        f'<p class="legend"><span class="num">&minus;{scale:.3g}</span><span class="bar"></span>'
+        f'<span class="num">+{scale:.3g}</span> credit of a token: <b class="key up">rewarded</b> or '
+        '<b class="key down">penalised</b> · point at a token for its number</p>'
+    )
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{markup.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<header><h1>{markup.escape(title)}</h1><button id="theme" type="button">dark / light</button></header>'
+        f'<p class="note">{markup.escape(note)}</p>{legend}<main>{columns}</main>'
+        f"<script>{SCRIPT}</script></body></html>"
+    )
+    write_text(path, page)
+    return Path(path)

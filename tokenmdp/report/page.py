@@ -1,0 +1,43 @@
+"""Style sheet and script of the HTML heat map, kept apart from the code that fills it."""
+
+STYLE = """
+:root { color-scheme: light; --page: #fdfdfc; --ink: #1c1c1e; --faint: #66666b; --line: #dedee2;
+        --up: 244 145 52; --down: 90 165 235; }
+@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { color-scheme: dark; --page: #17181b;
+        --ink: #ececee; --faint: #a0a0a8; --line: #34363c; --up: 184 92 10; --down: 28 100 180; } }
+:root[data-theme=dark] { color-scheme: dark; --page: #17181b; --ink: #ececee; --faint: #a0a0a8; --line: #34363c;
+        --up: 184 92 10; --down: 28 100 180; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
+       font: 16px/1.75 system-ui, sans-serif; }
+header { display: flex; justify-content: space-between; align-items: center; gap: 1rem; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+button { font: inherit; font-size: .85rem; padding: .1rem .7rem; color: inherit; background: none; cursor: pointer;
+         border: 1px solid var(--line); border-radius: .4rem; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
+section { display: grid; grid-template-rows: subgrid; grid-row: span var(--rows); margin-bottom: 1.5rem; }
+.note, .facts, .legend { color: var(--faint); font-size: .85rem; }
+.note { margin: .25rem 0; }
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem; margin: .25rem 0 1.5rem; }
+.bar { width: 9rem; height: .8rem; border-radius: .2rem;
+       background: linear-gradient(90deg, rgb(var(--down)), transparent, rgb(var(--up))); }
+.num { font-variant-numeric: tabular-nums; }
+.key { --a: 1; color: var(--ink); font-weight: 500; padding: 0 .3rem; border-radius: .2rem; }
+.sample { margin: 0; padding: .6rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.prompt { color: var(--faint); }
+.facts { display: block; font-variant-numeric: tabular-nums; }
+.t { position: relative; white-space: pre-wrap; border-radius: .2rem; padding: .1rem 0; --a: 1; }
+.up { background: rgb(var(--up) / var(--a)); } .down { background: rgb(var(--down) / var(--a)); }
+.t:hover { outline: 1.5px solid var(--ink); }
+.t:hover::after { content: attr(data-r); position: absolute; left: 50%; bottom: 100%; transform: translateX(-50%);
+       z-index: 1; padding: 0 .45rem; border-radius: .3rem; background: var(--ink); color: var(--page);
+       font-size: .8rem; font-variant-numeric: tabular-nums; white-space: nowrap; pointer-events: none; }
+"""
+
+SCRIPT = """
+document.getElementById("theme").onclick = () => {
+  const root = document.documentElement;
+  const dark = getComputedStyle(root).colorScheme === "dark";
+  root.dataset.theme = dark ? "light" : "dark";
+};
+"""
