@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from tokenmdp.report.curves import plot_learning_curves, read_metrics
+
 CREDITS = ("sparse", "uniform", "attention")
 
 
@@ -39,7 +41,11 @@ def train(credit: str, seed: int, updates: int, num_envs: int, max_new_tokens: i
         "TextGen-IMDb-v0", num_envs=num_envs, autoreset_mode="Disabled", max_new_tokens=max_new_tokens,
         score_when="all_done",
     )  # fmt: skip
-    wrapper = {"sparse": vector.SparseReward, "uniform": vector.UniformReward, "attention": vector.AttentionCreditReward}
+    wrapper = {
+        "sparse": vector.SparseReward,
+        "uniform": vector.UniformReward,
+        "attention": vector.AttentionCreditReward,
+    }
     agent = PPO(policy="imdb-tiny", envs=wrapper[credit](envs), config=PPOConfig(seed=seed, **options))
     agent.learn(num_updates=updates)
     write_text(file, "".join(json.dumps(row) + "\n" for row in agent.history))
@@ -71,7 +77,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings_file = arguments.out / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
-        raise SystemExit(f"{arguments.out} holds runs of other settings ({settings_file.read_text()}); choose another --out")
+        raise SystemExit(
+            f"{arguments.out} holds runs of other settings ({settings_file.read_text()}); choose another --out"
+        )
     settings_file.write_text(json.dumps(settings))
 
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
@@ -80,7 +88,7 @@ def main() -> None:
             for seed in arguments.seeds
             for credit in CREDITS
         }
-        runs = {key: [json.loads(line) for line in open(future.result())] for key, future in futures.items()}
+        runs = {key: read_metrics(future.result()) for key, future in futures.items()}
 
     curves = {key: np.array([row["score_mean"] for row in rows]) for key, rows in runs.items()}
     area = {credit: [curves[credit, seed].mean() for seed in arguments.seeds] for credit in CREDITS}
@@ -91,8 +99,6 @@ def main() -> None:
         kl = [np.mean([row["kl"] for row in runs[credit, seed][-10:]]) for seed in arguments.seeds]
         ahead = [ours - theirs for ours, theirs in zip(area["attention"], area[credit], strict=True)]
         print(f"| {credit} | {interval(area[credit])} | {interval(end)} | {interval(kl)} | {interval(ahead)} |")
-
-    from tokenmdp.report.curves import plot_learning_curves
 
     grouped = {credit: [runs[credit, seed] for seed in arguments.seeds] for credit in CREDITS}
     plot_learning_curves(grouped, arguments.out / "curves.png")

@@ -36,18 +36,21 @@ class Build:
         self.started = time.monotonic()
 
     def log(self, message: str) -> None:
+        """Print a line with the seconds since the start."""
         print(f"[{time.monotonic() - self.started:6.0f}s] {message}", flush=True)
 
     def run(self) -> None:
+        """Every stage."""
         torch.manual_seed(self.arguments.seed)
         tokenizer, reviews = self.tokenizer()
         policy = self.policy(tokenizer, reviews)
         prompts = self.prompts(tokenizer, policy)
         plain = self.classifier(tokenizer, policy)
         self.aligned_classifier(tokenizer, policy, plain, prompts)
-        self.bundle(tokenizer)
+        self.bundle()
 
     def tokenizer(self):
+        """The tokenizer, and all training reviews encoded with it."""
         held_out = set(corpus.read_split(self.arguments.data, "test")[0])  # a few test reviews stand in other splits
         texts = [text for part in ("train", "unsupervised") for text in corpus.read_split(self.arguments.data, part)[0]]
         texts = sorted(set(texts) - held_out)
@@ -61,6 +64,7 @@ class Build:
         return tokenizer, corpus.encode(tokenizer, texts)
 
     def policy(self, tokenizer, reviews: list[list[int]]) -> GPT2LMHeadModel:
+        """The pretrained language model."""
         folder, arguments = self.work / "policy", self.arguments
         if not folder.exists():
             rows = corpus.language_model_rows(reviews, tokenizer.eos_token_id, 1024, random.Random(arguments.seed))
@@ -81,7 +85,9 @@ class Build:
         if not file.exists():
             self.log("sampling prompts")
             eos, rng = tokenizer.eos_token_id, random.Random(self.arguments.seed)
-            openings = quality.sample_responses(policy, [[eos]] * 8000, 8, self.device, self.arguments.seed, temperature=0.8)
+            openings = quality.sample_responses(
+                policy, [[eos]] * 8000, 8, self.device, self.arguments.seed, temperature=0.8
+            )
             texts = {}
             for opening in openings:
                 text = tokenizer.decode(opening[: rng.randint(2, 8)])
@@ -91,12 +97,14 @@ class Build:
         return corpus.encode(tokenizer, json.loads(file.read_text())["prompts"])
 
     def labelled(self, tokenizer):
+        """Encoded training reviews with their labels, without those that also stand in the test split."""
         texts, labels = corpus.read_split(self.arguments.data, "train")
         held_out = set(corpus.read_split(self.arguments.data, "test")[0])
         pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text not in held_out]
         return corpus.encode(tokenizer, [text for text, _ in pairs]), [label for _, label in pairs]
 
     def classifier(self, tokenizer, policy) -> GPT2ForSequenceClassification:
+        """Phase 1 of the reward model."""
         folder, arguments = self.work / "reward_model_plain", self.arguments
         if not folder.exists():
             self.log("training the reward model, phase 1: sentiment")
@@ -111,6 +119,7 @@ class Build:
         return GPT2ForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
     def aligned_classifier(self, tokenizer, policy, plain, prompts: list[list[int]]) -> None:
+        """Phase 2 of the reward model."""
         folder, arguments = self.work / "reward_model", self.arguments
         if folder.exists():
             return
@@ -132,7 +141,7 @@ class Build:
         self.save(model, tokenizer, folder)
 
     def snippets(self, policy, reviews: list[list[int]], prompts: list[list[int]]) -> list[list[int]]:
-        """Texts of 6 to 40 tokens, a tenth up to 72: half written by the policy, half openings and windows of reviews."""
+        """Texts of 6 to 40 tokens, a tenth up to 72: half written by the policy, half cut out of reviews."""
         rng, count = random.Random(self.arguments.seed + 1), self.arguments.snippets
         chosen = [rng.choice(prompts) for _ in range(count // 2)]
         written = quality.sample_responses(policy, chosen, 64, self.device, self.arguments.seed + 1)
@@ -142,11 +151,13 @@ class Build:
         return [source[:length] for source, length in zip(sources, lengths, strict=True) if len(source) >= 6]
 
     def save(self, model, tokenizer, folder: Path) -> None:
+        """Write model and tokenizer, bf16, as one complete directory."""
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
             tokenizer.save_pretrained(target)
 
-    def bundle(self, tokenizer) -> None:
+    def bundle(self) -> None:
+        """Copy the finished parts to where the package looks for them."""
         for part in ("policy", "reward_model"):
             with atomic_directory(self.arguments.bundle / part) as target:
                 shutil.copytree(self.work / part, target, dirs_exist_ok=True)

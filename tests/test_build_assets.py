@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("datasets")
-pyarrow = pytest.importorskip("pyarrow")
-import pyarrow.parquet  # noqa: E402
-from imdb_recipe import corpus, quality, reward_model  # noqa: E402
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: E402
+pytest.importorskip("pyarrow")
+import pyarrow as pa
+import pyarrow.parquet
+from imdb_recipe import corpus, quality, reward_model
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "build_imdb_assets.py"
 CPU = torch.device("cpu")
@@ -97,22 +99,31 @@ def test_bits_per_byte_equals_a_plain_loop(tmp_path):
 
 def write_reviews(folder: Path) -> None:
     rng = random.Random(0)
-    tone = ("awful boring terrible dull poor".split(), "great wonderful superb lovely brilliant".split())
-    filler = "the movie was a film with plot and actors in this scene that we saw it is of".split()
+    tone = (["awful", "boring", "terrible", "dull", "poor"], ["great", "wonderful", "superb", "lovely", "brilliant"])
+    filler = re.findall(r"\w+", "the movie was a film with plot and actors in this scene that we saw it is of")
     for split, count in (("train", 100), ("test", 30), ("unsupervised", 60)):
         rows = {"text": [], "label": []}
         for index in range(count):
             words = [rng.choice(tone[index % 2] if rng.random() < 0.2 else filler) for _ in range(rng.randint(30, 90))]
             rows["text"].append(" ".join(words) + f".<br /><br />End {split} {index}")
             rows["label"].append(index % 2)
-        pyarrow.parquet.write_table(pyarrow.table(rows), folder / f"{split}-00000-of-00001.parquet")
+        pa.parquet.write_table(pa.table(rows), folder / f"{split}-00000-of-00001.parquet")
 
 
 def test_whole_recipe_on_made_up_reviews(tmp_path):
     write_reviews(tmp_path)
     sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 --align-steps 3"
     bundle = tmp_path / "bundle"
-    command = [sys.executable, str(SCRIPT), "--data", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--data",
+        str(tmp_path),
+        "--work",
+        str(tmp_path / "work"),
+        "--device",
+        "cpu",
+    ]
     command += ["--bundle", str(bundle), *sizes.split(), "--snippets", "140"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout

@@ -16,10 +16,10 @@ BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+")
 
 
 def clean(text: str) -> str:
-    """Turn each run of ``<br />`` into one newline.
+    r"""Turn each run of ``<br />`` into one newline.
 
     >>> clean("Good.<br /><br />Bad.")
-    'Good.\\nBad.'
+    'Good.\nBad.'
     """
     return BREAKS.sub("\n", text).strip()
 

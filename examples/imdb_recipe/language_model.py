@@ -47,7 +47,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
-    """Mean nats per real token: position t predicts token t+1; padding is right of everything, so causality hides it."""
+    """Mean nats per real token: position t predicts token t+1; padding is on the right, so causality hides it."""
     with autocast(batch.device):
         logits = model(input_ids=batch[:, :-1]).logits  # (N, T-1, V); slicing logits afterwards would copy them
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad).float()
@@ -86,7 +86,8 @@ def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batc
             skip = number + 1
             if skip % 50 == 0:
                 speed = (seen - since) / (time.monotonic() - started)
-                log(f"epoch {epoch} {seen / 1e6:6.2f}M tokens  loss {sum(losses) / len(losses):.3f}  {speed:.0f} tokens/s")
+                mean = sum(losses) / len(losses)
+                log(f"epoch {epoch} {seen / 1e6:6.2f}M tokens  loss {mean:.3f}  {speed:.0f} tokens/s")
                 losses = []
             if time.monotonic() - saved_at > 300 or seen >= tokens:
                 state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}

@@ -47,7 +47,7 @@ def prefix_logits(model, batch: torch.Tensor) -> torch.Tensor:
 
 
 def scores_and_row(model, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (N,) and the last layer's log-attention of the last real token, mean over heads, (N, T); differentiable."""
+    """Scores (N,) and the last layer's row of the last real token, mean over heads, (N, T); differentiable."""
     captured = []
     attention = model.transformer.h[-1].attn
     hook = attention.c_attn.register_forward_hook(lambda module, inputs, output: captured.append(output))

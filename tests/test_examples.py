@@ -1,0 +1,54 @@
+"""The examples run offline on the toy environment."""
+
+import re
+
+import mdp_by_hand
+import pytest
+import quickstart
+import swap_wrappers
+
+from tokenmdp.commands.settings import toy_policy
+from tokenmdp.loading import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Arguments that replace the bundled model by a tiny random one."""
+    directory = tmp_path_factory.mktemp("toy_policy")
+    toy_policy(seed=0).save_pretrained(directory)
+    load_tokenizer("toy").save_pretrained(directory)
+    return ["--env", "TextGen-Toy-v0", "--policy", str(directory)]
+
+
+def test_quickstart(toy, capsys):
+    quickstart.main([*toy, "--updates", "2", "--num-envs", "4"])
+    output = capsys.readouterr().out
+    assert re.search(r"before: mean score [+-]\d+\.\d\d, KL 0\.00", output)
+    assert re.search(r"update 2: [+-]\d", output)
+    assert "after: mean score" in output
+
+
+def test_swap_wrappers(toy, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    swap_wrappers.main([*toy, "--updates", "2", "--num-envs", "4", "--seeds", "1", "2", "--out", str(picture)])
+    output = capsys.readouterr().out
+    assert re.findall(r"(\w+) seed (\d): score", output) == [
+        (name, seed) for name in ("sparse", "uniform", "attention") for seed in ("1", "2")
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mdp_by_hand(capsys):
+    mdp_by_hand.main(["--prompt", "the plot", "--response", "dull but brilliant <eos>"])
+    output = capsys.readouterr().out
+    assert re.findall(r"reward: (\S+)", output) == ["0.0", "0.0", "0.0", "2.0"]
+    assert "state: the plot | dull but " in output
+    rows = {row[0]: row[1:] for line in output.splitlines() if len(row := re.findall(r"[^│\s]+", line)) == 4}
+    assert rows["sum"] == ["+2.00", "+2.00", "+2.00"]
+    assert rows["dull"] == ["+0.00", "+0.50", "+0.40"]  # sparse, uniform, attention with credit_beta 0.8
+    assert rows["<eos>"] == ["+2.00", "+0.50", "+0.40"]
+
+
+def test_mdp_by_hand_says_when_the_text_is_not_finished(capsys):
+    mdp_by_hand.main(["--response", "very dull"])
+    assert "Still running after 2 of 8 tokens: end --response with <eos>." in capsys.readouterr().out
