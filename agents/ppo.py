@@ -151,6 +151,11 @@ class PPO:
             check_vocabulary(model, task.tokenizer)
             return CausalLMPolicy.from_pretrained(model, **options).to(device)
 
+        if reference is policy and not isinstance(policy, str):
+            raise ValueError(
+                "policy and reference are one model object, which freezing the reference would keep from learning; "
+                "leave out reference, which then is a copy, or pass copy.deepcopy(model)"
+            )
         self.policy = build(policy)
         self.policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
         self.reference = copy.deepcopy(self.policy) if reference is None else build(reference)
@@ -261,7 +266,7 @@ class PPO:
     def _minibatches(self, num_episodes: int) -> Any:
         for _ in range(self.config.update_epochs):
             order = torch.randperm(num_episodes, generator=self.generator, device=self.generator.device)
-            yield from order.chunk(self.config.num_minibatches)
+            yield from order.tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
 
     def save(self, directory: str | Path) -> None:
         """Write a checkpoint that ``from_pretrained`` reads and `load` continues from.

@@ -2,7 +2,7 @@
 
     python benchmarks/compare_wrappers.py --seeds 1 2 3 --updates 60 --out runs/compare
 
-One process a run, ``--jobs`` at a time with one thread each. A finished run is not repeated, so an interrupted
+Runs ``--jobs`` at a time, in processes of one thread each. A finished run is not repeated, so an interrupted
 comparison is continued by the same command. Prints one row a wrapper: the mean score over all updates (the area under
 the learning curve), the mean of the last ten updates and of their KL to the reference, each with a 95% t interval over
 seeds, and the paired differences to attention credit.

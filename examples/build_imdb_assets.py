@@ -141,14 +141,14 @@ class Build:
         self.save(model, tokenizer, folder)
 
     def snippets(self, policy, reviews: list[list[int]], prompts: list[list[int]]) -> list[list[int]]:
-        """Texts of 6 to 40 tokens, a tenth up to 72: half written by the policy, half cut out of reviews."""
+        """Texts of 3 to 40 tokens, a tenth up to 72: half written by the policy, half cut out of reviews."""
         rng, count = random.Random(self.arguments.seed + 1), self.arguments.snippets
         chosen = [rng.choice(prompts) for _ in range(count // 2)]
         written = quality.sample_responses(policy, chosen, 64, self.device, self.arguments.seed + 1)
         sources = [prompt + response for prompt, response in zip(chosen, written, strict=True)]
         sources += reward_model.windows([rng.choice(reviews) for _ in range(count - len(sources))], 72, rng)
-        lengths = [rng.randint(40, 72) if rng.random() < 0.1 else rng.randint(6, 40) for _ in sources]
-        return [source[:length] for source, length in zip(sources, lengths, strict=True) if len(source) >= 6]
+        lengths = [rng.randint(40, 72) if rng.random() < 0.1 else rng.randint(3, 40) for _ in sources]
+        return [source[:length] for source, length in zip(sources, lengths, strict=True) if len(source) >= 3]
 
     def save(self, model, tokenizer, folder: Path) -> None:
         """Write model and tokenizer, bf16, as one complete directory."""
@@ -214,7 +214,7 @@ def parse() -> argparse.Namespace:
     add("--policy-learning-rate", type=float, default=3e-3)
     add("--classify-steps", type=int, default=1300)
     add("--classify-learning-rate", type=float, default=5e-4)
-    add("--snippets", type=int, default=20000)
+    add("--snippets", type=int, default=14000)
     add("--align-steps", type=int, default=900)
     add("--align-learning-rate", type=float, default=5e-4)
     add("--row-coef", type=float, default=0.5)

@@ -12,7 +12,7 @@ import torch
 
 from tokenmdp import cli
 from tokenmdp.commands import allocator
-from tokenmdp.commands.display import TrainingDisplay
+from tokenmdp.commands.display import TrainingDisplay, make_console
 from tokenmdp.commands.evaluation import mean_interval
 from tokenmdp.commands.settings import settings_from, split_prompts, toy_policy
 from tokenmdp.commands.train import train
@@ -143,6 +143,16 @@ def test_sample_continues_given_prompts(finished, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").count('class="sample"') == 4
 
 
+def test_sample_draws_as_the_run_did_unless_told_otherwise(copy, capsys):
+    record = json.loads((copy / "run.json").read_text())
+    record["settings"]["ppo"]["top_k"] = 1
+    (copy / "run.json").write_text(json.dumps(record))
+    arguments = ["sample", str(copy), "--prompt", "the plot", "--num", "6", "--device", "cpu"]
+    for more, different in (([], False), (["--top-k", "0"], True)):
+        assert cli.main([*arguments, *more]) == 0
+        assert (len(set(capsys.readouterr().out.splitlines())) > 1) == different
+
+
 def test_sample_reads_a_plain_model_directory(tmp_path, capsys):
     toy_policy(seed=0).save_pretrained(tmp_path)
     load_tokenizer("toy").save_pretrained(tmp_path)
@@ -174,6 +184,20 @@ def test_score_beta_zero_is_sparse(capsys):
         tables.append([line for line in capsys.readouterr().out.splitlines() if "%" in line])
     assert tables[0] == tables[1]
     assert "100.0%" in tables[0][-1]
+
+
+def test_score_reads_the_text_with_the_reward_models_own_tokenizer(capsys):
+    arguments = ["score", "a great film", "--device", "cpu", "--reward-model"]
+    tables = []
+    for name in ("lexicon:toy", "toy-lexicon"):
+        assert cli.main([*arguments, name]) == 0
+        tables.append([line.split("│")[2] for line in capsys.readouterr().out.splitlines() if "%" in line])
+    assert tables[0] == tables[1]
+
+
+def test_brackets_in_a_path_are_shown(capsys):
+    make_console().print("run directory: runs/a[b]c")
+    assert capsys.readouterr().out == "run directory: runs/a[b]c\n"
 
 
 def test_help_needs_no_torch():
@@ -248,6 +272,7 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
         (["--ppo", "learning_rate=high"], "holds a value of the wrong type"),
         (["--updates", "0"], "--updates is 0"),
         (["--num-envs", "0"], "--num-envs is 0"),
+        (["--eval-samples", "1"], "--eval-samples is 1; it must be at least 2"),
         (["--credit-beta", "1.5"], "credit_beta is 1.5"),
         (["--device", "tpu9"], "'tpu9' is no device name"),
     ],

@@ -1,6 +1,8 @@
 import copy
+import json
 import pickle
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -303,6 +305,17 @@ def test_slots_beyond_the_reward_models_positions_are_refused(classifier_dir):
     model = tokenmdp.load_reward_model(classifier_dir)
     with pytest.raises(ValueError, match="exceed the 12 positions"):
         make(reward_model=model, max_new_tokens=9)
+
+
+def test_a_named_classifier_without_the_score_that_was_asked_for_is_refused_before_its_weights_load(classifier_dir):
+    with pytest.raises(ValueError, match=r"score=1 is not 'auto' or the index of one of the 1 labels"):
+        make(reward_model=classifier_dir, score=1)
+    config = Path(classifier_dir) / "config.json"
+    labels = {"id2label": {"0": "sad", "1": "so", "2": "glad"}, "label2id": {"sad": 0, "so": 1, "glad": 2}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | labels))
+    with pytest.raises(ValueError, match=r"has 3 labels \(0: sad, 1: so, 2: glad\).*pass score=INDEX"):
+        make(reward_model=classifier_dir)
+    make(reward_model=classifier_dir, score=2)
 
 
 @pytest.mark.parametrize(

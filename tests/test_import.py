@@ -1,10 +1,16 @@
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import tokenmdp
+
+PACKAGE = Path(tokenmdp.__file__).parent
+PURE = ("types", "mdp", "credit", "returns", "divergences", "losses")
+ADAPTERS = ("task", "env", "vector_env", "rendering", "wrappers")
 
 
 def run(code):
@@ -50,3 +56,47 @@ def test_the_ids_are_registered_without_a_step_limit():
             "tokenmdp.env:TextGenEnv", "tokenmdp.vector_env:TextGenVectorEnv",
         )  # fmt: skip
     assert registry["TextGen-v0"].kwargs == {"tokenizer": None, "reward_model": None, "prompts": None}
+
+
+def imports():
+    """(module, what it imports, whether at import time) of every file; imports for type checkers do not count."""
+    for file in [*PACKAGE.rglob("*.py"), *(PACKAGE / "agents").resolve().glob("*.py")]:
+        folder = PACKAGE if PACKAGE in file.parents and file.parent.name != "agents" else file.parents[1]
+        module = str(file.relative_to(folder).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            yield from ((module, name, node in tree.body) for name in names)
+
+
+def test_imports_go_one_way():
+    """Types, pure functions, adapters and models, rollouts and reports, agents, command: nothing looks ahead."""
+    found = set(imports())
+    assert {module for module, *_ in found} >= {*PURE, "agents.ppo", "commands.train", "wrappers.vector"}
+    ahead = set()
+    for module, name, at_import in found:
+        layer, (root, *_) = module.split(".")[0], name.split(".")
+        theirs = name.split(".")[1] if root == "tokenmdp" else None
+        wrong = (
+            (layer in PURE and theirs is not None and theirs not in PURE)
+            or (layer in PURE and root in ("gymnasium", "transformers"))
+            or (layer in (*ADAPTERS, "reward_models", "policy") and theirs in ("rollouts", "agents", "commands", "cli"))
+            or (layer in ("reward_models", "policy") and theirs in ADAPTERS)
+            or (layer not in ("commands", "cli") and theirs in ("commands", "cli"))
+            or (layer not in ("agents", "commands", "cli") and theirs == "agents")
+            or (layer == "agents" and root in ("transformers", "safetensors", "agents"))
+            or (layer != "interop" and root in ("stable_baselines3", "sb3_contrib", "torchrl", "tensordict"))
+            or (root == "datasets" and at_import)
+            or (root == "transformers" and at_import and layer not in ("policy", "commands"))
+        )
+        if wrong:
+            ahead.add((module, name))
+    assert ahead == set()

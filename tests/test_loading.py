@@ -10,11 +10,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from tokenmdp import loading
 from tokenmdp.checkpoints import CheckpointError
-from tokenmdp.loading import ModelNotFound, load_causal_lm, load_tokenizer, resolve, toy_tokenizer
+from tokenmdp.loading import ModelNotFound, from_pretrained, load_causal_lm, load_tokenizer, resolve, toy_tokenizer
+from tokenmdp.reward_models import LexiconRewardModel, load_reward_model
 
 CONFIG = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=30, bos_token_id=30)
 
@@ -169,3 +170,21 @@ def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):
 def test_importing_does_not_import_transformers():
     code = "import sys, tokenmdp.loading, tokenmdp.reward_models; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_names_answered_by_code_win_over_directories_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "toy-lexicon", "lexicon"):
+        (tmp_path / name).mkdir()
+    assert load_tokenizer("toy").get_vocab() == toy_tokenizer().get_vocab()
+    assert isinstance(load_reward_model("toy-lexicon"), LexiconRewardModel)
+
+
+def test_code_of_a_repository_is_refused_and_never_asked_about(policy_dir, monkeypatch):
+    config = {"model_type": "no-such-type", "auto_map": {"AutoConfig": "custom.Custom"}}
+    (policy_dir / "config.json").write_text(json.dumps(config))
+    (policy_dir / "custom.py").write_text(f"open({str(policy_dir / 'ran')!r}, 'w')\nclass Custom: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers' question, were it asked
+    with pytest.raises(CheckpointError, match="custom code"):
+        from_pretrained(AutoConfig.from_pretrained, "reward_model", str(policy_dir))
+    assert not (policy_dir / "ran").exists()

@@ -61,7 +61,7 @@ class TableReward(RewardModel):
 
 @pytest.mark.slow
 def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
-    """RECIPES E4: pi*(y) = ref(y) exp(score(y) / kl_coef) / Z, on 15 enumerable texts."""
+    """pi*(y) = ref(y) exp(score(y) / kl_coef) / Z, on 15 enumerable texts."""
     mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=2, seed=0)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -176,6 +176,16 @@ def test_target_kl_ends_the_epochs_before_the_step_that_goes_too_far():
     assert free["minibatches"] == 10
     assert 2 <= held["minibatches"] < 10
     assert held["approx_kl"] < free["approx_kl"]
+
+
+def test_every_episode_is_in_one_minibatch_of_each_epoch_also_if_they_do_not_divide():
+    agent = make_agent(make_envs(5), num_minibatches=4, update_epochs=3)
+    parts = [part.tolist() for part in agent._minibatches(5)]
+    assert [len(part) for part in parts] == [2, 1, 1, 1] * 3
+    for first in (0, 4, 8):
+        assert sorted(row for part in parts[first : first + 4] for row in part) == list(range(5))
+    assert parts[:4] != parts[4:8]
+    assert agent.learn(1).history[0]["minibatches"] == 12
 
 
 def test_the_coefficient_follows_the_target():
@@ -351,5 +361,8 @@ def test_misfits_of_policy_and_environment_are_named():
         make_agent(num_minibatches=9)
     with pytest.raises(ValueError, match="10 logits and the environment 32 tokens"):
         PPO(make_lm(vocab_size=10, eos=1), make_envs(), PPOConfig(device="cpu"))
+    model = make_lm()
+    with pytest.raises(ValueError, match="policy and reference are one model object"):
+        PPO(model, make_envs(), PPOConfig(device="cpu"), reference=model)
     with pytest.raises(ValueError, match="up to 44 slots and the policy has 32 positions"):
         make_agent(make_envs(max_new_tokens=40))

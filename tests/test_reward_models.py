@@ -502,3 +502,41 @@ def test_a_subclass_gets_the_checks_and_the_dtype():
         model(episode(*TEXTS), needs=ATTENTION)
     with pytest.warns(UserWarning, match="could not be compared"):
         Constant(None).check_tokenizer(toy_tokenizer())
+
+
+class Given(RewardModel):
+    """Returns what it is told to."""
+
+    provides = ATTENTION
+
+    def __init__(self, score, attention):
+        super().__init__(toy_tokenizer())
+        self.output = RewardOutput(torch.tensor(score), torch.tensor(attention))
+
+    def evaluate(self, episodes, attention):
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("score", "attention", "error", "message"),
+    [
+        ([[1.0], [2.0]], [[0.1] * 6] * 2, ValueError, r"scores of shape \(2, 1\) for 2 episodes"),
+        ([1.0, 2.0], [[0.5]] * 2, ValueError, r"attention of shape \(2, 1\).*shape \(2, 6\)"),
+        (
+            [1.0, 2.0],
+            [[0.1] * 6, [float("nan")] * 6],
+            NonFiniteScore,
+            "row that sums to nan for row 1 of 2.*'.*good'",
+        ),
+    ],
+)
+def test_what_would_spread_silently_is_refused(score, attention, error, message):
+    rows = of_words(("the plot", "was bad"), ("the film", "good"))
+    assert rows.response_mask.shape == (2, 6)
+    with pytest.raises(error, match=message):
+        Given(score, attention)(rows, needs=ATTENTION)
+
+
+def test_attention_in_the_padding_is_nobodys_concern():
+    rows = of_words(("the plot", "was bad"), ("the film", "good"))
+    Given([1.0, 2.0], [[0.1] * 6, [0.1] + [float("nan")] * 5])(rows, needs=ATTENTION)

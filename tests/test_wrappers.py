@@ -4,6 +4,7 @@ import sys
 import warnings
 
 import gymnasium as gym
+import gymnasium.utils.env_checker
 import numpy as np
 import pytest
 from doubles import ConstantAttention, HashRewardModel, ScoreOnly, SinkAttention
@@ -13,6 +14,8 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpisodeStatistics
 
 import tokenmdp.wrappers as single
+from tokenmdp.credit import SparseCredit
+from tokenmdp.types import Credit
 from tokenmdp.wrappers import find_credit_wrapper, vector
 from tokenmdp.wrappers.base import CreditWrapper
 
@@ -218,6 +221,30 @@ class Foreign(gym.Env):
 def test_sparse_and_uniform_work_on_any_env_that_offers_an_outcome():
     assert episode(single.SparseReward(Foreign()), [1, 0])[1]["token_rewards"][:2].tolist() == [0.0, 2.0]
     assert episode(single.UniformReward(Foreign()), [1, 0])[1]["token_rewards"][:2].tolist() == [1.0, 1.0]
+    with pytest.raises(TypeError, match="AttentionCreditReward needs attention and Foreign cannot ask"):
+        single.AttentionCreditReward(Foreign())
+
+
+class Half:
+    """A credit method that loses half of the score."""
+
+    name, conserves_return, needs = "half", False, frozenset()
+
+    def __call__(self, outcome):
+        token_rewards = SparseCredit()(outcome).token_rewards / 2
+        return Credit(token_rewards, {})
+
+
+@pytest.mark.parametrize("build", [make, make_vec])
+def test_what_a_method_does_not_conserve_is_reported(build):
+    env = build("SparseReward")
+    env.credit = Half()
+    env.reset(seed=0, options={"prompt": "a film"})
+    *_, info = env.step(20 if build is make else np.array([20, 20, 20, 20]))
+    assert "credit_residual" not in info
+    *_, info = env.step(30 if build is make else np.array([30, 4, 4, 4]))
+    residual = info["credit_residual"] if build is make else info["credit_residual"][0]
+    assert (residual.dtype, residual) == (np.float32, 1.0)
 
 
 @each_wrapper
@@ -374,3 +401,15 @@ def test_rendering_tints_the_tokens_at_the_end(capsys):
     envs.reset(seed=0)
     envs.step(np.array([30, 20]))
     assert ["\x1b[" in frame for frame in envs.render()] == [True, False]
+
+
+def test_an_episode_that_replaced_an_ended_one_does_not_wear_its_credit():
+    for mode in ("SameStep", "NextStep"):
+        envs = make_vec("UniformReward", num_envs=1, render_mode="ansi", autoreset_mode=mode)
+        envs.reset(seed=0)
+        envs.step(np.array([20]))
+        envs.step(np.array([30]))
+        assert ("\x1b[" in envs.render()[0]) == (mode == "NextStep")
+        for _ in range(2):
+            envs.step(np.array([4]))
+            assert "\x1b[" not in envs.render()[0]

@@ -36,6 +36,7 @@ def write_text(path: str | Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes 0600: other users could not read it
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -60,13 +61,19 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
     An error or Ctrl-C inside the block leaves the previous ``path`` untouched. The swap is two renames; a crash
     between them leaves the old version as ``path.previous``, which `recover_directory` puts back.
+
+    Raises:
+        OSError: something could not be written; safetensors' own error for that is turned into one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     previous = path.with_name(path.name + ".previous")
     try:
-        yield temporary
+        try:
+            yield temporary
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
         temporary.chmod(0o755)  # mkdtemp makes 0700: other users could not read the checkpoint
         shutil.rmtree(previous, ignore_errors=True)
         if path.exists():
@@ -126,8 +133,12 @@ def load_state(path: str | Path) -> Any:
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; delete it to start afresh or restore a copy") from error
-    if "state" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file without saved state: was it written by another program?")
+    try:
+        packed = json.loads(metadata["state"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is a safetensors file without saved state ({error!r}): was it written by another program?"
+        ) from error
 
     def unpack(value: Any) -> Any:
         if isinstance(value, list):
@@ -138,4 +149,7 @@ def load_state(path: str | Path) -> Any:
             return {key: unpack(item) for key, item in value["__dict__"]}
         return value
 
-    return unpack(json.loads(metadata["state"]))
+    try:
+        return unpack(packed)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: its state refers to {error}, which is not there") from error

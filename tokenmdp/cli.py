@@ -83,10 +83,10 @@ class Sample:
     """Bundled name, directory or hub name of a sequence classifier; None takes the run's, or the bundled one."""
     max_new_tokens: int | None = None
     """Longest response in tokens; None takes the run's, or 16."""
-    temperature: float = 1.0
-    """Below 1 sharpens the distribution, towards the likeliest token at every step."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is all."""
+    temperature: float | None = None
+    """Below 1 sharpens the distribution, towards the likeliest token at every step; None takes the run's, or 1."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens, 0 is all; None takes the run's, or 0."""
     seed: int = 0
     """Seeds the sampling."""
     device: str = "auto"

@@ -68,9 +68,9 @@ def attention_weights(
             f"attention {tuple(attention.shape)} and response_mask {tuple(response_mask.shape)} differ: "
             "the row must hold one weight a response slot"
         )
-    row = attention.double() * response_mask
+    row = torch.where(response_mask, attention.double(), 0.0)  # where, not *: 0 * NaN is NaN
     mass = row.sum(-1)
-    fell_back = ~(mass >= floor)  # written so that a NaN mass falls back too
+    fell_back = mass < floor
     normalised = row / mass.clamp(min=floor).unsqueeze(-1)
     return torch.where(fell_back.unsqueeze(-1), uniform_weights(response_mask), normalised), mass, fell_back
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from tokenmdp import mdp
@@ -96,8 +97,6 @@ class TokenEpisodes:
 
     def _score(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Score the finished episodes of ``rows`` with one call; sets `outcome`, returns their info columns."""
-        import torch
-
         episodes = mdp.finished_episodes(self._state, rows)
         reward = self.task.reward_model(episodes, needs=frozenset(self.reward_needs))
         self.outcome = Outcome(episodes, reward, torch.from_numpy(rows.copy()))
@@ -126,7 +125,8 @@ class TokenEpisodes:
         slots, mask = state.input_ids[row], state.attention_mask[row]
         prompt = slots[: state.prompt_slots][mask[: state.prompt_slots]].tolist()
         response = slots[state.prompt_slots : state.prompt_slots + n_tokens].tolist()
-        known = n_tokens > 0 and not np.isnan(self.token_credit[row, 0])
+        # Under SAME_STEP the wrapper writes an episode's credit when its successor already runs in the row.
+        known = n_tokens > 0 and not state.running[row] and not np.isnan(self.token_credit[row, 0])
         credits = self.token_credit[row, :n_tokens].tolist() if known else None
         draw = image if self.render_mode == "rgb_array" else ansi_line
         return draw(self.task.tokenizer, prompt, response, credits)

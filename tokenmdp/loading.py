@@ -32,6 +32,8 @@ ALIASES: dict[str, dict[Kind, Path]] = {
         "prompts": ASSETS / "prompts.json",
     },
 }
+# Names answered by code, not by files.
+BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
 TOY_WORDS = [
     "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
     "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
@@ -47,7 +49,9 @@ class ModelNotFound(Error, OSError):
 
 
 def resolve(kind: Kind, name: str) -> str:
-    """The path of an alias's bundled file, the absolute path of a local directory, or the hub name unchanged.
+    """The path of an alias's bundled file, the absolute path of a local directory, or the name unchanged.
+
+    Unchanged stay hub names and `BUILT_IN` names, also where the working directory has a folder of that name.
 
     >>> resolve("prompts", "imdb-tiny").endswith("prompts.json"), resolve("policy", "lvwerra/gpt2-imdb")
     (True, 'lvwerra/gpt2-imdb')
@@ -55,6 +59,8 @@ def resolve(kind: Kind, name: str) -> str:
     bundled = ALIASES.get(name, {}).get(kind)
     if bundled is not None:
         return str(bundled)
+    if name in BUILT_IN.get(kind, ()):
+        return name
     directory = recover_directory(Path(name).expanduser())
     return str(directory.resolve()) if directory.is_dir() else name
 
@@ -109,9 +115,7 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
     """`from_pretrained` for models: safetensors only, every weight present, eval mode, in ``dtype``."""
-    model, report = from_pretrained(
-        loader, kind, name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    model, report = from_pretrained(loader, kind, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise CheckpointError(
@@ -123,6 +127,7 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
 
 def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **options: Any) -> Loaded:
     """Call a transformers ``from_pretrained``: local files first, then the hub, with errors that name the remedy."""
+    options["trust_remote_code"] = False  # left out, transformers asks on the terminal and runs the code after a "y"
     path = resolve(kind, name)
     if Path(path).is_dir():
         try:
@@ -178,7 +183,7 @@ def _check_hub_answers(kind: Kind, name: str) -> None:
 
 def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
     aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
-    aliases += {"tokenizer": ["toy"], "reward_model": ["lexicon", "toy-lexicon"]}.get(kind, [])
+    aliases += BUILT_IN.get(kind, ())
     return ModelNotFound(
         f"no {kind.replace('_', ' ')} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
         f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. "

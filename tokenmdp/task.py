@@ -14,12 +14,13 @@ import torch
 from tokenmdp.loading import from_pretrained, load_tokenizer
 from tokenmdp.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.reward_models.base import RewardModel, Score, load_reward_model
+from tokenmdp.reward_models.hf import check_score
+from tokenmdp.reward_models.lexicon import names_word_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REQUIRED = ("tokenizer", "reward_model", "prompts")
-WORD_LISTS = ("toy-lexicon", "lexicon")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,18 +176,19 @@ def make_task(
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
         arguments=arguments,
     )
-    if isinstance(source, RewardModel) or source.startswith(WORD_LISTS):
+    if isinstance(source, RewardModel) or names_word_list(source):
         _ = task.reward_model  # built already or instant, so its checks belong to construction
     else:
-        _check_positions(source, max_prompt_tokens, max_new_tokens)
+        _check_classifier(source, score, max_prompt_tokens, max_new_tokens)
     return task
 
 
-def _check_positions(name: str, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a named classifier that is missing or too short by its config.json, without loading its weights."""
+def _check_classifier(name: str, score: Score, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a named classifier that is missing or does not fit by its config.json, without loading its weights."""
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig.from_pretrained, "reward_model", name)
+    check_score(score, config, name)
     limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
     if limit is not None and max_prompt_tokens + max_new_tokens > limit:
         raise ValueError(too_long(max_prompt_tokens, max_new_tokens, limit, name))

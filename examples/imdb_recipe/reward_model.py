@@ -8,7 +8,8 @@ uniform credit. So the row of the pooled token (mean over heads) is matched to l
 
     target[t] = |score(text) - score(text without token t)| / sum,      loss = KL(target || row),
 
-measured once on the phase 1 model, while cross-entropy and distillation hold the scores where they were.
+measured once on the phase 1 model, while cross-entropy and distillation hold the scores where they were. It also
+teaches what the environment adds: a closing end-of-text token, which leaves the score alone and deserves no credit.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def windows(reviews: list[list[int]], width: int, rng: random.Random) -> list[li
 
 
 def review_batches(reviews: list[list[int]], labels: list[int], size: int, width: int, rng: random.Random, pad: int):
-    """Endless (batch, lengths, labels); rows of like length go together."""
+    """Endless (batch, lengths, labels) of windows; rows of like length go together."""
     while True:
         rows = windows(reviews, width, rng)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]) + rng.random() * 16)
@@ -185,29 +186,34 @@ def align_row(model, teacher, reviews, labels, snippets: list[list[int]], import
     """Phase 2: cross-entropy on reviews, and on snippets KL(target || row) plus distillation of the phase 1 scores."""
     model.to(device).train()
     teacher.to(device).eval()
-    pad = model.config.pad_token_id
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
     order = sorted(range(len(snippets)), key=lambda index: len(snippets[index]))
     groups = [order[start : start + 64] for start in range(0, len(order) - 63, 64)]
 
     def row_distance(row: torch.Tensor, chosen: list[int], lengths: torch.Tensor) -> torch.Tensor:
-        target = torch.nn.utils.rnn.pad_sequence([importance[index] for index in chosen], batch_first=True).to(device)
+        target = torch.zeros_like(row)  # stays 0 at a closing end-of-text token
+        for place, index in enumerate(chosen):
+            target[place, : len(importance[index])] = importance[index]
         target = (target + 1e-4) * (torch.arange(row.shape[1], device=device) < lengths[:, None])
         target = target / target.sum(-1, keepdim=True)
         return F.kl_div(row.clamp(min=1e-9).log(), target, reduction="batchmean")
 
     def make_step(first: int):
         rng = random.Random(seed + first)
-        batches = review_batches(reviews, labels, size, width, rng, pad)
+        closed = [[*review, eos] for review in reviews]
+        batches = review_batches(closed, labels, size, width, rng, pad)
 
         def step_loss():
             batch, lengths, targets = (tensor.to(device) for tensor in next(batches))
             classified = prefix_loss(model, batch, lengths, targets)
             chosen = rng.choice(groups)
-            texts = pad_rows([snippets[index] for index in chosen], pad).to(device)
-            lengths = torch.tensor([len(snippets[index]) for index in chosen], device=device)
-            score, row = scores_and_row(model, texts, lengths)
+            texts = [snippets[index] for index in chosen]
             with torch.no_grad():
-                wanted, _ = scores_and_row(teacher, texts, lengths)
+                lengths = torch.tensor(list(map(len, texts)), device=device)
+                wanted, _ = scores_and_row(teacher, pad_rows(texts, pad).to(device), lengths)
+            texts = [[*text, eos] if rng.random() < 0.3 else text for text in texts]
+            lengths = torch.tensor(list(map(len, texts)), device=device)
+            score, row = scores_and_row(model, pad_rows(texts, pad).to(device), lengths)
             distance = row_distance(row, chosen, lengths)
             distilled = F.smooth_l1_loss(score, wanted)
             figures = {"classify": classified.item(), "row_kl": distance.item(), "distil": distilled.item()}

@@ -20,8 +20,8 @@ def make_console() -> Console:
     A bare ``TERM=xterm``, usual in containers, counts as 16 colours, which would leave no shades in a heat map;
     terminals that call themselves so have shown 256 for twenty years.
     """
-    console = Console()
-    return Console(color_system="256") if console.color_system == "standard" else console
+    console = Console(markup=False)  # paths and names are no markup: it would swallow "[b]"
+    return Console(markup=False, color_system="256") if console.color_system == "standard" else console
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

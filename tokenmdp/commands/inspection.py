@@ -29,7 +29,7 @@ from tokenmdp.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.rendering import SEPARATOR
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample, samples_from_rollout, token_pieces
-from tokenmdp.reward_models import load_reward_model
+from tokenmdp.reward_models import RewardModel, load_reward_model
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Credit, Episode, Outcome
 
@@ -87,7 +87,8 @@ def sample(arguments: cli.Sample) -> int:
         "max_new_tokens": arguments.max_new_tokens,
     }
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
-    options = settings.ppo | {"temperature": arguments.temperature, "top_k": arguments.top_k}
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
+    options = settings.ppo | {key: value for key, value in sampling.items() if value is not None}
     sources: list[Any] = [[prompt] for prompt in arguments.prompt] or [split_prompts(settings).held_out]
     samples: list[Sample] = []
     policy = None
@@ -117,7 +118,7 @@ def credit_method(name: str, credit_beta: float) -> CreditMethod:
 
 
 def score_text(
-    tokenizer: PreTrainedTokenizerBase, reward_model: str, prompt: str, text: str, credit: CreditMethod, device: str
+    tokenizer: PreTrainedTokenizerBase, model: RewardModel, prompt: str, text: str, credit: CreditMethod
 ) -> tuple[Sample, Credit]:
     """The reward model's score of ``prompt`` + ``text`` and the credit of each token of ``text``.
 
@@ -128,7 +129,6 @@ def score_text(
     ids = tokenizer.encode(joined, add_special_tokens=False)
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens; give at least one word")
-    model = load_reward_model(reward_model, device=device)
     model.check_tokenizer(tokenizer)
     mask = torch.ones(1, len(prompt_ids) + len(ids), dtype=torch.bool)
     episode = Episode(torch.tensor([prompt_ids + ids]), mask, mask[:, len(prompt_ids) :])
@@ -142,10 +142,12 @@ def score(arguments: cli.Score) -> int:
     """Score a text and show the credit of each of its tokens."""
     console = make_console()
     name = arguments.reward_model
-    tokenizer_name = {"toy-lexicon": "toy", "lexicon": "imdb-tiny"}.get(name, name)
-    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_name)
-    method, device = credit_method(arguments.credit, arguments.credit_beta), resolve_device(arguments.device)
-    item, result = score_text(tokenizer, name, arguments.prompt, arguments.text, method, device)
+    method = credit_method(arguments.credit, arguments.credit_beta)
+    model = load_reward_model(name, device=resolve_device(arguments.device))
+    tokenizer = model.tokenizer if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"the reward model {name!r} has no tokenizer files; pass --tokenizer")
+    item, result = score_text(tokenizer, model, arguments.prompt, arguments.text, method)
     console.print(
         heatmap.terminal(item.tokens, item.credits, prompt=item.prompt and item.prompt + SEPARATOR), soft_wrap=True
     )

@@ -103,9 +103,9 @@ def settings_from(arguments: Train) -> RunSettings:
         "eval_samples": arguments.eval_samples,
     }
     changed: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for key in ("num_envs", "max_new_tokens", "eval_samples"):
-        if changed.get(key, 1) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} is {changed[key]}; it must be at least 1")
+    for key, least in (("num_envs", 1), ("max_new_tokens", 1), ("eval_samples", 2)):  # an interval needs two
+        if changed.get(key, least) < least:
+            raise ValueError(f"--{key.replace('_', '-')} is {changed[key]}; it must be at least {least}")
     return replace(
         base,
         **changed,

@@ -55,7 +55,7 @@ def token_pieces(
 
 def samples_from_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """One `Sample` an episode, with ``kl = sum_t (logprobs[t] - ref_logprobs[t])`` in nats among its facts."""
-    prompt_slots = rollout.input_ids.shape[1] - rollout.response_mask.shape[1]
+    prompt_slots = rollout.prompt_slots
     kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.response_mask).sum(-1)
     samples = []
     for row in range(rollout.input_ids.shape[0]):

@@ -29,7 +29,7 @@ class VocabularyMismatch(ValueError):
 
 
 class NonFiniteScore(ValueError):
-    """A score is NaN or infinite; the message names the row and its text."""
+    """A score or an attention row is NaN or infinite; the message names the row and its text."""
 
 
 class RewardModel(ABC):
@@ -67,21 +67,39 @@ class RewardModel(ABC):
             depend on its own prompt and response only, not on the padding or on the other rows.
 
         Raises:
-            ValueError: an empty response, a text longer than ``max_tokens``, masks that disagree, or a need that
-                the model does not provide.
-            NonFiniteScore: a score is NaN or infinite.
+            ValueError: an empty response, a text longer than ``max_tokens``, masks that disagree, a need that
+                the model does not provide, or a score or row of another shape.
+            NonFiniteScore: a score or an attention row is NaN or infinite.
         """
         self._check(episodes, needs)
         score, attention = self.evaluate(episodes, "attention" in needs)
         score = score.detach().to("cpu", torch.float32)
-        bad = (~torch.isfinite(score)).nonzero()
-        if len(bad):
-            row = int(bad[0])
+        if score.shape != episodes.response_mask.shape[:1]:  # (N, 1) would broadcast to (N, N) in the credit
+            raise ValueError(
+                f"{self} returned scores of shape {tuple(score.shape)} for {len(episodes.response_mask)} episodes; "
+                "evaluate returns one number an episode, shape (N,)"
+            )
+        self._refuse(~torch.isfinite(score), score, "scored", episodes)
+        if attention is None:
+            return RewardOutput(score)
+        attention = attention.detach().to("cpu", torch.float32)
+        if attention.shape != episodes.response_mask.shape:
+            raise ValueError(
+                f"{self} returned attention of shape {tuple(attention.shape)}; evaluate returns one weight a response "
+                f"slot, shape {tuple(episodes.response_mask.shape)}"
+            )
+        response = attention.masked_fill(~episodes.response_mask.bool().cpu(), 0.0).sum(-1)
+        self._refuse(~torch.isfinite(response), response, "gave an attention row that sums to", episodes)
+        return RewardOutput(score, attention)
+
+    def _refuse(self, bad: torch.Tensor, numbers: torch.Tensor, what: str, episodes: Episode) -> None:
+        """Raise for the first row of ``bad`` (N,), naming its number and text."""
+        if bad.any():
+            row = int(bad.nonzero()[0])
             raise NonFiniteScore(
-                f"{self} scored {score[row].item()} for row {row} of {len(score)}, whose text is "
+                f"{self} {what} {numbers[row].item()} for row {row} of {len(numbers)}, whose text is "
                 f"{self._text(episodes, row)!r}; look for NaN in its weights, and use float32"
             )
-        return RewardOutput(score, None if attention is None else attention.detach().to("cpu", torch.float32))
 
     def _check(self, episodes: Episode, needs: frozenset[str]) -> None:
         if lacking := sorted(needs - self.provides):
@@ -189,14 +207,14 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
         ValueError: the model has several labels and ``score`` does not say which.
     """
     from tokenmdp.reward_models.hf import load_classifier
-    from tokenmdp.reward_models.lexicon import load_lexicon
+    from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
 
     if not isinstance(name, str):
         raise TypeError(f"a name is a string, not {type(name).__name__}; wrap a model: HFRewardModel(model, tokenizer)")
     path = resolve("reward_model", name)
     if Path(path).is_dir() and name not in ALIASES:
         name = path  # absolute: a pickle may be opened from another working directory
-    word_list = name == "toy-lexicon" or name.partition(":")[0] == "lexicon"  # score, dtype and device mean nothing
+    word_list = names_word_list(name)  # score, dtype and device mean nothing
     key = (name,) if word_list else (name, fingerprint(path), score, dtype, device)
     with _lock:
         if key not in _loaded:

@@ -19,7 +19,7 @@ from tokenmdp.reward_models.base import RewardModel, Score, VocabularyMismatch
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
@@ -92,7 +92,7 @@ class HFRewardModel(RewardModel):
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal classifier or an encoder")
-        _check_score(model, score)
+        check_score(score, model.config, type(model).__name__)
         self.model = model.eval()
         self.score = score
         self.max_tokens = _positions(model)
@@ -220,13 +220,18 @@ def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRe
     return loaded
 
 
-def _check_score(model: PreTrainedModel, score: Score) -> None:
-    id2label = model.config.id2label or {}
+def check_score(score: Score, config: PretrainedConfig, name: str) -> None:
+    """Refuse a ``score`` that the classifier ``name`` with this ``config`` cannot give.
+
+    Raises:
+        ValueError: several labels and no index, or an index out of range.
+    """
+    id2label = config.id2label or {}
     labels = len(id2label)
     names = ", ".join(f"{index}: {label}" for index, label in id2label.items())
     if score == "auto" and labels > 2:
         raise ValueError(
-            f"{type(model).__name__} has {labels} labels ({names}), so score='auto' cannot choose; "
+            f"{name} has {labels} labels ({names}), so score='auto' cannot choose; "
             "pass score=INDEX of the label whose logit is the score"
         )
     if score != "auto" and (isinstance(score, bool | str) or not 0 <= score < labels):

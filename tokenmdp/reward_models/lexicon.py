@@ -105,6 +105,15 @@ def toy_lexicon() -> LexiconRewardModel:
     return LexiconRewardModel(load_tokenizer("toy"), TOY_WEIGHTS, name="toy-lexicon")
 
 
+def names_word_list(name: str) -> bool:
+    """Whether `load_lexicon` knows ``name``.
+
+    >>> [names_word_list(name) for name in ("toy-lexicon", "lexicon", "lexicon:toy", "lexicon-of-mine")]
+    [True, True, True, False]
+    """
+    return name == "toy-lexicon" or name.partition(":")[0] == "lexicon"
+
+
 def load_lexicon(name: str) -> LexiconRewardModel:
     """The word list called "toy-lexicon", "lexicon" or "lexicon:TOKENIZER"."""
     if name == "toy-lexicon":

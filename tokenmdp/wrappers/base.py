@@ -53,18 +53,28 @@ class CreditWrapper:
                 "(under SyncVectorEnv wrap each single environment)"
             )
         if credit.needs:
-            base.require(credit.needs)  # type: ignore[attr-defined]
+            if not isinstance(base, TokenEpisodes):
+                raise TypeError(
+                    f"{type(self).__name__} needs {', '.join(sorted(credit.needs))} and {type(base).__name__} cannot "
+                    "ask its reward model for it; use SparseReward or UniformReward, which need the score only"
+                )
+            base.require(credit.needs)
         self.credit = credit
         self._unread = 0
         if isinstance(base, TokenEpisodes):
             base.credit_follows = True
 
     def _columns(self, outcome: Outcome) -> dict[str, np.ndarray]:
-        """The credit of the rows that ended: ``token_rewards`` (n, H) float32 and the method's report (n,)."""
+        """The credit of the rows that ended: ``token_rewards`` (n, H) float32 and the method's report (n,).
+
+        A method that does not conserve the return adds ``credit_residual = score - sum_t token_rewards[t]``.
+        """
         credit = self.credit(outcome)
         base = self.env.unwrapped
         columns = {"token_rewards": credit.token_rewards.numpy().copy()}
         columns |= {key: values.numpy().copy() for key, values in credit.report.items()}
+        if not self.credit.conserves_return:
+            columns["credit_residual"] = outcome.reward.score.numpy() - columns["token_rewards"].sum(-1)
         if isinstance(base, TokenEpisodes):
             base.token_credit[outcome.rows.numpy()] = columns["token_rewards"]
             self._watch_readers(base, len(outcome.rows))
