@@ -32,6 +32,7 @@ def train(credit: str, seed: int, updates: int, num_envs: int, max_new_tokens: i
     import tokenmdp  # noqa: F401  registers the environments
     from tokenmdp.agents.ppo import PPO, PPOConfig
     from tokenmdp.checkpoints import write_text
+    from tokenmdp.credit import make_credit
     from tokenmdp.wrappers import vector
 
     if file.exists():
@@ -41,12 +42,8 @@ def train(credit: str, seed: int, updates: int, num_envs: int, max_new_tokens: i
         "TextGen-IMDb-v0", num_envs=num_envs, autoreset_mode="Disabled", max_new_tokens=max_new_tokens,
         score_when="all_done",
     )  # fmt: skip
-    wrapper = {
-        "sparse": vector.SparseReward,
-        "uniform": vector.UniformReward,
-        "attention": vector.AttentionCreditReward,
-    }
-    agent = PPO(policy="imdb-tiny", envs=wrapper[credit](envs), config=PPOConfig(seed=seed, **options))
+    envs = vector.CreditReward(envs, make_credit(credit))
+    agent = PPO(policy="imdb-tiny", envs=envs, config=PPOConfig(seed=seed, **options))
     agent.learn(num_updates=updates)
     write_text(file, "".join(json.dumps(row) + "\n" for row in agent.history))
     return file

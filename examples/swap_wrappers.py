@@ -23,13 +23,14 @@ parser.add_argument("--num-envs", type=int, default=32)
 parser.add_argument("--seeds", type=int, nargs="+", default=[1])
 parser.add_argument("--out", type=Path, default=Path("runs/swap_wrappers.png"))
 
-WRAPPERS = {"sparse": vector.SparseReward, "uniform": vector.UniformReward, "attention": vector.AttentionCreditReward}
+WRAPPERS = (vector.SparseReward, vector.UniformReward, vector.AttentionCreditReward)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs = {}
-    for name, wrapper in WRAPPERS.items():
+    for wrapper in WRAPPERS:
+        name = wrapper.__name__
         runs[name] = []
         for seed in args.seeds:
             # The same seed gives every wrapper the same prompts and the same first batch: only the credit differs.

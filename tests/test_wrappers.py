@@ -14,7 +14,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpisodeStatistics
 
 import tokenmdp.wrappers as single
-from tokenmdp.credit import SparseCredit
+from tokenmdp.credit import AttentionCredit, SparseCredit, make_credit, redistribute
 from tokenmdp.types import Credit
 from tokenmdp.wrappers import find_credit_wrapper, vector
 from tokenmdp.wrappers.base import CreditWrapper
@@ -413,3 +413,29 @@ def test_an_episode_that_replaced_an_ended_one_does_not_wear_its_credit():
         for _ in range(2):
             envs.step(np.array([4]))
             assert "\x1b[" not in envs.render()[0]
+
+
+class LastHalf:
+    """A credit method of one's own: the score shared by the last two tokens."""
+
+    name, conserves_return, needs = "last-half", True, frozenset()
+
+    def __call__(self, outcome):
+        mask = outcome.episode.response_mask
+        steps = mask.int().cumsum(-1) * mask
+        late = (steps > steps.amax(-1, keepdim=True) - 2) & mask
+        return Credit(redistribute(outcome.reward.score, late / late.sum(-1, keepdim=True)), {})
+
+
+def test_credit_reward_binds_any_method():
+    env = single.CreditReward(gym.make("tokenmdp:TextGen-Toy-v0", max_new_tokens=3), LastHalf())
+    env.reset(seed=0, options={"prompt": "the film was"})
+    for word in ("so", "very", "great"):
+        *_, info = env.step(env.unwrapped.tokenizer.convert_tokens_to_ids(word))
+    np.testing.assert_allclose(info["token_rewards"], [0.0, info["score"] / 2, info["score"] / 2])
+
+
+def test_make_credit_knows_its_names():
+    assert make_credit("attention", credit_beta=0.3) == AttentionCredit(0.3)
+    with pytest.raises(ValueError, match="credit is 'dense'; choose one of sparse, uniform, attention"):
+        make_credit("dense")

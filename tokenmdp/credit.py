@@ -151,3 +151,20 @@ class AttentionCredit:
         weights = blend(alpha, mask, self.credit_beta)
         report = {"attention_mass": mass.float(), "credit_fallback": fell_back}
         return Credit(redistribute(outcome.reward.score, weights), report)
+
+
+CREDIT_METHODS: dict[str, type] = {method.name: method for method in (SparseCredit, UniformCredit, AttentionCredit)}
+
+
+def make_credit(name: str, credit_beta: float = 0.8) -> CreditMethod:
+    """The credit method called ``name``; ``credit_beta`` matters to those that have one.
+
+    >>> make_credit("uniform"), make_credit("attention", credit_beta=0.5).credit_beta
+    (UniformCredit(), 0.5)
+
+    Raises:
+        ValueError: no method has this name.
+    """
+    if name not in CREDIT_METHODS:
+        raise ValueError(f"credit is {name!r}; choose one of {', '.join(CREDIT_METHODS)}")
+    return AttentionCredit(credit_beta) if name == AttentionCredit.name else CREDIT_METHODS[name]()

@@ -23,7 +23,7 @@ from tokenmdp.commands.settings import (
     settings_from_record,
     split_prompts,
 )
-from tokenmdp.credit import AttentionCredit, CreditMethod, SparseCredit, UniformCredit
+from tokenmdp.credit import CreditMethod, make_credit
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.rendering import SEPARATOR
@@ -110,13 +110,6 @@ def sample(arguments: cli.Sample) -> int:
     return 0
 
 
-def credit_method(name: str, credit_beta: float) -> CreditMethod:
-    """The credit method called ``name``."""
-    if name == "sparse":
-        return SparseCredit()
-    return UniformCredit() if name == "uniform" else AttentionCredit(credit_beta)
-
-
 def score_text(
     tokenizer: PreTrainedTokenizerBase, model: RewardModel, prompt: str, text: str, credit: CreditMethod
 ) -> tuple[Sample, Credit]:
@@ -142,7 +135,7 @@ def score(arguments: cli.Score) -> int:
     """Score a text and show the credit of each of its tokens."""
     console = make_console()
     name = arguments.reward_model
-    method = credit_method(arguments.credit, arguments.credit_beta)
+    method = make_credit(arguments.credit, arguments.credit_beta)
     model = load_reward_model(name, device=resolve_device(arguments.device))
     tokenizer = model.tokenizer if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gymnasium as gym
 import torch
 
+from tokenmdp.credit import make_credit
 from tokenmdp.loading import ALIASES, load_tokenizer, resolve
 from tokenmdp.prompts import FILE_SUFFIXES, read_prompt_file
 from tokenmdp.wrappers import vector
@@ -218,20 +219,9 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         reward_device=settings.device,
         **given,
     )
-    wrapped = wrap(envs, settings.credit, settings.credit_beta)
+    wrapped = vector.CreditReward(envs, make_credit(settings.credit, settings.credit_beta))
     _ = wrapped.unwrapped.task.reward_model  # type: ignore[attr-defined]  # loads it: errors belong before the work
     return wrapped
-
-
-def wrap(envs: gym.vector.VectorEnv, credit: str, credit_beta: float) -> gym.vector.VectorEnv:
-    """Put the credit wrapper called ``credit`` on ``envs``."""
-    if credit == "sparse":
-        return vector.SparseReward(envs)
-    if credit == "uniform":
-        return vector.UniformReward(envs)
-    if credit == "attention":
-        return vector.AttentionCreditReward(envs, credit_beta=credit_beta)
-    raise ValueError(f"credit is {credit!r}; choose sparse, uniform or attention")
 
 
 def toy_policy(seed: int) -> PreTrainedModel:

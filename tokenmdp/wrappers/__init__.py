@@ -16,6 +16,7 @@ from tokenmdp.wrappers.base import CreditWrapper, OffersOutcome, UnreadTokenRewa
 
 __all__ = [
     "AttentionCreditReward",
+    "CreditReward",
     "OffersOutcome",
     "SparseReward",
     "UniformReward",
@@ -24,9 +25,16 @@ __all__ = [
 ]
 
 
-class _SingleCreditWrapper(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
-    def __init__(self, env: gym.Env, credit: CreditMethod, **arguments: Any) -> None:
-        RecordConstructorArgs.__init__(self, **arguments)
+class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
+    """Any credit method: ``token_rewards = credit(outcome)`` in the terminal info. The base of those named below.
+
+    Args:
+        env: an environment with `outcome`.
+        credit: the method, such as ``AttentionCredit(credit_beta=0.5)`` or one of your own.
+    """
+
+    def __init__(self, env: gym.Env, credit: CreditMethod) -> None:
+        RecordConstructorArgs.__init__(self, credit=credit)  # ignored after a subclass has recorded its own
         gym.Wrapper.__init__(self, env)
         self._bind(credit)
 
@@ -45,21 +53,23 @@ class _SingleCreditWrapper(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
         return obs, reward, terminated, truncated, info
 
 
-class SparseReward(_SingleCreditWrapper):
+class SparseReward(CreditReward):
     """``token_rewards[t] = score * 1[t = last]``: plain RLHF."""
 
     def __init__(self, env: gym.Env) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env, SparseCredit())
 
 
-class UniformReward(_SingleCreditWrapper):
+class UniformReward(CreditReward):
     """``token_rewards[t] = score / T`` over the T response tokens."""
 
     def __init__(self, env: gym.Env) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env, UniformCredit())
 
 
-class AttentionCreditReward(_SingleCreditWrapper):
+class AttentionCreditReward(CreditReward):
     """``token_rewards[t] = score * (credit_beta * alpha[t] + (1 - credit_beta) * 1[t = last])``.
 
     alpha is the reward model's last-layer attention row of the token it pools, averaged over heads, restricted to the
@@ -75,5 +85,5 @@ class AttentionCreditReward(_SingleCreditWrapper):
     """
 
     def __init__(self, env: gym.Env, credit_beta: float = 0.8, attention_floor: float = ATTENTION_FLOOR) -> None:
-        credit = AttentionCredit(credit_beta, attention_floor)
-        super().__init__(env, credit, credit_beta=credit_beta, attention_floor=attention_floor)
+        RecordConstructorArgs.__init__(self, credit_beta=credit_beta, attention_floor=attention_floor)
+        super().__init__(env, AttentionCredit(credit_beta, attention_floor))

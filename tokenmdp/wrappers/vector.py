@@ -13,12 +13,19 @@ from tokenmdp.credit import ATTENTION_FLOOR, AttentionCredit, CreditMethod, Spar
 from tokenmdp.vector_env import spread_columns
 from tokenmdp.wrappers.base import CreditWrapper, find_credit_wrapper
 
-__all__ = ["AttentionCreditReward", "SparseReward", "UniformReward", "find_credit_wrapper"]
+__all__ = ["AttentionCreditReward", "CreditReward", "SparseReward", "UniformReward", "find_credit_wrapper"]
 
 
-class _VectorCreditWrapper(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArgs):
-    def __init__(self, env: gym.vector.VectorEnv, credit: CreditMethod, **arguments: Any) -> None:
-        RecordConstructorArgs.__init__(self, **arguments)
+class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArgs):
+    """Any credit method: ``token_rewards = credit(outcome)`` in the terminal info. The base of those named below.
+
+    Args:
+        env: an environment with `outcome`.
+        credit: the method, such as ``AttentionCredit(credit_beta=0.5)`` or one of your own.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv, credit: CreditMethod) -> None:
+        RecordConstructorArgs.__init__(self, credit=credit)  # ignored after a subclass has recorded its own
         gym.vector.VectorWrapper.__init__(self, env)
         self._bind(credit)
 
@@ -41,21 +48,23 @@ class _VectorCreditWrapper(CreditWrapper, gym.vector.VectorWrapper, RecordConstr
         return obs, rewards, terminations, truncations, infos
 
 
-class SparseReward(_VectorCreditWrapper):
+class SparseReward(CreditReward):
     """``token_rewards[t] = score * 1[t = last]``: plain RLHF."""
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env, SparseCredit())
 
 
-class UniformReward(_VectorCreditWrapper):
+class UniformReward(CreditReward):
     """``token_rewards[t] = score / T`` over the T response tokens."""
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env, UniformCredit())
 
 
-class AttentionCreditReward(_VectorCreditWrapper):
+class AttentionCreditReward(CreditReward):
     """``token_rewards[t] = score * (credit_beta * alpha[t] + (1 - credit_beta) * 1[t = last])``.
 
     See `tokenmdp.wrappers.AttentionCreditReward` for alpha, the report and the arguments.
@@ -64,5 +73,5 @@ class AttentionCreditReward(_VectorCreditWrapper):
     def __init__(
         self, env: gym.vector.VectorEnv, credit_beta: float = 0.8, attention_floor: float = ATTENTION_FLOOR
     ) -> None:
-        credit = AttentionCredit(credit_beta, attention_floor)
-        super().__init__(env, credit, credit_beta=credit_beta, attention_floor=attention_floor)
+        RecordConstructorArgs.__init__(self, credit_beta=credit_beta, attention_floor=attention_floor)
+        super().__init__(env, AttentionCredit(credit_beta, attention_floor))
