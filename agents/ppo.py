@@ -46,7 +46,7 @@ from tokenmdp.checkpoints import (
 )
 from tokenmdp.divergences import kl_k1
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
+from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, resolve_dtype
 from tokenmdp.returns import explained_variance, gae, whiten
 from tokenmdp.rollouts import check_envs, collect
 from tokenmdp.types import Rollout
@@ -93,6 +93,12 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("update_epochs", "num_minibatches"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        for name in ("kl_coef", "vf_coef", "ent_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("kl_target", "target_kl", "clip_coef_value"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive, or None to switch it off")
@@ -135,30 +141,21 @@ class PPO:
             )
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(fastest if cfg.device == "auto" else cfg.device)
-        compute_dtype = resolve_dtype(cfg.dtype, device)
-
-        def build(model: str | Any) -> CausalLMPolicy:
-            options: dict[str, Any] = {
-                "vocab_size": task.vocab_size,
-                "eos_token_id": task.eos_token_id,
-                "min_new_tokens": task.min_new_tokens,
-                "temperature": cfg.temperature,
-                "top_k": cfg.top_k,
-                "compute_dtype": compute_dtype,
-            }
-            if not isinstance(model, str):
-                return CausalLMPolicy(model.float(), **options).to(device)
-            check_vocabulary(model, task.tokenizer)
-            return CausalLMPolicy.from_pretrained(model, **options).to(device)
-
+        options = {
+            "temperature": cfg.temperature,
+            "top_k": cfg.top_k,
+            "compute_dtype": resolve_dtype(cfg.dtype, device),
+        }
         if reference is policy and not isinstance(policy, str):
             raise ValueError(
                 "policy and reference are one model object, which freezing the reference would keep from learning; "
                 "leave out reference, which then is a copy, or pass copy.deepcopy(model)"
             )
-        self.policy = build(policy)
-        self.policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
-        self.reference = copy.deepcopy(self.policy) if reference is None else build(reference)
+        self.policy = CausalLMPolicy.for_task(policy, task, **options).to(device)
+        if reference is None:
+            self.reference = copy.deepcopy(self.policy)
+        else:
+            self.reference = CausalLMPolicy.for_task(reference, task, **options).to(device)
         self.reference.requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=True)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)  # sampling and minibatches

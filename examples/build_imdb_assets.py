@@ -20,7 +20,7 @@ import torch
 from imdb_recipe import corpus, language_model, quality, reward_model
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from tokenmdp.checkpoints import atomic_directory, load_state, save_state, write_text
+from tokenmdp.checkpoints import atomic_directory, write_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tokenmdp" / "assets" / "imdb"
 CARD = Path(__file__).resolve().parent / "imdb_recipe" / "card.md"
@@ -123,32 +123,22 @@ class Build:
         folder, arguments = self.work / "reward_model", self.arguments
         if folder.exists():
             return
-        reviews, labels = self.labelled(tokenizer)
-        file = self.work / "importance.safetensors"
+        file = self.work / "written.json"
         if not file.exists():
-            snippets = sorted(self.snippets(policy, reviews, prompts), key=len)  # like lengths together: less padding
-            self.log(f"measuring leave-one-out importance of {sum(map(len, snippets))} tokens in {len(snippets)} texts")
-            importance = reward_model.leave_one_out(plain.to(self.device), snippets, self.device)
-            save_state(file, {"snippets": snippets, "importance": importance})
-        saved = load_state(file)
+            self.log("sampling texts of the policy")
+            rng = random.Random(arguments.seed + 1)
+            chosen = [rng.choice(prompts) for _ in range(arguments.written)]
+            texts = quality.sample_responses(policy, chosen, 40, self.device, arguments.seed + 1)
+            write_text(file, json.dumps([prompt + text for prompt, text in zip(chosen, texts, strict=True)]))
+        reviews, labels = self.labelled(tokenizer)
         self.log("training the reward model, phase 2: attention row")
         model = GPT2ForSequenceClassification.from_pretrained(self.work / "reward_model_plain", dtype=torch.float32)
         reward_model.align_row(
-            model, plain, reviews, labels, saved["snippets"], saved["importance"], steps=arguments.align_steps, size=16,
+            model, plain, reviews, labels, json.loads(file.read_text()), steps=arguments.align_steps, size=40,
             width=256, learning_rate=arguments.align_learning_rate, row_coef=arguments.row_coef, seed=arguments.seed,
             state_file=self.work / "align_state.safetensors", device=self.device, log=self.log,
         )  # fmt: skip
         self.save(model, tokenizer, folder)
-
-    def snippets(self, policy, reviews: list[list[int]], prompts: list[list[int]]) -> list[list[int]]:
-        """Texts of 3 to 40 tokens, a tenth up to 72: half written by the policy, half cut out of reviews."""
-        rng, count = random.Random(self.arguments.seed + 1), self.arguments.snippets
-        chosen = [rng.choice(prompts) for _ in range(count // 2)]
-        written = quality.sample_responses(policy, chosen, 64, self.device, self.arguments.seed + 1)
-        sources = [prompt + response for prompt, response in zip(chosen, written, strict=True)]
-        sources += reward_model.windows([rng.choice(reviews) for _ in range(count - len(sources))], 72, rng)
-        lengths = [rng.randint(40, 72) if rng.random() < 0.1 else rng.randint(3, 40) for _ in sources]
-        return [source[:length] for source, length in zip(sources, lengths, strict=True) if len(source) >= 3]
 
     def save(self, model, tokenizer, folder: Path) -> None:
         """Write model and tokenizer, bf16, as one complete directory."""
@@ -214,10 +204,10 @@ def parse() -> argparse.Namespace:
     add("--policy-learning-rate", type=float, default=3e-3)
     add("--classify-steps", type=int, default=1300)
     add("--classify-learning-rate", type=float, default=5e-4)
-    add("--snippets", type=int, default=14000)
-    add("--align-steps", type=int, default=900)
-    add("--align-learning-rate", type=float, default=5e-4)
-    add("--row-coef", type=float, default=0.5)
+    add("--written", type=int, default=5000, help="texts that the policy writes for phase 2")
+    add("--align-steps", type=int, default=1100)
+    add("--align-learning-rate", type=float, default=1e-3)
+    add("--row-coef", type=float, default=2.0)
     return parser.parse_args()
 
 

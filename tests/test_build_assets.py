@@ -124,7 +124,7 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
         "--device",
         "cpu",
     ]
-    command += ["--bundle", str(bundle), *sizes.split(), "--snippets", "140"]
+    command += ["--bundle", str(bundle), *sizes.split(), "--written", "60"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout
     figures = json.loads(report[report.index("{\n") :])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,9 @@ from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
 from tokenmdp.reward_models.base import VocabularyMismatch
 from tokenmdp.types import response_rows
+
+if TYPE_CHECKING:
+    from tokenmdp.task import TextGenTask
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,27 @@ class CausalLMPolicy(nn.Module):
                 raise CheckpointError(
                     f"{path} is not this model's value head ({error}); restore or delete it"
                 ) from error
+        return policy
+
+    @classmethod
+    def for_task(cls, model: str | PreTrainedModel, task: TextGenTask, **options: Any) -> CausalLMPolicy:
+        """A policy for the environments of ``task``; ``options`` are temperature, top_k and compute_dtype.
+
+        Raises:
+            VocabularyMismatch: a named model whose own tokenizer is another one.
+            ValueError: prompt and response do not fit its positions.
+        """
+        options |= {
+            "vocab_size": task.vocab_size,
+            "eos_token_id": task.eos_token_id,
+            "min_new_tokens": task.min_new_tokens,
+        }
+        if isinstance(model, str):
+            check_vocabulary(model, task.tokenizer)
+            policy = cls.from_pretrained(model, **options)
+        else:
+            policy = cls(model.float(), **options)
+        policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
         return policy
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -42,8 +42,8 @@ def schedule(done: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + float(torch.cos(torch.tensor((done - 0.02) / 0.98 * torch.pi))))
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16)
+def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:

@@ -91,7 +91,7 @@ def row_faithfulness(model, prompts: list[list[int]], responses: list[list[int]]
     Also the row's entropy over the response as a share of its maximum, and the share of the row that lies on it.
     """
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    importance = leave_one_out(model, texts, device)
+    importance = leave_one_out(model, texts, device, bf16=False)  # bf16 noise would shuffle the unimportant tokens
     correlations, entropies, masses = [], [], []
     for start in range(0, len(texts), 64):
         part = range(start, min(start + 64, len(texts)))
@@ -101,11 +101,11 @@ def row_faithfulness(model, prompts: list[list[int]], responses: list[list[int]]
         for index, row in zip(part, rows.cpu(), strict=True):
             inside = slice(len(prompts[index]), len(texts[index]))
             weights = row[inside].double().numpy()
-            correlations.append(stats.spearmanr(weights, importance[index][inside].numpy()).statistic)
+            correlations.append(float(stats.spearmanr(weights, importance[index][inside].numpy()).statistic))
             share = weights / weights.sum()
             entropies.append(-(share * np.log(share + 1e-12)).sum() / math.log(len(share)))
             masses.append(weights.sum())
-    half = 1.96 * np.std(correlations, ddof=1) / len(correlations) ** 0.5
+    half = 1.96 * float(np.std(correlations, ddof=1)) / len(correlations) ** 0.5
     mean = float(np.mean(correlations))
     return {
         "row_spearman": mean,

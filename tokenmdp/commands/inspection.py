@@ -42,17 +42,13 @@ if TYPE_CHECKING:
 
 def load_policy(name: str, envs: VectorEnv, options: dict[str, Any], device: str) -> CausalLMPolicy:
     """A policy for ``envs``; ``options`` are the PPOConfig fields that shape its distribution, and dtype."""
-    task = envs.unwrapped.task  # type: ignore[attr-defined]
-    policy = CausalLMPolicy.from_pretrained(
+    policy = CausalLMPolicy.for_task(
         name,
-        vocab_size=task.vocab_size,
-        eos_token_id=task.eos_token_id,
-        min_new_tokens=task.min_new_tokens,
+        envs.unwrapped.task,  # type: ignore[attr-defined]
         temperature=options.get("temperature", 1.0),
         top_k=options.get("top_k", 0),
         compute_dtype=resolve_dtype(options.get("dtype", "auto"), torch.device(device)),
     )
-    policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
     return policy.to(torch.device(device))
 
 
