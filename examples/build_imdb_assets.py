@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     add("--classify-steps", type=int, default=1300)
     add("--classify-learning-rate", type=float, default=5e-4)
     add("--written", type=int, default=5000, help="texts that the policy writes for phase 2")
-    add("--align-steps", type=int, default=1100)
+    add("--align-steps", type=int, default=800)
     add("--align-learning-rate", type=float, default=1e-3)
     add("--row-coef", type=float, default=2.0)
     return parser.parse_args()

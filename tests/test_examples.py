@@ -33,7 +33,7 @@ def test_swap_wrappers(toy, tmp_path, capsys):
     swap_wrappers.main([*toy, "--updates", "2", "--num-envs", "4", "--seeds", "1", "2", "--out", str(picture)])
     output = capsys.readouterr().out
     assert re.findall(r"(\w+) seed (\d): score", output) == [
-        (name, seed) for name in ("sparse", "uniform", "attention") for seed in ("1", "2")
+        (name, seed) for name in ("SparseReward", "UniformReward", "AttentionCreditReward") for seed in ("1", "2")
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
