@@ -294,7 +294,7 @@ def test_vector_wrappers_forward_the_autoreset_mode():
 
 def test_both_modules_offer_the_same_wrappers_with_the_same_arguments():
     names = [name for name in vector.__all__ if name.endswith("Reward")]
-    assert names == ["AttentionCreditReward", "SparseReward", "UniformReward"]
+    assert names == ["AttentionCreditReward", "CreditReward", "SparseReward", "UniformReward"]
     for name in names:
         one, other = getattr(single, name), getattr(vector, name)
         assert one.__init__.__defaults__ == other.__init__.__defaults__
