@@ -61,7 +61,7 @@ class PPOConfig:
     """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with 64 episodes of 16 tokens."""
 
     seed: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     anneal_lr: bool = False  # linearly to 0 over total_updates
     total_updates: int | None = None  # only for anneal_lr
     adam_eps: float = 1e-8
@@ -77,7 +77,7 @@ class PPOConfig:
     vf_coef: float = 0.1
     ent_coef: float = 0.0
 
-    kl_coef: float = 0.1  # the initial one, if kl_target is set
+    kl_coef: float = 0.3  # the initial one, if kl_target is set
     kl_target: float | None = None  # nats a sequence; adapts kl_coef so that kl approaches it
     kl_horizon: int = 10_000  # episodes over which the coefficient adapts
 

@@ -65,7 +65,7 @@ PRESETS = {
             eval_prompts=None,
             max_new_tokens=16,
         ),
-        updates=100,
+        updates=80,
         checkpoint_every=10,
     ),
     "smoke": Preset(
