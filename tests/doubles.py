@@ -1,10 +1,10 @@
-"""Reward models whose numbers are exact and depend on the row's tokens only, for tests of the environments."""
+"""Reward models whose numbers are exact and depend on the row's tokens only, and episodes made of words."""
 
 from __future__ import annotations
 
 import torch
 
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.loading import load_tokenizer, toy_tokenizer
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.types import Episode, RewardOutput
 
@@ -50,3 +50,26 @@ class ScoreOnly(HashRewardModel):
     """Provides nothing but the score."""
 
     provides = frozenset()
+
+
+PAD = 31  # of the toy tokenizer
+
+
+def episode(*texts, prompt_slots=4, horizon=6, side="left", pad=PAD):
+    """Each text is (prompt ids, response ids)."""
+    ids = torch.full((len(texts), prompt_slots + horizon), pad)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(texts):
+        start = prompt_slots - len(prompt) if side == "left" else 0
+        for first, tokens in ((start, prompt), (prompt_slots, response)):
+            ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, first : first + len(tokens)] = True
+    return Episode(ids, mask, mask[:, prompt_slots:])
+
+
+def words(text):
+    return toy_tokenizer()(text)["input_ids"]
+
+
+def of_words(*texts, **slots):
+    return episode(*((words(prompt), words(response)) for prompt, response in texts), **slots)
