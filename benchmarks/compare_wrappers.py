@@ -94,8 +94,9 @@ def main() -> None:
     for credit in CREDITS:
         end = [curves[credit, seed][-10:].mean() for seed in arguments.seeds]
         kl = [np.mean([row["kl"] for row in runs[credit, seed][-10:]]) for seed in arguments.seeds]
-        ahead = [ours - theirs for ours, theirs in zip(area["attention"], area[credit], strict=True)]
-        print(f"| {credit} | {interval(area[credit])} | {interval(end)} | {interval(kl)} | {interval(ahead)} |")
+        paired = [ours - theirs for ours, theirs in zip(area["attention"], area[credit], strict=True)]
+        ahead = "" if credit == "attention" else interval(paired)
+        print(f"| {credit} | {interval(area[credit])} | {interval(end)} | {interval(kl)} | {ahead} |")
 
     grouped = {credit: [runs[credit, seed] for seed in arguments.seeds] for credit in CREDITS}
     plot_learning_curves(grouped, arguments.out / "curves.png")
