@@ -192,7 +192,7 @@ def test_the_coefficient_follows_the_target():
     assert adapt_kl_coef(0.2, kl=60.0, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.204)
     assert adapt_kl_coef(0.2, kl=-1.0, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.196)
     assert adapt_kl_coef(0.2, kl=6.6, kl_target=6.0, kl_horizon=1000, num_episodes=100) == pytest.approx(0.202)
-    agent = make_agent(kl_target=5.0, kl_horizon=8).learn(2)
+    agent = make_agent(kl_coef=0.1, kl_target=5.0, kl_horizon=8).learn(2)
     assert [metrics["kl_coef"] for metrics in agent.history] == pytest.approx([0.1, 0.08])
 
 
