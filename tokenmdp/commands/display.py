@@ -60,7 +60,7 @@ class TrainingDisplay:
             console=console,
             disable=not console.is_terminal,
         )
-        self.bar = self.progress.add_task("", total=updates, completed=done, numbers="first update ...")
+        self.bar = self.progress.add_task("", total=updates, completed=done, numbers="next update ...")
 
     def __enter__(self) -> TrainingDisplay:
         self.started = time.monotonic()

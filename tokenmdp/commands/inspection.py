@@ -144,7 +144,9 @@ def score(arguments: cli.Score) -> int:
     console.print(f"score {item.score:+.4f} = sum of the credits {sum(item.credits):+.4f}", highlight=False)
     if "attention_mass" in result.report:
         mass = result.report["attention_mass"].item()
-        console.print(f"attention mass on the text: {mass:.3f} of the row (the rest is on the prompt)", highlight=False)
+        rest = " (the rest is on the prompt)" if arguments.prompt else ""
+        console.print(f"attention mass on the text: {mass:.3f} of the row{rest}", highlight=False)
+        console.print("attention credit has the score's sign: how much a token mattered, not which way", style="dim")
         if result.report["credit_fallback"].item():
             console.print("that is below the floor, so the credit is uniform", style="bold")
     if arguments.html is not None:

@@ -199,11 +199,14 @@ def report(
         window=1 + int(SMOOTHING * len(records)),
         title=f"{settings.env}, {settings.credit} credit, seed {settings.seed}",
     )
+    note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
+    if settings.credit == "attention":
+        note += f"; the last token also carries {1 - settings.credit_beta:.0%} of the score (1 - credit_beta)"
     page = heatmap.html(
         {"Before training": before.samples, "After training": after.samples},
         run.report / "samples.html",
         title=f"Token credit: {settings.credit}",
-        note=f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}",
+        note=note,
     )
     print_samples(console, before, after)
     console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
