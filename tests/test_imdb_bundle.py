@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 import tokenmdp
+from tokenmdp import cli
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.loading import load_causal_lm, load_tokenizer
 from tokenmdp.reward_models import load_reward_model
@@ -109,3 +110,11 @@ def test_one_update_of_the_agent():
     agent.learn(1)
     assert agent.history[0]["kl"] == pytest.approx(0.0, abs=1e-3)  # the first rollout is the reference's own
     assert not torch.equal(before, agent.policy.lm.get_input_embeddings().weight)
+
+
+def test_the_main_command_trains_and_reports(tmp_path, capsys):
+    arguments = ["train", "--updates", "1", "--num-envs", "4", "--eval-samples", "4", "--max-new-tokens", "4"]
+    assert cli.main([*arguments, "--no-reexec", "--out", str(tmp_path / "run")]) == 0
+    assert "4 responses to held-out prompts" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert load_causal_lm(str(tmp_path / "run" / "checkpoint")).config.vocab_size == 4096
