@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def clean(text: str) -> str:
     return BREAKS.sub("\n", text).strip()
 
 
+@functools.cache
 def read_split(data: str, split: str) -> tuple[list[str], list[int]]:
     """Texts and labels of one split from a hub name or a local directory of ``{split}-*.parquet`` files."""
     from datasets import load_dataset

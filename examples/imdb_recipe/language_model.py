@@ -24,15 +24,43 @@ def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2
     )  # fmt: skip
 
 
-def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, heads, gains and biases."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
-    ]
+class Optimisation:
+    """A model's optimizers, and the state to go on from: Muon for the blocks' matrices, AdamW for all the rest."""
+
+    def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
+        self.model, self.learning_rate = model, learning_rate
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+        ]
+
+    def step(self, loss: torch.Tensor, done: float) -> None:
+        """One step down ``loss`` when ``done`` of the budget is spent."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * schedule(done)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def save(self, file: Path, **progress: int) -> None:
+        """Write model, optimizers and how far the training is."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_state(file, {"model": self.model.state_dict(), "optimizers": optimizers, **progress})
+
+    def restore(self, file: Path) -> dict[str, int]:
+        """Read what `save` wrote; returns the progress, empty if there is no file."""
+        if not file.exists():
+            return {}
+        state = load_state(file)
+        self.model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        return state
 
 
 def schedule(done: float) -> float:
@@ -58,13 +86,8 @@ def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batc
     """Train on ``tokens`` tokens; saves every few minutes and goes on from the last save."""
     model.to(device).train()
     pad = model.config.pad_token_id
-    optimizers = make_optimizers(model, learning_rate)
-    seen, epoch, skip = 0, 0, 0
-    if state_file.exists():
-        state = load_state(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    optimisation, seen, epoch, skip = Optimisation(model, learning_rate), 0, 0, 0
+    if state := optimisation.restore(state_file):
         seen, epoch, skip = state["seen"], state["epoch"], state["batches"]
         log(f"resumed at {seen / 1e6:.1f}M tokens")
     started, since, saved_at, losses = time.monotonic(), seen, time.monotonic(), []
@@ -72,15 +95,8 @@ def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batc
         for number, batch in enumerate(token_batches(rows, batch_tokens, pad, random.Random(seed + epoch))):
             if number < skip:
                 continue
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * schedule(seen / tokens)
             loss = next_token_loss(model, batch.to(device), pad)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimisation.step(loss, seen / tokens)
             losses.append(loss.item())
             seen += int((batch[:, 1:] != pad).sum())
             skip = number + 1
@@ -90,8 +106,7 @@ def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batc
                 log(f"epoch {epoch} {seen / 1e6:6.2f}M tokens  loss {mean:.3f}  {speed:.0f} tokens/s")
                 losses = []
             if time.monotonic() - saved_at > 300 or seen >= tokens:
-                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                save_state(state_file, {**state, "seen": seen, "epoch": epoch, "batches": skip})
+                optimisation.save(state_file, seen=seen, epoch=epoch, batches=skip)
                 saved_at = time.monotonic()
             if seen >= tokens:
                 return

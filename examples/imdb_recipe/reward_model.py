@@ -24,10 +24,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from tokenmdp.checkpoints import load_state, save_state
-
 from .corpus import pad_rows
-from .language_model import autocast, make_optimizers, schedule
+from .language_model import Optimisation, autocast
 
 PREFIX_STRIDE = 8
 REVIEWS_EVERY = 3  # phase 2: steps between two batches of reviews, on average
@@ -106,26 +104,15 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
     ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to go
     on from, and seeds the batches anew so that a resumed run does not see its first ones again.
     """
-    optimizers, first = make_optimizers(model, learning_rate), 0
-    if state_file.exists():
-        state = load_state(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    optimisation, first = Optimisation(model, learning_rate), 0
+    if state := optimisation.restore(state_file):
         first = state["step"]
         log(f"resumed at step {first}")
     step_loss = make_step(first)
     saved_at, sums, since = time.monotonic(), {}, time.monotonic()
     for step in range(first, steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * schedule(step / steps)
         loss, figures = step_loss()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimisation.step(loss, step / steps)
         for name, value in {"loss": loss.item(), **figures}.items():
             sums[name] = sums.get(name, 0.0) + value / every
         if (step + 1) % every == 0:
@@ -133,8 +120,7 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
             log(f"step {step + 1}/{steps}  {numbers}  {(time.monotonic() - since) / every:.2f} s/step")
             sums, since = {}, time.monotonic()
         if time.monotonic() - saved_at > 180 or step + 1 == steps:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            save_state(state_file, {"model": model.state_dict(), "optimizers": states, "step": step + 1})
+            optimisation.save(state_file, step=step + 1)
             saved_at = time.monotonic()
 
 
