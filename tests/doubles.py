@@ -18,32 +18,34 @@ class HashRewardModel(RewardModel):
         super().__init__(load_tokenizer("toy"))
         self.asked: list[tuple[list[list[int]], bool]] = []  # per call: the texts, and whether attention was asked
 
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
         texts = [row[mask].tolist() for row, mask in zip(episodes.input_ids, episodes.attention_mask, strict=True)]
-        self.asked.append((texts, attention))
+        self.asked.append((texts, "attention" in needs))
         places = torch.arange(episodes.input_ids.shape[1]) + 1
         kept = episodes.input_ids * episodes.attention_mask
         score = ((kept * places * 7919).sum(-1) % 1000) / 100 - 5
         row = ((kept + 1) * places * 104729 % 97 + 1) / 97 * episodes.attention_mask
         row = row / row.sum(-1, keepdim=True)
-        return RewardOutput(score, row[:, episodes.prompt_slots :] * episodes.response_mask if attention else None)
+        row = row[:, episodes.prompt_slots :] * episodes.response_mask
+        return RewardOutput(score, row if "attention" in needs else None)
 
 
 class ConstantAttention(HashRewardModel):
     """The same scores; every token of the text gets the same attention."""
 
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
-        score = super().evaluate(episodes, attention).score
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        score = super().evaluate(episodes, needs).score
         row = episodes.attention_mask / episodes.attention_mask.sum(-1, keepdim=True)
-        return RewardOutput(score, row[:, episodes.prompt_slots :] * episodes.response_mask if attention else None)
+        row = row[:, episodes.prompt_slots :] * episodes.response_mask
+        return RewardOutput(score, row if "attention" in needs else None)
 
 
 class SinkAttention(HashRewardModel):
     """Attention that all goes to the prompt."""
 
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
-        score = super().evaluate(episodes, attention).score
-        return RewardOutput(score, torch.zeros(episodes.response_mask.shape) if attention else None)
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        score = super().evaluate(episodes, needs).score
+        return RewardOutput(score, torch.zeros(episodes.response_mask.shape) if "attention" in needs else None)
 
 
 class ScoreOnly(HashRewardModel):

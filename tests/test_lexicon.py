@@ -64,7 +64,7 @@ def test_lexicon_by_name_with_another_tokenizer():
 class Constant(RewardModel):
     """Three lines suffice for a reward model."""
 
-    def evaluate(self, episodes, attention):
+    def evaluate(self, episodes, needs):
         return RewardOutput(torch.full((len(episodes.input_ids),), 2.0, dtype=torch.float64))
 
 
@@ -86,7 +86,7 @@ class Given(RewardModel):
         super().__init__(toy_tokenizer())
         self.output = RewardOutput(torch.tensor(score), torch.tensor(attention))
 
-    def evaluate(self, episodes, attention):
+    def evaluate(self, episodes, needs):
         return self.output
 
 

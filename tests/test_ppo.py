@@ -53,7 +53,7 @@ class TableReward(RewardModel):
     def check_tokenizer(self, tokenizer):
         assert len(tokenizer) == self.mdp.vocab_size
 
-    def evaluate(self, episodes, attention):
+    def evaluate(self, episodes, needs):
         responses = episodes.input_ids[:, episodes.prompt_slots :]
         rows = [tuple(row[mask].tolist()) for row, mask in zip(responses, episodes.response_mask, strict=True)]
         return RewardOutput(torch.tensor([self.mdp.score_of(row) for row in rows]))

@@ -230,7 +230,7 @@ class Half:
 
     name, conserves_return, needs = "half", False, frozenset()
 
-    def __call__(self, outcome):
+    def __call__(self, outcome, resources):
         token_rewards = SparseCredit()(outcome).token_rewards / 2
         return Credit(token_rewards, {})
 
@@ -420,7 +420,7 @@ class LastHalf:
 
     name, conserves_return, needs = "last-half", True, frozenset()
 
-    def __call__(self, outcome):
+    def __call__(self, outcome, resources):
         mask = outcome.episode.response_mask
         steps = mask.int().cumsum(-1) * mask
         late = (steps > steps.amax(-1, keepdim=True) - 2) & mask

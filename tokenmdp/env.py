@@ -12,6 +12,8 @@ import torch
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from tokenmdp import mdp
+from tokenmdp.credit import REWARD_MODEL_NEEDS, Resources
+from tokenmdp.credit.base import PolicyAttention
 from tokenmdp.task import TextGenTask, make_task
 from tokenmdp.types import Outcome
 
@@ -26,6 +28,8 @@ class TokenEpisodes:
         outcome: the finished episodes and their scores after a step in which rows ended, else None.
         reward_needs: what to ask of the reward model beyond the score; credit wrappers add to it.
         token_rewards_read: set by agents and adapters that learn from ``info["token_rewards"]``.
+        policy_attention: what credit methods that follow the live policy's attention read; agents attach it, see
+            `tokenmdp.credit.Resources`. None: nobody did.
         token_credit: (N, H) the credit that `render` shows, NaN where it is unknown; credit wrappers fill it.
         credit_follows: a credit wrapper will show the last line in "human" mode.
     """
@@ -39,6 +43,7 @@ class TokenEpisodes:
         self.outcome: Outcome | None = None
         self.reward_needs: set[str] = set()
         self.token_rewards_read = False
+        self.policy_attention: PolicyAttention | None = None
         self.token_credit = np.full((num_rows, task.max_new_tokens), np.nan, dtype=np.float32)
         self.credit_follows = False
         self._state = mdp.blank_state(num_rows, task.max_prompt_tokens, task.max_new_tokens, task.pad_token_id)
@@ -59,13 +64,19 @@ class TokenEpisodes:
         return self.task.min_new_tokens
 
     def require(self, needs: frozenset[str]) -> None:
-        """Ask the reward model for more than the score, such as "attention", from the next score on.
+        """Ask for more than the score, such as "attention", from the next score on; keys of `tokenmdp.credit.NEEDS`.
 
         Raises:
             ValueError: the reward model does not provide it. A named one that is not loaded yet raises when it is.
         """
-        self.task.check_needs(needs)
-        self.reward_needs |= needs
+        of_the_model = needs & REWARD_MODEL_NEEDS
+        self.task.check_needs(of_the_model)
+        self.reward_needs |= of_the_model
+
+    def resources(self) -> Resources:
+        """What a credit method may use beyond the outcome."""
+        task = self.task
+        return Resources(task.reward_model, task.tokenizer, self.policy_attention, task.load_policy)
 
     def _begin(self, rows: Sequence[int], rngs: Sequence[np.random.Generator], prompts: Sequence[Any]) -> None:
         """Start new episodes in ``rows``; a prompt that is None is drawn. Each row uses its own generator only."""

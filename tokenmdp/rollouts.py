@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.policy_attention import SampledAttention
 from tokenmdp.types import Rollout
 from tokenmdp.vector_env import TextGenVectorEnv
 from tokenmdp.wrappers import find_credit_wrapper
@@ -69,8 +71,8 @@ def collect(
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
         and the mean of every scalar that the credit wrapper reports.
     """
-    task = check_envs(envs).task
-    device = policy.lm.device
+    base = check_envs(envs)
+    task, device = base.task, policy.lm.device
     observation, _ = envs.reset(seed=seed)
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
@@ -80,6 +82,11 @@ def collect(
     values: list[torch.Tensor] = []
     supports: list[torch.Tensor] = []
     running = np.ones(envs.num_envs, dtype=bool)
+    reading: Any = contextlib.nullcontext
+    wrapper = find_credit_wrapper(envs)
+    if wrapper is not None and "policy_attention" in wrapper.credit.needs:
+        recorder = SampledAttention(policy, prompt.stop - prompt.start, envs.num_envs, task.max_new_tokens)
+        base.policy_attention, reading = recorder, recorder.reading
 
     with policy.autocast():
         state = policy.prefill(
@@ -98,7 +105,8 @@ def collect(
             running &= ~terminated
             if not running.any():
                 break
-            state = policy.append(state, token)
+            with reading():
+                state = policy.append(state, token)
     if running.any():
         raise gym.error.Error(
             f"{running.sum()} rows did not end within {task.max_new_tokens} tokens; is a wrapper hiding it?"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from tokenmdp.loading import from_pretrained, load_tokenizer
+from tokenmdp.loading import fingerprint, from_pretrained, load_tokenizer, resolve
 from tokenmdp.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.reward_models.base import RewardModel, Score, load_reward_model
 from tokenmdp.reward_models.hf import check_score
@@ -19,6 +19,8 @@ from tokenmdp.reward_models.lexicon import names_word_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tokenmdp.policy import CausalLMPolicy
 
 REQUIRED = ("tokenizer", "reward_model", "prompts")
 
@@ -40,6 +42,7 @@ class TextGenTask:
     reward_source: str | RewardModel
     reward_options: dict[str, Any]
     arguments: dict[str, Any]  # of make_task, to rebuild the task from
+    policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
 
     @cached_property
     def reward_model(self) -> RewardModel:
@@ -64,6 +67,16 @@ class TextGenTask:
                 f"{loaded} does not provide {', '.join(sorted(missing))}; "
                 "use a reward model that does, or UniformReward or SparseReward, which need only the score"
             )
+
+    def load_policy(self, name: str) -> CausalLMPolicy:
+        """The policy of this name for this task; loaded once a process and task, frozen."""
+        from tokenmdp.policy import CausalLMPolicy  # the only use of a policy here: making an env must not need one
+
+        path = resolve("policy", name)
+        key = (path, fingerprint(path))
+        if key not in self.policies:
+            self.policies[key] = CausalLMPolicy.for_task(name, self).requires_grad_(False)
+        return self.policies[key]
 
     def draw_prompt(self, rng: np.random.Generator) -> list[int]:
         """The prompt of the next episode."""

@@ -38,10 +38,12 @@ class Episode(NamedTuple):
 
 
 class RewardOutput(NamedTuple):
-    """What a reward model said about N episodes."""
+    """What a reward model said about N episodes; all but the score only if asked for. float32."""
 
-    score: torch.Tensor  # (N,) float32
-    attention: torch.Tensor | None = None  # (N, H) float32: raw last-layer row of the pooled token, mean over heads
+    score: torch.Tensor  # (N,)
+    attention: torch.Tensor | None = None  # (N, H): raw last-layer row of the pooled token, mean over heads
+    attention_layers: torch.Tensor | None = None  # (N, layers, heads, H): that row in every layer and head
+    prefix_scores: torch.Tensor | None = None  # (N, H+1): of the prompt and the first t tokens; [T] is the score
 
 
 class Outcome(NamedTuple):

@@ -23,7 +23,7 @@ from tokenmdp.commands.settings import (
     settings_from_record,
     split_prompts,
 )
-from tokenmdp.credit import CreditMethod, make_credit
+from tokenmdp.credit import REWARD_MODEL_NEEDS, CreditMethod, Resources, make_credit
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.rendering import SEPARATOR
@@ -121,8 +121,8 @@ def score_text(
     model.check_tokenizer(tokenizer)
     mask = torch.ones(1, len(prompt_ids) + len(ids), dtype=torch.bool)
     episode = Episode(torch.tensor([prompt_ids + ids]), mask, mask[:, len(prompt_ids) :])
-    reward = model(episode, needs=credit.needs)
-    result = credit(Outcome(episode, reward, torch.zeros(1, dtype=torch.long)))
+    reward = model(episode, needs=credit.needs & REWARD_MODEL_NEEDS)
+    result = credit(Outcome(episode, reward, torch.zeros(1, dtype=torch.long)), Resources(model, tokenizer))
     shown, pieces = token_pieces(tokenizer, ids, prompt_ids)
     return Sample(shown, pieces, result.token_rewards[0].tolist(), reward.score.item()), result
 
@@ -131,7 +131,7 @@ def score(arguments: cli.Score) -> int:
     """Score a text and show the credit of each of its tokens."""
     console = make_console()
     name = arguments.reward_model
-    method = make_credit(arguments.credit, arguments.credit_beta)
+    method = make_credit(arguments.credit, credit_beta=arguments.credit_beta)
     model = load_reward_model(name, device=resolve_device(arguments.device))
     tokenizer = model.tokenizer if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer is None:

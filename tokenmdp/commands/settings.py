@@ -219,7 +219,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         reward_device=settings.device,
         **given,
     )
-    wrapped = vector.CreditReward(envs, make_credit(settings.credit, settings.credit_beta))
+    wrapped = vector.CreditReward(envs, make_credit(settings.credit, credit_beta=settings.credit_beta))
     _ = wrapped.unwrapped.task.reward_model  # type: ignore[attr-defined]  # loads it: errors belong before the work
     return wrapped
 

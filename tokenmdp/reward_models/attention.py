@@ -1,8 +1,8 @@
-"""The attention row of one token, captured at sdpa speed and without a T x T map.
+"""The attention rows of a few tokens, captured at sdpa speed and without a T x T map.
 
 transformers gives attention weights only in its eager implementation, which holds (N, heads, T, T). Here a model runs
-an implementation of our own: sdpa, which inside `capture_row` also keeps the queries of the row and the keys of the
-latest call. After the forward those are the last layer's, and the row is one softmax over T numbers a head.
+an implementation of our own: sdpa, which inside `capture_rows` also keeps the queries of the rows and the keys of the
+latest call. After the forward those are the last layer's, and a row is one softmax over T numbers a head.
 """
 
 from __future__ import annotations
@@ -21,63 +21,77 @@ IMPLEMENTATION = "tokenmdp_row"
 
 
 class RowCapture:
-    """The query row and the keys of the latest attention call; see `capture_row`."""
+    """The query rows and the keys of the latest attention call, or of every call; see `capture_rows`."""
 
-    def __init__(self, index: torch.Tensor) -> None:
-        self.index = index  # (N,) int64: the token whose row is wanted
-        self.query: torch.Tensor | None = None  # (N, heads, D)
+    def __init__(self, index: torch.Tensor, every_layer: bool) -> None:
+        self.index = index  # (N, R) int64: among the queries of a call, those whose rows are wanted
+        self.every_layer = every_layer
+        self.query: torch.Tensor | None = None  # (N, heads, R, D)
         self.key: torch.Tensor | None = None  # (N, key heads, T, D)
-        self.visible: torch.Tensor | None = None  # (N, 1 or heads, T), bool or additive; None: all
+        self.visible: torch.Tensor | None = None  # (N, 1 or heads, R, T), bool or additive; None: all
         self.scaling: float | None = None
+        self._layers: list[torch.Tensor] = []  # (N, heads, R, T) each
 
     def keep(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, is_causal: bool
     ) -> None:
-        """Keep one call's row: query (N, heads, T, D), key (N, key heads, T, D), mask (N, 1 or heads, 1 or T, T)."""
-        rows = torch.arange(query.shape[0], device=query.device)
+        """Keep one call's rows: query (N, heads, S, D), key (N, key heads, T, D), mask (N, 1 or heads, 1 or S, T)."""
+        rows = torch.arange(query.shape[0], device=query.device)[:, None]  # (N, 1) against (N, R)
         index = self.index.to(query.device)
-        self.query, self.key, self.scaling = query[rows, :, index], key, scaling
+        self.query, self.key, self.scaling = query[rows, :, index].transpose(1, 2), key, scaling
         if mask is not None:
             mask = mask.expand(query.shape[0], -1, query.shape[2], -1)  # a view: no memory
-            self.visible = mask[rows, :, index]  # (N, 1 or heads, T)
+            self.visible = mask[rows, :, index].transpose(1, 2)  # (N, 1 or heads, R, T)
         elif is_causal:
-            self.visible = (torch.arange(key.shape[2], device=key.device) <= index[:, None])[:, None]  # (N, 1, T)
+            cached = key.shape[2] - query.shape[2]  # keys of earlier calls stand before this call's
+            self.visible = (torch.arange(key.shape[2], device=key.device) <= cached + index[..., None])[:, None]
         else:
             self.visible = None
+        if self.every_layer:
+            self._layers.append(self._weights())
 
-    def row(self) -> torch.Tensor:
-        """``mean over heads of softmax(q K^T * scaling)`` in float32; (N, T), each row sums to 1.
+    def rows(self) -> torch.Tensor:
+        """``mean over heads of softmax(q K^T * scaling)`` in float32; (N, R, T), each row sums to 1.
 
         Raises:
             ValueError: no attention call was seen.
         """
+        return self._weights().mean(1)
+
+    def layers(self) -> torch.Tensor:
+        """The rows of every layer and head, (N, layers, heads, R, T), where ``every_layer`` was asked for."""
+        return torch.stack(self._layers, dim=1)
+
+    def _weights(self) -> torch.Tensor:
+        """(N, heads, R, T) of the latest call."""
         if self.query is None or self.key is None:
             raise ValueError(
                 "the model made no call through transformers' AttentionInterface, so its attention row cannot be "
                 "captured; use UniformReward or SparseReward, or a model such as GPT-2, Llama, BERT or DistilBERT"
             )
-        heads, key_heads, size = self.query.shape[1], self.key.shape[1], self.query.shape[2]
+        heads, key_heads, size = self.query.shape[1], self.key.shape[1], self.query.shape[-1]
         query = self.query.float().unflatten(1, (key_heads, heads // key_heads))  # query heads that share a key head
-        scores = torch.einsum("nkgd,nktd->nkgt", query, self.key.float()).flatten(1, 2)  # (N, heads, T)
+        scores = torch.einsum("nkgrd,nktd->nkgrt", query, self.key.float()).flatten(1, 2)  # (N, heads, R, T)
         scores = scores * (size**-0.5 if self.scaling is None else self.scaling)
         if self.visible is not None and self.visible.dtype == torch.bool:
             scores = scores.masked_fill(~self.visible, -torch.inf)
         elif self.visible is not None:
             scores = scores + self.visible.float()
-        return scores.softmax(-1).mean(1)
+        return scores.softmax(-1)
 
 
 _capture: ContextVar[RowCapture | None] = ContextVar("tokenmdp_row_capture", default=None)
 
 
 @contextlib.contextmanager
-def capture_row(index: torch.Tensor) -> Iterator[RowCapture]:
-    """Keep the row of token ``index`` (N,) of the last layer run inside the block, by a model that `install` prepared.
+def capture_rows(index: torch.Tensor, *, every_layer: bool = False) -> Iterator[RowCapture]:
+    """Keep the rows of queries ``index`` (N, R) of the last layer run in the block, by a model that `install` prepared.
 
     Layers run one after the other and each overwrites what the one before left, so the last one stays: no architecture
-    needs to be known, and one layer's keys are all the memory it takes.
+    needs to be known, and one layer's keys are all the memory it takes. With ``every_layer`` each layer's rows are
+    computed as it runs and kept, whatever their number.
     """
-    capture = RowCapture(index)
+    capture = RowCapture(index, every_layer)
     token = _capture.set(capture)
     try:
         yield capture

@@ -6,9 +6,10 @@ import copyreg
 import threading
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -30,6 +31,17 @@ class VocabularyMismatch(ValueError):
 
 class NonFiniteScore(ValueError):
     """A score or an attention row is NaN or infinite; the message names the row and its text."""
+
+
+class EmbeddedTexts(NamedTuple):
+    """N texts as a reward model's input embeddings; L is the longest text in tokens."""
+
+    embeddings: torch.Tensor  # (N, L, C), detached
+    response: torch.Tensor  # (N, L) bool: where the response is
+    # embeddings (M, L, C) in the places of texts index (M,) int64 -> scores (M,), differentiable. An index, because
+    # attribution methods ask about many versions of each text in one batch.
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    to_slots: Callable[[torch.Tensor], torch.Tensor]  # one number a position (N, L) -> a response slot (N, H)
 
 
 class RewardModel(ABC):
@@ -56,41 +68,81 @@ class RewardModel(ABC):
         self.options = options or {}
 
     @abstractmethod
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
-        """Scores (N,), and the attention row (N, H) if ``attention``; on any device, any float dtype."""
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        """Scores (N,), and what ``needs`` names of `RewardOutput`'s other fields; on any device, any float dtype.
 
-    def __call__(self, episodes: Episode, *, needs: frozenset[str] = frozenset()) -> RewardOutput:
+        A response may be shorter than its text suggests: `credit` methods ask about texts with tokens left out, whose
+        masks have gaps. Read the tokens that the masks show, in order, as if the others had never been there.
+        """
+
+    def __call__(
+        self, episodes: Episode, *, needs: frozenset[str] = frozenset(), empty_responses: bool = False
+    ) -> RewardOutput:
         """Score N episodes in one go.
 
+        Args:
+            episodes: as the environment saw them, or with tokens masked out.
+            needs: what to give beyond the score; keys of `tokenmdp.credit.NEEDS`.
+            empty_responses: also score prompts that no response follows. A text without any token scores 0.
+
         Returns:
-            scores (N,) and, if ``needs`` has "attention", the row (N, H): float32 on the CPU. Each row's numbers
-            depend on its own prompt and response only, not on the padding or on the other rows.
+            scores (N,) and what ``needs`` asks for: float32 on the CPU. Each row's numbers depend on its own prompt
+            and response only, not on the padding or on the other rows.
 
         Raises:
             ValueError: an empty response, a text longer than ``max_tokens``, masks that disagree, a need that
-                the model does not provide, or a score or row of another shape.
-            NonFiniteScore: a score or an attention row is NaN or infinite.
+                the model does not provide, or an output of another shape.
+            NonFiniteScore: a score, an attention row or a prefix score is NaN or infinite.
         """
-        self._check(episodes, needs)
-        score, attention = self.evaluate(episodes, "attention" in needs)
-        score = score.detach().to("cpu", torch.float32)
-        if score.shape != episodes.response_mask.shape[:1]:  # (N, 1) would broadcast to (N, N) in the credit
+        self._check(episodes, needs, empty_responses)
+        silent = ~episodes.attention_mask.bool().any(-1)  # only with empty_responses
+        if silent.any():
+            if needs:
+                raise ValueError(f"row {int(silent.nonzero()[0])} has no token at all: it has a score (0) and no more")
+            score = torch.zeros(len(silent))
+            if not silent.all():
+                score[~silent.cpu()] = self(Episode(*(part[~silent] for part in episodes)), empty_responses=True).score
+            return RewardOutput(score)
+        parts = self.evaluate(episodes, needs)._asdict()
+        plain = {key: part.detach().to("cpu", torch.float32) for key, part in parts.items() if part is not None}
+        output = RewardOutput(**plain)
+        rows, horizon = episodes.response_mask.shape
+        if output.score.shape != (rows,):  # (N, 1) would broadcast to (N, N) in the credit
             raise ValueError(
-                f"{self} returned scores of shape {tuple(score.shape)} for {len(episodes.response_mask)} episodes; "
+                f"{self} returned scores of shape {tuple(output.score.shape)} for {rows} episodes; "
                 "evaluate returns one number an episode, shape (N,)"
             )
-        self._refuse(~torch.isfinite(score), score, "scored", episodes)
-        if attention is None:
-            return RewardOutput(score)
-        attention = attention.detach().to("cpu", torch.float32)
-        if attention.shape != episodes.response_mask.shape:
+        self._refuse(~torch.isfinite(output.score), output.score, "scored", episodes)
+        response_mask = episodes.response_mask.bool().cpu()
+        if output.attention is not None:
+            self._check_shape("attention", output.attention, (rows, horizon), "one weight a response slot")
+            response = output.attention.masked_fill(~response_mask, 0.0).sum(-1)
+            self._refuse(~torch.isfinite(response), response, "gave an attention row that sums to", episodes)
+        if output.attention_layers is not None:
+            layers, heads = output.attention_layers.shape[1:3]
+            shape = (rows, layers, heads, horizon)
+            self._check_shape("attention_layers", output.attention_layers, shape, "one row a layer and head")
+            response = output.attention_layers.masked_fill(~response_mask[:, None, None], 0.0).sum((1, 2, 3))
+            self._refuse(~torch.isfinite(response), response, "gave attention rows that sum to", episodes)
+        if output.prefix_scores is not None:
+            self._check_shape("prefix_scores", output.prefix_scores, (rows, horizon + 1), "one score a prefix")
+            total = output.prefix_scores.sum(-1)
+            self._refuse(~torch.isfinite(total), total, "gave prefix scores that sum to", episodes)
+        return output
+
+    def embedded(self, episodes: Episode) -> EmbeddedTexts:
+        """The texts as input embeddings with a differentiable score, for a model that provides "gradients".
+
+        Raises:
+            ValueError: this model has no embeddings.
+        """
+        raise ValueError(f"{self} has no embeddings to differentiate its score by; use a model that does")
+
+    def _check_shape(self, name: str, part: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+        if part.shape != shape:
             raise ValueError(
-                f"{self} returned attention of shape {tuple(attention.shape)}; evaluate returns one weight a response "
-                f"slot, shape {tuple(episodes.response_mask.shape)}"
+                f"{self} returned {name} of shape {tuple(part.shape)}; evaluate returns {meaning}, shape {shape}"
             )
-        response = attention.masked_fill(~episodes.response_mask.bool().cpu(), 0.0).sum(-1)
-        self._refuse(~torch.isfinite(response), response, "gave an attention row that sums to", episodes)
-        return RewardOutput(score, attention)
 
     def _refuse(self, bad: torch.Tensor, numbers: torch.Tensor, what: str, episodes: Episode) -> None:
         """Raise for the first row of ``bad`` (N,), naming its number and text."""
@@ -101,7 +153,7 @@ class RewardModel(ABC):
                 f"{self._text(episodes, row)!r}; look for NaN in its weights, and use float32"
             )
 
-    def _check(self, episodes: Episode, needs: frozenset[str]) -> None:
+    def _check(self, episodes: Episode, needs: frozenset[str], empty_responses: bool) -> None:
         if lacking := sorted(needs - self.provides):
             provided = ", ".join(sorted(self.provides)) or "nothing but the score"
             raise ValueError(
@@ -110,7 +162,7 @@ class RewardModel(ABC):
             )
         attention_mask, response_mask = episodes.attention_mask.bool(), episodes.response_mask.bool()
         empty = (~response_mask.any(-1)).nonzero()
-        if len(empty):
+        if len(empty) and not empty_responses:
             raise ValueError(
                 f"row {int(empty[0])} has an empty response (n_tokens 0): only an episode with at least one response "
                 "token can be scored; pass the rows that ended"

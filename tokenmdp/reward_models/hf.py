@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from tokenmdp.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
-from tokenmdp.reward_models.attention import capture_row, install
-from tokenmdp.reward_models.base import RewardModel, Score, VocabularyMismatch
+from tokenmdp.reward_models.attention import capture_rows, install
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score, VocabularyMismatch
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
@@ -56,10 +56,25 @@ def compact(episodes: Episode, fill: int = 0) -> Rows:
 
 
 def response_slots(row: torch.Tensor, rows: Rows, episodes: Episode) -> torch.Tensor:
-    """Put a row over compact positions (N, L) back on the response slots (N, H), zero where there is no token."""
-    full = torch.zeros(episodes.input_ids.shape, dtype=row.dtype, device=row.device)
-    full.scatter_(-1, rows.slots.to(row.device), row * rows.mask.to(row.device))  # (N, P+H)
-    return full[:, episodes.prompt_slots :] * episodes.response_mask.to(row.device)
+    """Put rows over compact positions (N, ..., L) back on the response slots (N, ..., H), zero where there is no token.
+
+    >>> mask = torch.tensor([[False, True, True, False]])
+    >>> episodes = Episode(torch.tensor([[9, 5, 6, 9]]), mask, mask[:, 2:])
+    >>> response_slots(torch.tensor([[0.25, 0.75]]), compact(episodes), episodes).tolist()
+    [[0.75, 0.0]]
+    """
+    middle = (1,) * (row.dim() - 2)
+    slots = rows.slots.to(row.device).view(len(row), *middle, -1).expand_as(row)
+    mask = rows.mask.to(row.device).view(len(row), *middle, -1)
+    full = torch.zeros(*row.shape[:-1], episodes.input_ids.shape[-1], dtype=row.dtype, device=row.device)
+    full.scatter_(-1, slots, row * mask)  # (N, ..., P+H)
+    response_mask = episodes.response_mask.to(row.device).view(len(row), *middle, -1)
+    return full[..., episodes.prompt_slots :] * response_mask
+
+
+def _response_positions(rows: Rows, episodes: Episode) -> torch.Tensor:
+    """Which compact positions hold response tokens, (N, L) bool."""
+    return rows.mask & (rows.slots >= episodes.prompt_slots)
 
 
 class HFRewardModel(RewardModel):
@@ -103,40 +118,92 @@ class HFRewardModel(RewardModel):
         if self.head is None and model.config.pad_token_id is not None:
             self.fill = model.config.pad_token_id  # RoBERTa derives its positions from it
         pooled_first = self.head is None and model.config.model_type in FIRST_TOKEN_POOLED
+        provides = {"gradients"}
         if can_capture and (self.head is not None or pooled_first) and self._captures():
-            self.provides = frozenset({"attention"})
+            provides |= {"attention", "attention_layers"}
+        if self.head is not None:  # an encoder's first token has read the whole text: it knows no prefixes
+            provides |= {"prefix_scores"}
+        self.provides = frozenset(provides)
 
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
-        """Scores (N,) and, if asked, the pooled token's last-layer row (N, H), mean over heads."""
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        """Scores (N,) and, from the same forward, what is asked: the pooled token's rows, the scores of all prefixes.
+
+        The rows are those of `RewardOutput`; prefix scores are the head's answer at every position of a causal model.
+        """
+        rows = self._prepare(episodes)
+        pooled = torch.zeros_like(rows.last) if self.head is None else rows.last
+        with torch.no_grad():
+            if not needs & {"attention", "attention_layers"}:
+                capture, (score, hidden) = None, self._forward(rows)
+            else:
+                with capture_rows(pooled[:, None], every_layer="attention_layers" in needs) as capture:
+                    score, hidden = self._forward(rows)
+            row = layers = prefixes = None
+            if capture is not None and "attention" in needs:
+                row = response_slots(capture.rows()[:, 0], rows, episodes)
+            if capture is not None and "attention_layers" in needs:
+                layers = response_slots(capture.layers()[..., 0, :], rows, episodes)
+            if "prefix_scores" in needs:
+                prefixes = self._prefix_scores(hidden, rows, episodes)
+        return RewardOutput(score, row, layers, prefixes)
+
+    def embedded(self, episodes: Episode) -> EmbeddedTexts:
+        """The texts as the model's input embeddings, with a differentiable score of them."""
+        rows = self._prepare(episodes)
+        with torch.no_grad():
+            embeddings = self.model.get_input_embeddings()(rows.input_ids)  # (N, L, C)
+        return EmbeddedTexts(
+            embeddings=embeddings,
+            response=_response_positions(rows, episodes),
+            score=lambda changed, index: self._forward(Rows(*(part[index] for part in rows)), changed)[0],
+            to_slots=lambda row: response_slots(row, rows, episodes),
+        )
+
+    def _prepare(self, episodes: Episode) -> Rows:
+        """The texts without gaps, on the model's device; the model in eval mode."""
         if self.model.training:  # dropout would make scores random; the owner may have trained it since
             self.model.eval()
         rows = compact(episodes, self.fill)
         self._check_first_token(rows)
-        rows = Rows(*(part.to(self.model.device) for part in rows))
-        pooled = torch.zeros_like(rows.last) if self.head is None else rows.last
-        with torch.no_grad():
-            if not attention:
-                return RewardOutput(self._score(rows))
-            with capture_row(pooled) as capture:
-                score = self._score(rows)
-            return RewardOutput(score, response_slots(capture.row(), rows, episodes))
+        return Rows(*(part.to(self.model.device) for part in rows))
 
-    def _score(self, rows: Rows) -> torch.Tensor:
-        """Scores (N,) float32 of compact rows."""
+    def _forward(self, rows: Rows, embeddings: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores (N,) float32 of compact rows, and a causal model's hidden states (N, L, C).
+
+        ``embeddings`` (N, L, C), if given, stand in for those of ``rows.input_ids``.
+        """
+        inputs = {"input_ids": rows.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         if self.head is None:
-            logits = self.model(input_ids=rows.input_ids, attention_mask=rows.mask.long()).logits  # (N, K)
-        else:
-            # Causality hides right padding, so the mask is all ones: a mask with zeros would become T x T. The explicit
-            # index, because the model's own search for the last id that is not pad skips an end token with pad's id.
-            everything = torch.ones_like(rows.input_ids)
-            hidden = self.model.base_model(
-                input_ids=rows.input_ids, attention_mask=everything, use_cache=False
-            ).last_hidden_state  # (N, L, C)
-            logits = self.head(hidden[torch.arange(len(hidden), device=hidden.device), rows.last])  # (N, K)
+            return self._number(self.model(attention_mask=rows.mask.long(), **inputs).logits), None
+        # Causality hides right padding, so the mask is all ones: a mask with zeros would become T x T. The explicit
+        # index, because the model's own search for the last id that is not pad skips an end token with pad's id.
+        everything = torch.ones_like(rows.input_ids)
+        hidden = self.model.base_model(attention_mask=everything, use_cache=False, **inputs).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), rows.last]  # (N, L, C) -> (N, C)
+        return self._number(self.head(last)), hidden
+
+    def _number(self, logits: torch.Tensor) -> torch.Tensor:
+        """The score that the logits (..., K) stand for; (...,) float32."""
         logits = logits.float()
         if self.score != "auto":
-            return logits[:, self.score]
-        return logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
+            return logits[..., self.score]
+        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+
+    def _prefix_scores(self, hidden: torch.Tensor | None, rows: Rows, episodes: Episode) -> torch.Tensor:
+        """(N, H+1): the score of the prompt and the first t response tokens; 0 after the end and for an empty text."""
+        assert hidden is not None  # `provides` names prefix_scores for causal models only
+        assert self.head is not None
+        every = self._number(self.head(hidden))  # (N, L): after each token
+        full = torch.zeros(episodes.input_ids.shape, dtype=every.dtype, device=every.device)
+        full.scatter_(-1, rows.slots, every * rows.mask)  # (N, P+H)
+        prompt_slots = episodes.prompt_slots
+        asked = episodes.attention_mask[:, :prompt_slots].to(every.device)
+        lengths = asked.sum(-1)
+        alone = every[:, 0].new_zeros(len(every))
+        if prompt_slots:
+            alone = every.gather(-1, (lengths - 1).clamp(min=0)[:, None])[:, 0] * (lengths > 0)
+        response = full[:, prompt_slots:] * episodes.response_mask.to(full.device)
+        return torch.cat([alone[:, None], response], dim=-1)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise VocabularyMismatch unless every id of ``tokenizer`` names the same token in this model."""
@@ -189,8 +256,8 @@ class HFRewardModel(RewardModel):
         """Whether attention calls of this architecture reach our implementation: try two tokens."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2)[None])
-        with torch.no_grad(), capture_row(torch.zeros_like(rows.last)) as capture:
-            self._score(rows)
+        with torch.no_grad(), capture_rows(torch.zeros_like(rows.last)[:, None]) as capture:
+            self._forward(rows)
         return capture.key is not None
 
 

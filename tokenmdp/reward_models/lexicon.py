@@ -50,7 +50,7 @@ class LexiconRewardModel(RewardModel):
     ([1.0], [0.67, 0.0, 0.33])
     """
 
-    provides = frozenset({"attention"})
+    provides = frozenset({"attention", "prefix_scores"})
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, float], *, name: str | None = None
@@ -58,18 +58,25 @@ class LexiconRewardModel(RewardModel):
         super().__init__(tokenizer, name=name)
         self.weights = {word.lower(): float(weight) for word, weight in weights.items()}
 
-    def evaluate(self, episodes: Episode, attention: bool) -> RewardOutput:
-        """Scores (N,) and, if asked, shares (N, H), both float32."""
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        """Scores (N,) and, if asked, shares (N, H) and the scores of all prefixes (N, H+1), float32."""
         responses = episodes.input_ids[:, episodes.prompt_slots :]  # (N, P+H) -> (N, H)
         masks = episodes.response_mask.bool()
         ids = [row[mask].tolist() for row, mask in zip(responses, masks, strict=True)]
-        score = torch.tensor([sum(weight for _, _, weight in self._words(self._decode(row))) for row in ids])
-        shares = None
-        if attention:
+        score = torch.tensor([self._total(row) for row in ids])
+        shares = prefixes = None
+        if "attention" in needs:
             shares = torch.zeros(masks.shape)
             for row, mask, tokens in zip(shares, masks, ids, strict=True):
                 row[mask] = self._shares(tokens)
-        return RewardOutput(score.float(), shares)
+        if "prefix_scores" in needs:
+            prefixes = torch.zeros(len(ids), masks.shape[1] + 1)
+            for row, mask, tokens in zip(prefixes, masks, ids, strict=True):
+                row[1:][mask] = torch.tensor([self._total(tokens[: end + 1]) for end in range(len(tokens))])
+        return RewardOutput(score.float(), shares, prefix_scores=prefixes)
+
+    def _total(self, ids: list[int]) -> float:
+        return float(sum(weight for _, _, weight in self._words(self._decode(ids))))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

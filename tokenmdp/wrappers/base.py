@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import gymnasium as gym
 import numpy as np
 
-from tokenmdp.credit import CreditMethod
+from tokenmdp.credit import CreditMethod, Resources
 from tokenmdp.env import TokenEpisodes
 from tokenmdp.types import Outcome
 
@@ -69,8 +69,8 @@ class CreditWrapper:
 
         A method that does not conserve the return adds ``credit_residual = score - sum_t token_rewards[t]``.
         """
-        credit = self.credit(outcome)
         base = self.env.unwrapped
+        credit = self.credit(outcome, base.resources() if isinstance(base, TokenEpisodes) else Resources())
         columns = {"token_rewards": credit.token_rewards.numpy().copy()}
         columns |= {key: values.numpy().copy() for key, values in credit.report.items()}
         if not self.credit.conserves_return:
