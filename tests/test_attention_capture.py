@@ -158,6 +158,71 @@ def test_padded_eager_batch_agrees_too(make):
 
 
 @pytest.mark.parametrize("make", CAUSAL + ENCODERS)
+@torch.no_grad()
+def test_rows_of_every_layer_and_head_equal_eager(make):
+    reward_model, eager = build(make)
+    prompts, responses = random_texts(6, seed=2)
+    output = reward_model(episode(prompts, responses), needs=frozenset({"attention", "attention_layers"}))
+    assert output.attention_layers.shape == (6, 2, 4, 8)
+    torch.testing.assert_close(output.attention_layers[:, -1].mean(1), output.attention)
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        pooled = 0 if make in ENCODERS else -1
+        maps = eager(torch.tensor([prompt + response]), output_attentions=True).attentions
+        rows = torch.stack([layer[0, :, pooled, len(prompt) :] for layer in maps])  # (layers, heads, T)
+        assert (output.attention_layers[index, ..., : len(response)] - rows).abs().max() < 1e-5
+        assert not output.attention_layers[index, ..., len(response) :].any()
+
+
+@pytest.mark.parametrize("make", CAUSAL)
+@torch.no_grad()
+def test_one_forward_scores_every_prefix(make):
+    """Against one forward for each prefix of each text, unpadded, through transformers' own classifier."""
+    reward_model, eager = build(make)
+    prompts, responses = random_texts(6, seed=4)
+    prompts[0] = []  # the empty text scores 0
+    output = reward_model(episode(prompts, responses), needs=frozenset({"prefix_scores"}))
+    assert output.prefix_scores.shape == (6, 9)
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        for length in range(len(response) + 1):
+            text = prompt + response[:length]
+            logits = eager(torch.tensor([text])).logits[0] if text else torch.zeros(2)
+            assert output.prefix_scores[index, length].item() == pytest.approx((logits[1] - logits[0]).item(), abs=2e-5)
+        assert output.prefix_scores[index, len(response)] == pytest.approx(output.score[index].item(), abs=1e-6)
+        assert not output.prefix_scores[index, len(response) + 1 :].any()
+
+
+@pytest.mark.parametrize("make", ENCODERS)
+def test_an_encoder_knows_no_prefixes(make):
+    reward_model, _ = build(make)
+    with pytest.raises(ValueError, match="does not provide prefix_scores"):
+        reward_model(episode([[3]], [[5]]), needs=frozenset({"prefix_scores"}))
+
+
+@pytest.mark.parametrize("make", [gpt2, bert])
+def test_gaps_in_the_masks_read_as_if_the_tokens_had_never_been_there(make):
+    reward_model, _ = build(make)
+    whole = episode([[3, 4]], [[5, 6, 7, 8]])
+    keep = torch.ones_like(whole.attention_mask)
+    keep[0, [7, 8]] = False  # drops 6 and 7
+    gaps = whole._replace(attention_mask=whole.attention_mask & keep, response_mask=whole.response_mask & keep[:, 6:])
+    short = reward_model(episode([[3, 4]], [[5, 8]]), needs=ATTENTION)
+    ours = reward_model(gaps, needs=ATTENTION)
+    torch.testing.assert_close(ours.score, short.score)
+    torch.testing.assert_close(ours.attention[0, [0, 3]], short.attention[0, [0, 1]])
+    assert not ours.attention[0, [1, 2]].any()
+
+
+def test_prompts_alone_are_scored_only_on_request():
+    reward_model, _ = build(gpt2)
+    batch = episode([[3, 4], []], [[], []])
+    with pytest.raises(ValueError, match="row 0 has an empty response"):
+        reward_model(batch)
+    score = reward_model(batch, empty_responses=True).score
+    as_response = reward_model(episode([[]], [[3, 4]])).score
+    torch.testing.assert_close(score, torch.tensor([as_response.item(), 0.0]))
+
+
+@pytest.mark.parametrize("make", CAUSAL + ENCODERS)
 def test_asking_for_the_row_does_not_change_the_score(make):
     reward_model, _ = build(make)
     batch = episode(*random_texts(5))

@@ -174,7 +174,7 @@ def test_a_head_called_score_on_a_bidirectional_model_is_not_taken_for_causal():
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     reward_model = HFRewardModel(model, None)
-    assert reward_model.provides == frozenset()
+    assert reward_model.provides == {"gradients"}
     with pytest.raises(ValueError, match=r"does not provide attention .*UniformReward or SparseReward"):
         reward_model(episode(*TEXTS), needs=ATTENTION)
 
@@ -303,7 +303,7 @@ def test_named_models_load_once_a_process(classifier_dir):
     assert load_reward_model(classifier_dir, dtype="bfloat16") is not reward_model
     assert load_reward_model("toy-lexicon") is load_reward_model("toy-lexicon", dtype="bfloat16")
     reward_model.check_tokenizer(toy_tokenizer())
-    assert reward_model.provides == ATTENTION
+    assert reward_model.provides == {"attention", "attention_layers", "prefix_scores", "gradients"}
 
 
 def test_a_directory_written_anew_is_loaded_anew(classifier_dir):

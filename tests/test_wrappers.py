@@ -16,7 +16,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 import tokenmdp.wrappers as single
 from tokenmdp.credit import AttentionCredit, SparseCredit, make_credit, redistribute
 from tokenmdp.types import Credit
-from tokenmdp.wrappers import find_credit_wrapper, vector
+from tokenmdp.wrappers import UninformativeAttention, find_credit_wrapper, vector
 from tokenmdp.wrappers.base import CreditWrapper
 
 TOY = "tokenmdp:TextGen-Toy-v0"
@@ -61,6 +61,7 @@ def episode(env, tokens, **reset):
 
 
 @each_wrapper
+@pytest.mark.filterwarnings("ignore:the attention of SinkAttention")
 @pytest.mark.parametrize("model", [HashRewardModel, SinkAttention])
 def test_a_thousand_episodes_conserve_their_score_single_and_vector(name, kwargs, model):
     count, horizon = 1000, 8
@@ -231,7 +232,7 @@ class Half:
     name, conserves_return, needs = "half", False, frozenset()
 
     def __call__(self, outcome, resources):
-        token_rewards = SparseCredit()(outcome).token_rewards / 2
+        token_rewards = SparseCredit()(outcome, resources).token_rewards / 2
         return Credit(token_rewards, {})
 
 
@@ -294,7 +295,7 @@ def test_vector_wrappers_forward_the_autoreset_mode():
 
 def test_both_modules_offer_the_same_wrappers_with_the_same_arguments():
     names = [name for name in vector.__all__ if name.endswith("Reward")]
-    assert names == ["AttentionCreditReward", "CreditReward", "SparseReward", "UniformReward"]
+    assert names == ["AttentionCreditReward", "CreditReward", "OnlinePrefixReward", "SparseReward", "UniformReward"]
     for name in names:
         one, other = getattr(single, name), getattr(vector, name)
         assert one.__init__.__defaults__ == other.__init__.__defaults__
@@ -439,3 +440,44 @@ def test_make_credit_knows_its_names():
     assert make_credit("attention", credit_beta=0.3) == AttentionCredit(0.3)
     with pytest.raises(ValueError, match="credit is 'dense'; choose one of sparse, uniform, attention"):
         make_credit("dense")
+
+
+def play_rows(envs, count):
+    """``count`` episodes a row of five tokens and end-of-text; returns the warnings about attention."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(count):
+            envs.reset(seed=seed)
+            for token in (3, 4, 5, 6, 7, envs.unwrapped.eos_token_id):
+                envs.step(np.full(envs.num_envs, token))
+    return [warning for warning in caught if warning.category is UninformativeAttention]
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    monkeypatch.setattr(CreditWrapper, "_warned_of_attention", set())
+
+
+@pytest.mark.usefixtures("forget")
+def test_nearly_uniform_attention_warns_once():
+    envs = [
+        make_vec("AttentionCreditReward", num_envs=16, autoreset_mode="Disabled", reward_model=model())
+        for model in (ConstantAttention, ConstantAttention, HashRewardModel)
+    ]
+    assert play_rows(envs[0], 3) == []  # 48 responses: too few to say
+    (warning,) = play_rows(envs[0], 3)
+    assert "entropy is 1.000 of the maximum over 64 responses" in str(warning.message)
+    assert "ConstantAttention" in str(warning.message)
+    assert "tokenmdp quality" in str(warning.message)
+    assert play_rows(envs[1], 8) == []  # the same model under another wrapper
+    assert play_rows(envs[2], 8) == []  # uneven rows
+
+
+@pytest.mark.usefixtures("forget")
+def test_short_responses_say_nothing_about_attention():
+    envs = make_vec("AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", reward_model=ConstantAttention())
+    envs.reset(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for token in (3, 4, envs.unwrapped.eos_token_id):
+            envs.step(np.full(64, token))

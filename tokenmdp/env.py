@@ -15,7 +15,7 @@ from tokenmdp import mdp
 from tokenmdp.credit import REWARD_MODEL_NEEDS, Resources
 from tokenmdp.credit.base import PolicyAttention
 from tokenmdp.task import TextGenTask, make_task
-from tokenmdp.types import Outcome
+from tokenmdp.types import Episode, Outcome
 
 METADATA: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
 
@@ -77,6 +77,10 @@ class TokenEpisodes:
         """What a credit method may use beyond the outcome."""
         task = self.task
         return Resources(task.reward_model, task.tokenizer, self.policy_attention, task.load_policy)
+
+    def episodes_so_far(self, rows: np.ndarray) -> Episode:
+        """What ``rows`` (n,) int64 have written, finished or not, as a reward model reads it; fresh tensors."""
+        return mdp.finished_episodes(self._state, rows)
 
     def _begin(self, rows: Sequence[int], rngs: Sequence[np.random.Generator], prompts: Sequence[Any]) -> None:
         """Start new episodes in ``rows``; a prompt that is None is drawn. Each row uses its own generator only."""

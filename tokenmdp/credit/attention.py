@@ -180,7 +180,8 @@ def readers(mask: torch.Tensor) -> torch.Tensor:
 def mean_column(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """``mean over the rows q >= k that chose a token, of attention[q, k]``; 0 for the last token.
 
-    (..., T, T) -> (..., T). The divisor is the number of rows that *can* read column k, not the number of entries that happen not to be zero.
+    (..., T, T) -> (..., T). The divisor is the number of rows that *can* read column k, not the number of entries that
+    happen not to be zero.
 
     >>> attention = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.8, 0.0], [9.0, 9.0, 9.0]])
     >>> [round(weight, 4) for weight in mean_column(attention, torch.tensor([True, True, True])).tolist()]

@@ -120,7 +120,7 @@ def row_entropy(weights: torch.Tensor, response_mask: torch.Tensor) -> torch.Ten
     (1.0, 0.0)
     """
     weights = torch.where(response_mask, weights.double(), 0.0)
-    entropy = -torch.xlogy(weights, weights).sum(-1)
+    entropy = torch.special.entr(weights).sum(-1)
     length = response_mask.sum(-1)
     return torch.where(length > 1, entropy / length.clamp(min=2).double().log(), 0.0)
 

@@ -9,17 +9,34 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from tokenmdp.credit import ATTENTION_FLOOR, AttentionCredit, CreditMethod, SparseCredit, UniformCredit
-from tokenmdp.wrappers.base import CreditWrapper, OffersOutcome, UnreadTokenRewards, find_credit_wrapper
+from tokenmdp.credit import (
+    ATTENTION_FLOOR,
+    AttentionCredit,
+    CreditMethod,
+    PrefixDifferenceCredit,
+    SparseCredit,
+    UniformCredit,
+)
+from tokenmdp.wrappers.base import (
+    CreditWrapper,
+    OffersOutcome,
+    UninformativeAttention,
+    UnreadTokenRewards,
+    find_credit_wrapper,
+)
+from tokenmdp.wrappers.online import PrefixLedger
 
 __all__ = [
     "AttentionCreditReward",
     "CreditReward",
     "OffersOutcome",
+    "OnlinePrefixReward",
     "SparseReward",
     "UniformReward",
+    "UninformativeAttention",
     "UnreadTokenRewards",
     "find_credit_wrapper",
 ]
@@ -87,3 +104,44 @@ class AttentionCreditReward(CreditReward):
     def __init__(self, env: gym.Env, credit_beta: float = 0.8, attention_floor: float = ATTENTION_FLOOR) -> None:
         RecordConstructorArgs.__init__(self, credit_beta=credit_beta, attention_floor=attention_floor)
         super().__init__(env, AttentionCredit(credit_beta, attention_floor))
+
+
+class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
+    """``reward[t] = credit_beta * (score of y[<=t] - score of y[<t])`` in the step of token t; the rest at the end.
+
+    The causal form of `tokenmdp.credit.PrefixDifferenceCredit` (RED): the same numbers, but `reward` itself is dense,
+    so any tool trains on it without an adapter and nothing is buffered. The rewards of an episode sum to its score.
+    Any reward model will do, also an encoder; the price is one more forward a step, on the text so far. The terminal
+    info holds ``token_rewards``, the same rewards once more: a learner uses one or the other.
+
+    Args:
+        env: a TextGen environment.
+        credit_beta: 0 is sparse, 1 is dense only.
+    """
+
+    def __init__(self, env: gym.Env, credit_beta: float = 1.0) -> None:
+        RecordConstructorArgs.__init__(self, credit_beta=credit_beta)
+        gym.Wrapper.__init__(self, env)
+        self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
+        self._ledger = PrefixLedger(env.unwrapped, 1, credit_beta)  # type: ignore[arg-type]  # _bind has checked it
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode and score its prompt."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._ledger.start(ROW)
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; the reward is the token's own."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if not terminated:
+            return obs, float(self._ledger.pay(ROW)[0]), terminated, truncated, info
+        reward = self._ledger.close(ROW, np.array([reward]), np.array([info["n_tokens"]]))[0]
+        info["token_rewards"] = self._ledger.paid(ROW)[0]
+        self._show(ROW, info["token_rewards"][None])
+        if self.render_mode == "human":
+            self.render()
+        return obs, float(reward), terminated, truncated, info
+
+
+ROW = np.array([0])  # a single environment is row 0 of one

@@ -16,6 +16,15 @@ from tokenmdp.types import Outcome
 UNREAD_EPISODES = 16  # more than a conformance check of any library plays, fewer than a first rollout
 
 
+ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
+LEAST_LENGTH_JUDGED = 4  # tokens: shorter rows are uneven or even by chance
+NEARLY_UNIFORM = 0.95  # of the largest entropy; rows of small untrained-for-it classifiers lie there
+
+
+class UninformativeAttention(UserWarning):
+    """The attention rows that credit follows are close to uniform."""
+
+
 class UnreadTokenRewards(UserWarning):
     """Episodes end, and nothing has said that it learns from their token rewards."""
 
@@ -37,9 +46,11 @@ class CreditWrapper:
     credit: CreditMethod
     env: Any
     _warned: ClassVar[bool] = False  # of unread episodes, once a process: a batch has many wrappers
+    _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
 
-    def _bind(self, credit: CreditMethod) -> None:
-        """Attach ``credit``; called once the wrapper knows its env."""
+    def _bind(self, credit: CreditMethod, needs: frozenset[str] | None = None) -> None:
+        """Attach ``credit``; it needs ``credit.needs`` unless told otherwise. Called once the wrapper has its env."""
+        needs = credit.needs if needs is None else needs
         inner = find_credit_wrapper(self.env)
         if inner is not None:
             raise ValueError(
@@ -52,15 +63,17 @@ class CreditWrapper:
                 f"{type(base).__name__} has no `outcome` to credit; wrap a TextGen environment "
                 "(under SyncVectorEnv wrap each single environment)"
             )
-        if credit.needs:
+        if needs:
             if not isinstance(base, TokenEpisodes):
                 raise TypeError(
-                    f"{type(self).__name__} needs {', '.join(sorted(credit.needs))} and {type(base).__name__} cannot "
+                    f"{type(self).__name__} needs {', '.join(sorted(needs))} and {type(base).__name__} cannot "
                     "ask its reward model for it; use SparseReward or UniformReward, which need the score only"
                 )
-            base.require(credit.needs)
+            base.require(needs)
         self.credit = credit
         self._unread = 0
+        self._entropies: list[float] = []  # of the first rows of attention; empty once judged
+        self._judged = False
         if isinstance(base, TokenEpisodes):
             base.credit_follows = True
 
@@ -75,10 +88,41 @@ class CreditWrapper:
         columns |= {key: values.numpy().copy() for key, values in credit.report.items()}
         if not self.credit.conserves_return:
             columns["credit_residual"] = outcome.reward.score.numpy() - columns["token_rewards"].sum(-1)
+        if "attention_entropy" in columns and not self._judged:
+            self._judge_attention(columns["attention_entropy"], outcome)
         if isinstance(base, TokenEpisodes):
-            base.token_credit[outcome.rows.numpy()] = columns["token_rewards"]
+            self._show(outcome.rows.numpy(), columns["token_rewards"])
             self._watch_readers(base, len(outcome.rows))
         return columns
+
+    def _attending_model(self) -> str:
+        """Whose attention the credit follows, for a message."""
+        base = self.env.unwrapped
+        if "policy_attention" in self.credit.needs or not isinstance(base, TokenEpisodes):
+            return "the policy"
+        return str(base.task.reward_model)
+
+    def _show(self, rows: np.ndarray, token_rewards: np.ndarray) -> None:
+        """Let `render` show the credit (n, H) of ``rows``."""
+        self.env.unwrapped.token_credit[rows] = token_rewards
+
+    def _judge_attention(self, entropy: np.ndarray, outcome: Outcome) -> None:
+        """Warn once if the first rows of attention are close to uniform: such credit follows nothing."""
+        lengths = outcome.episode.response_mask.sum(-1).numpy()
+        self._entropies += entropy[lengths >= LEAST_LENGTH_JUDGED].tolist()
+        if len(self._entropies) < ROWS_JUDGED:
+            return
+        self._judged = True
+        mean, model = float(np.mean(self._entropies)), self._attending_model()
+        if mean > NEARLY_UNIFORM and (self.credit.name, model) not in CreditWrapper._warned_of_attention:
+            CreditWrapper._warned_of_attention.add((self.credit.name, model))
+            warnings.warn(
+                f"the attention of {model} behind {self.credit.name} credit is close to uniform: its entropy is "
+                f"{mean:.3f} of the maximum over {len(self._entropies)} responses (above {NEARLY_UNIFORM}), so this is nearly uniform "
+                "credit. `tokenmdp quality --reward-model NAME` measures which method follows this model's score",
+                UninformativeAttention,
+                stacklevel=4,
+            )
 
     def _watch_readers(self, base: TokenEpisodes, ended: int) -> None:
         """Warn once if Stable-Baselines3 is in use and nobody reads: it would train on `reward` alone."""

@@ -9,11 +9,26 @@ import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode
 
-from tokenmdp.credit import ATTENTION_FLOOR, AttentionCredit, CreditMethod, SparseCredit, UniformCredit
+from tokenmdp.credit import (
+    ATTENTION_FLOOR,
+    AttentionCredit,
+    CreditMethod,
+    PrefixDifferenceCredit,
+    SparseCredit,
+    UniformCredit,
+)
 from tokenmdp.vector_env import spread_columns
 from tokenmdp.wrappers.base import CreditWrapper, find_credit_wrapper
+from tokenmdp.wrappers.online import PrefixLedger
 
-__all__ = ["AttentionCreditReward", "CreditReward", "SparseReward", "UniformReward", "find_credit_wrapper"]
+__all__ = [
+    "AttentionCreditReward",
+    "CreditReward",
+    "OnlinePrefixReward",
+    "SparseReward",
+    "UniformReward",
+    "find_credit_wrapper",
+]
 
 
 class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArgs):
@@ -75,3 +90,63 @@ class AttentionCreditReward(CreditReward):
     ) -> None:
         RecordConstructorArgs.__init__(self, credit_beta=credit_beta, attention_floor=attention_floor)
         super().__init__(env, AttentionCredit(credit_beta, attention_floor))
+
+
+class OnlinePrefixReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArgs):
+    """``reward[t] = credit_beta * (score of y[<=t] - score of y[<t])`` in the step of token t; the rest at the end.
+
+    See `tokenmdp.wrappers.OnlinePrefixReward`. One forward a step covers all rows that go on, and one more those that
+    start. It needs the scores when rows end: ``score_when="all_done"`` is refused.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv, credit_beta: float = 1.0) -> None:
+        RecordConstructorArgs.__init__(self, credit_beta=credit_beta)
+        gym.vector.VectorWrapper.__init__(self, env)
+        self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
+        base: Any = env.unwrapped
+        if base.score_when != "ended":
+            raise ValueError(
+                f"score_when={base.score_when!r} delays the scores that the last rewards are made of; make the "
+                "environment with score_when='ended'"
+            )
+        self._ledger = PrefixLedger(base, self.num_envs, credit_beta)
+        self._ended = np.ones(self.num_envs, dtype=np.bool_)  # rows without a running episode
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """The environment's mode; VectorWrapper forwards the metadata but no attribute."""
+        return self.metadata["autoreset_mode"]
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start episodes and score their prompts."""
+        obs, infos = self.env.reset(seed=seed, options=options)
+        chosen = (options or {}).get("reset_mask")
+        started = np.arange(self.num_envs) if chosen is None else np.flatnonzero(chosen)
+        self._ledger.start(started)
+        self._ended[started] = False
+        return obs, infos
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step the environments; each row's reward is its token's own."""
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        waited, mode = self._ended, self.autoreset_mode
+        goes_on = np.flatnonzero(~waited & ~terminations)
+        if goes_on.size:
+            rewards[goes_on] = self._ledger.pay(goes_on)
+        ended = np.flatnonzero(terminations)
+        if ended.size:
+            final = infos["final_info"] if mode is AutoresetMode.SAME_STEP else infos
+            rewards[ended] = self._ledger.close(ended, rewards[ended], final["n_tokens"][ended])
+            token_rewards = self._ledger.paid(ended)
+            final |= spread_columns({"token_rewards": token_rewards}, terminations)
+            self._show(ended, token_rewards)
+        if mode is AutoresetMode.DISABLED:
+            self._ended = waited | terminations
+        else:
+            started = np.flatnonzero(terminations if mode is AutoresetMode.SAME_STEP else waited)
+            if started.size:
+                self._ledger.start(started)
+            self._ended = terminations & (mode is AutoresetMode.NEXT_STEP)
+        if ended.size and self.render_mode == "human":
+            self.render()
+        return obs, rewards, terminations, truncations, infos

@@ -1,0 +1,124 @@
+"""The live policy's attention: rows kept while sampling against one eager forward over the finished texts."""
+
+import gymnasium as gym
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.credit import MissingResource, make_credit
+from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.policy_attention import ForwardAttention
+from tokenmdp.rollouts import collect
+from tokenmdp.wrappers import CreditReward, vector
+
+TOY = "tokenmdp:TextGen-Toy-v0"
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=32, n_embd=32, n_layer=2, n_head=4, eos_token_id=30, bos_token_id=30)
+    )
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, max_position_embeddings=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, eos_token_id=30,
+        )
+    )  # fmt: skip
+
+
+def build(make):
+    torch.manual_seed(3)
+    model = make().eval()
+    with torch.no_grad():  # at initialisation attention is almost uniform and would hide a wrong row
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+def eager_attention(model, outcome):
+    """(n, H, H) from transformers' own maps, row by row without padding."""
+    episode = outcome.episode
+    maps = torch.zeros(*episode.response_mask.shape, episode.response_mask.shape[1])
+    for row, (ids, mask) in enumerate(zip(episode.input_ids, episode.attention_mask, strict=True)):
+        length = int(episode.response_mask[row].sum())
+        attention = model(ids[mask][None], output_attentions=True).attentions[-1][0].mean(0)  # (T, T)
+        maps[row, :length, :length] = attention[-length:, -length:]
+    return maps
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@torch.no_grad()
+def test_sampled_rows_equal_an_eager_forward(make):
+    model, eager = build(make), build(make)
+    eager.load_state_dict(model.state_dict())
+    eager.set_attn_implementation("eager")
+    envs = vector.CreditReward(gym.make_vec(TOY, num_envs=16, autoreset_mode="Disabled"), make_credit("abc-d"))
+    policy = CausalLMPolicy.for_task(model, envs.unwrapped.task)
+    plain = CausalLMPolicy.for_task(build(make), envs.unwrapped.task)
+    outcomes = []
+    score = envs.unwrapped._score
+    envs.unwrapped._score = lambda rows: (score(rows), outcomes.append(envs.unwrapped.outcome))[0]
+    rollout, metrics = collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)
+    assert {"attention_mass", "attention_entropy", "credit_fallback"} <= metrics.keys()
+
+    lengths = set()
+    for outcome in outcomes:
+        sampled = envs.unwrapped.policy_attention(outcome)
+        expected = eager_attention(eager, outcome)
+        mask = outcome.episode.response_mask
+        for row, length in enumerate(mask.sum(-1).tolist()):
+            lengths.add(length)
+            # The last token's row is never read: the policy does not choose a token after it.
+            torch.testing.assert_close(
+                sampled[row, : length - 1, :length], expected[row, : length - 1, :length], atol=1e-5, rtol=1e-4
+            )
+        forward = ForwardAttention(plain)(outcome)
+        inside = mask[:, :, None] & mask[:, None, :]
+        torch.testing.assert_close(forward * inside, expected * inside, atol=1e-5, rtol=1e-4)
+        method = envs.credit
+        for provider in (ForwardAttention(plain), lambda _, maps=expected: maps):
+            resources = envs.unwrapped.resources()._replace(policy_attention=provider)
+            token_rewards = method(outcome, resources).token_rewards
+            torch.testing.assert_close(
+                token_rewards[:, : rollout.token_rewards.shape[1]], rollout.token_rewards[outcome.rows],
+                atol=1e-5, rtol=1e-4,
+            )  # fmt: skip
+    assert len(lengths) > 2
+
+
+def test_asking_for_rows_changes_no_sample():
+    rollouts = []
+    for credit in ("sparse", "abc-d2"):
+        envs = vector.CreditReward(gym.make_vec(TOY, num_envs=8, autoreset_mode="Disabled"), make_credit(credit))
+        policy = CausalLMPolicy.for_task(build(gpt2), envs.unwrapped.task)
+        rollouts.append(collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)[0])
+    sparse, abc_d2 = rollouts
+    assert torch.equal(sparse.input_ids, abc_d2.input_ids)
+    torch.testing.assert_close(sparse.logprobs, abc_d2.logprobs)
+    assert not torch.equal(sparse.token_rewards, abc_d2.token_rewards)
+
+
+@pytest.mark.parametrize("credit", ["abc-d", "abc-d2"])
+def test_the_agent_attaches_its_policy(credit):
+    envs = vector.CreditReward(gym.make_vec(TOY, num_envs=8, autoreset_mode="Disabled"), make_credit(credit))
+    agent = PPO(build(gpt2), envs, PPOConfig(seed=1, num_minibatches=2))
+    agent.learn(2)
+    assert all("attention_mass" in metrics for metrics in agent.history)
+
+
+def test_without_an_agent_the_first_ending_says_what_to_attach():
+    env = CreditReward(gym.make(TOY), make_credit("abc-d"))
+    env.reset(seed=0)
+    with pytest.raises(MissingResource, match=r"no agent has attached one; .*ForwardAttention\(policy\)"):
+        env.step(env.unwrapped.eos_token_id)
+    policy = CausalLMPolicy.for_task(build(gpt2), env.unwrapped.task)
+    env.unwrapped.policy_attention = ForwardAttention(policy)
+    env.reset(seed=0)
+    env.step(4)
+    *_, info = env.step(env.unwrapped.eos_token_id)
+    assert info["token_rewards"].sum() == pytest.approx(info["score"])
