@@ -2,6 +2,7 @@
 
 import re
 
+import cleanrl_style
 import mdp_by_hand
 import pytest
 import quickstart
@@ -18,6 +19,12 @@ def toy(tmp_path_factory):
     toy_policy(seed=0).save_pretrained(directory)
     load_tokenizer("toy").save_pretrained(directory)
     return ["--env", "TextGen-Toy-v0", "--policy", str(directory)]
+
+
+def learned(output):
+    """Whether the intervals of the scores before and after, as `evaluate` prints them, say so."""
+    before, after = (re.search(rf"{when}: score \S+ \[(\S+), (\S+)\]", output).groups() for when in ("before", "after"))
+    return float(after[0]) > float(before[1])
 
 
 def test_quickstart(toy, capsys):
@@ -52,3 +59,16 @@ def test_mdp_by_hand(capsys):
 def test_mdp_by_hand_says_when_the_text_is_not_finished(capsys):
     mdp_by_hand.main(["--response", "very dull"])
     assert "Still running after 2 of 8 tokens: end --response with <eos>." in capsys.readouterr().out
+
+
+def test_cleanrl_style(capsys):
+    cleanrl_style.main(["--updates", "6", "--num-steps", "24"])
+    assert learned(capsys.readouterr().out)
+
+
+def test_torchrl_ppo(capsys):
+    pytest.importorskip("torchrl", reason="needs the torchrl extra: pip install 'tokenmdp[torchrl]'")
+    import torchrl_ppo
+
+    torchrl_ppo.main(["--updates", "6", "--num-steps", "16"])
+    assert learned(capsys.readouterr().out)

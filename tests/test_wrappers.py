@@ -345,6 +345,7 @@ def test_stable_baselines3_makes_the_env_by_name_without_a_warning():
 
 def unread_warnings(monkeypatch, read, episodes=40):
     monkeypatch.setattr(CreditWrapper, "_warned", False)
+    monkeypatch.setattr(CreditWrapper, "readers", set())
     dummy = pytest.importorskip("stable_baselines3.common.vec_env").DummyVecEnv
     envs = dummy([lambda: make("UniformReward")] * 2)
     if read:

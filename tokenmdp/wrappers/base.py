@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from typing import Any, ClassVar, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import gymnasium as gym
 import numpy as np
@@ -41,9 +42,11 @@ class CreditWrapper:
 
     Attributes:
         credit: the bound method.
+        readers: what reads token rewards in this process without meeting the environments, such as a replay buffer.
     """
 
     credit: CreditMethod
+    readers: ClassVar[WeakSet[Any]] = WeakSet()
     env: Any
     _warned: ClassVar[bool] = False  # of unread episodes, once a process: a batch has many wrappers
     _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
@@ -118,23 +121,26 @@ class CreditWrapper:
             CreditWrapper._warned_of_attention.add((self.credit.name, model))
             warnings.warn(
                 f"the attention of {model} behind {self.credit.name} credit is close to uniform: its entropy is "
-                f"{mean:.3f} of the maximum over {len(self._entropies)} responses (above {NEARLY_UNIFORM}), so this is nearly uniform "
-                "credit. `tokenmdp quality --reward-model NAME` measures which method follows this model's score",
+                f"{mean:.3f} of the maximum over {len(self._entropies)} responses (above {NEARLY_UNIFORM}), so this is "
+                "nearly uniform credit. `tokenmdp quality --reward-model NAME` measures which method follows this "
+                "model's score",
                 UninformativeAttention,
                 stacklevel=4,
             )
 
     def _watch_readers(self, base: TokenEpisodes, ended: int) -> None:
         """Warn once if Stable-Baselines3 is in use and nobody reads: it would train on `reward` alone."""
-        if base.token_rewards_read or "stable_baselines3" not in sys.modules:
+        if base.token_rewards_read or CreditWrapper.readers or "stable_baselines3" not in sys.modules:
             return
         self._unread += ended
         if self._unread >= UNREAD_EPISODES and not CreditWrapper._warned:
             CreditWrapper._warned = True
             warnings.warn(
                 f"{self._unread} episodes ended unread: Stable-Baselines3 learns from `reward`, the score at the end, "
-                f"so {type(self).__name__} changes nothing for it. Train with an agent of tokenmdp.agents, or write "
-                "info['token_rewards'] over the stored rewards and set env.unwrapped.token_rewards_read = True",
+                f"so {type(self).__name__} changes nothing for it. Pass callback=TokenRewardCallback() to learn() "
+                "(PPO, A2C and the like) or make the model with replay_buffer_class=TokenRewardReplayBuffer (DQN); "
+                "both are in tokenmdp.interop.sb3. A learner of your own that reads info['token_rewards'] sets "
+                "env.unwrapped.token_rewards_read = True",
                 UnreadTokenRewards,
                 stacklevel=4,
             )

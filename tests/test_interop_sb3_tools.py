@@ -1,0 +1,169 @@
+"""The tools around the learners: SB3's checks, evaluation, checkpoints and logs, Gymnasium's statistics and workers."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from doubles import HashRewardModel
+
+pytest.importorskip("sb3_contrib")
+from sb3_ledger import TOY
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.vec_env import VecNormalize
+
+from tokenmdp.interop.sb3 import GymVectorToSB3, TokenRewardCallback
+from tokenmdp.wrappers import AttentionCreditReward, OnlinePrefixReward, SparseReward, UniformReward, vector
+from tokenmdp.wrappers.base import CreditWrapper
+
+pytestmark = pytest.mark.filterwarnings("error:.*episodes ended unread", "ignore:.*already wrapped with a `Monitor`")
+
+
+@pytest.fixture(autouse=True)
+def nobody_was_warned(monkeypatch):
+    monkeypatch.setattr(CreditWrapper, "_warned", False)
+    monkeypatch.setattr(CreditWrapper, "readers", set())
+
+
+def singles(n_envs=2, **arguments):
+    return make_vec_env(TOY, n_envs, wrapper_class=UniformReward, **arguments)
+
+
+def batch(n_envs=2):
+    envs = gym.make_vec(TOY, num_envs=n_envs, autoreset_mode="SameStep")
+    return GymVectorToSB3(vector.UniformReward(envs))
+
+
+def model_of(envs, **arguments):
+    return PPO("MultiInputPolicy", envs, n_steps=32, batch_size=32, n_epochs=1, device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("wrapper", [SparseReward, UniformReward, AttentionCreditReward, OnlinePrefixReward])
+def test_check_env(wrapper):
+    check_env(wrapper(gym.make(TOY)))
+
+
+@pytest.mark.parametrize("build", [singles, batch])
+def test_evaluation_checkpoints_and_tensorboard_beside_the_callback(build, tmp_path):
+    envs = VecNormalize(build(), norm_obs=False)
+    eval_envs = VecNormalize(build(), norm_obs=False, norm_reward=False, training=False)
+    callbacks = [
+        TokenRewardCallback(),
+        EvalCallback(
+            eval_envs, eval_freq=50, n_eval_episodes=40, log_path=tmp_path, best_model_save_path=tmp_path, verbose=0
+        ),
+        CheckpointCallback(50, tmp_path, save_vecnormalize=True),
+    ]
+    model = model_of(envs, tensorboard_log=tmp_path / "board")
+    model.learn(256, callback=callbacks)
+    assert np.load(tmp_path / "evaluations.npz")["results"].shape == (2, 40)
+    assert sorted(path.name for path in tmp_path.glob("rl_model_*_steps.zip")) == [
+        "rl_model_100_steps.zip",
+        "rl_model_200_steps.zip",
+    ]
+    assert len(list(tmp_path.glob("*.pkl"))) == 2
+    (events,) = (tmp_path / "board").rglob("events*")
+    scalars = read_scalars(events)
+    assert {"rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/completion_steps", "eval/mean_reward"} <= scalars
+
+    loaded = PPO.load(tmp_path / "best_model", env=build(), device="cpu")
+    mean, deviation = evaluate_policy(loaded, loaded.get_env(), 4)
+    assert np.isfinite([mean, deviation]).all()
+    loaded.learn(64, callback=TokenRewardCallback())
+
+
+def read_scalars(path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return set(EventAccumulator(str(path)).Reload().Tags()["scalars"])
+
+
+def test_monitor_files_hold_the_score_of_every_episode(tmp_path):
+    envs = singles(monitor_dir=str(tmp_path), monitor_kwargs={"info_keywords": ("score", "n_tokens")})
+    model = model_of(envs)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(192, callback=TokenRewardCallback())
+    envs.close()
+    results = load_results(str(tmp_path))
+    assert len(results) > 20
+    np.testing.assert_allclose(results["r"], results["score"], atol=1e-5)
+    assert (results["l"] == results["n_tokens"]).all()
+    assert "rollout/completion_steps" in (tmp_path / "progress.csv").read_text().splitlines()[0]
+
+
+def test_the_trained_policy_survives_save_and_load(tmp_path):
+    model = model_of(singles())
+    model.learn(64, callback=TokenRewardCallback("drop"))
+    model.save(tmp_path / "model")
+    other = PPO.load(tmp_path / "model", env=singles(), device="cpu")
+    obs = other.get_env().reset()
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], other.predict(obs, deterministic=True)[0])
+
+
+WORKERS = """
+import gymnasium as gym, numpy as np
+from tokenmdp.wrappers import AttentionCreditReward
+
+def make():
+    return AttentionCreditReward(gym.make("tokenmdp:TextGen-{name}-v0", max_new_tokens=3))
+
+if __name__ == "__main__":
+    envs = gym.vector.AsyncVectorEnv([make] * 2, context="{context}", autoreset_mode="SameStep")
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    envs.reset(seed=0)
+    for _ in range(3):
+        _, rewards, ended, _, infos = envs.step(np.array([5, 6]))
+    final = infos["final_info"]
+    assert ended.all() and final["_token_rewards"].all(), infos
+    assert np.allclose(final["token_rewards"].sum(1), rewards, rtol=1e-5), (final, rewards)
+    assert np.allclose(infos["episode"]["r"], rewards), (infos, rewards)
+    assert infos["episode"]["l"].tolist() == [3, 3]
+    envs.close()
+    print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "name"), [("fork", "IMDb"), ("spawn", "Toy")])
+def test_gymnasium_workers_of_a_fresh_process(context, name, tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS.format(context=context, name=name))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_missing_libraries_are_named_with_the_line_that_installs_them():
+    for library in ("stable_baselines3", "sb3_contrib"):
+        code = (
+            f"import sys; sys.modules['{library}'] = None\n"
+            "import tokenmdp.interop, gymnasium.error\n"
+            "try:\n    import tokenmdp.interop.sb3\n"
+            "except gymnasium.error.DependencyNotInstalled as error:\n    print(error)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == (
+            f'{library} is not installed, run `pip install "tokenmdp[sb3]"` for tokenmdp.interop.sb3\n'
+        ), done.stderr
+
+
+def test_the_interop_package_imports_nothing_by_itself():
+    code = "import sys, tokenmdp.interop; print({'torch', 'stable_baselines3', 'torchrl'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_an_env_of_the_online_wrapper_trains_on_the_same_rewards_with_or_without_the_callback():
+    stored = []
+    for callback in (None, TokenRewardCallback()):
+        arguments = {"reward_model": HashRewardModel()}
+        envs = make_vec_env(TOY, 2, seed=0, env_kwargs=arguments, wrapper_class=OnlinePrefixReward)
+        model = model_of(envs, seed=0)
+        model.learn(64, callback=callback)
+        stored.append(model.rollout_buffer.rewards)
+    np.testing.assert_allclose(stored[0], stored[1], atol=1e-5)

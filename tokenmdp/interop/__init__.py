@@ -1,0 +1,1 @@
+"""Adapters that let other libraries learn from the token rewards; each sub-module imports its library, this none."""

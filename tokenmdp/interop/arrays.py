@@ -1,0 +1,69 @@
+"""Token rewards for hand-written loops, whose rollouts are arrays of shape (num_steps, num_envs).
+
+    mark_token_rewards_read(envs)
+    known = np.zeros((num_steps, num_envs), dtype=bool)
+    for t in range(num_steps):
+        ...                                                        # actions from the policy
+        obs, rewards[t], terminated, truncated, infos = envs.step(actions)
+        relabel(rewards, t, infos, known)
+    ...                                                            # GAE as ever; then learn from the rows in `known`
+
+Works for the native vector environment and for Gymnasium's SyncVectorEnv and AsyncVectorEnv, in all autoreset modes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from tokenmdp.interop.reading import mark_token_rewards_read, no_token_rewards
+
+__all__ = ["mark_token_rewards_read", "relabel"]
+
+
+def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | None = None) -> None:
+    """``rewards[t-k+1 : t+1, i] = token_rewards[i, n-k : n]`` for each row i whose n-token episode ended in step t.
+
+    ``k = min(n, t + 1)``: an episode that began before this rollout has only its last k tokens here. Call it once a
+    step, in order, after ``rewards[t]`` was filled.
+
+    Some rows of a rollout have no token reward, and ``known`` tells them apart: it ends up True exactly where a token
+    reward was written. False are the tokens of episodes still running at the rollout's end (their credit is not
+    decided, their reward is the 0.0 of the step), the reset pseudo-steps of "NextStep" and the steps in which a row of
+    "Disabled" waits. Leave those rows out of the minibatches. GAE may run over them: all of them lie behind a terminal
+    step or at the end of the rollout, so nothing of theirs flows into a known row.
+
+    Args:
+        rewards: (num_steps, num_envs) float array or tensor, changed in place.
+        t: the step that was just taken.
+        infos: of that step, with ``final_info`` in "SameStep".
+        known: (num_steps, num_envs) bool array or tensor, changed in place.
+
+    Raises:
+        gymnasium.error.Error: an episode ended without token rewards.
+
+    >>> rewards, known = np.zeros((4, 1)), np.zeros((4, 1), dtype=bool)
+    >>> rewards[2] = 6.0                                                          # the score, in the last step
+    >>> ended = {"n_tokens": np.array([2]), "token_rewards": np.array([[1.0, 5.0, 0.0]]), "_token_rewards": [True]}
+    >>> relabel(rewards, 2, ended, known)
+    >>> rewards[:, 0].tolist(), known[:, 0].tolist()
+    ([0.0, 1.0, 5.0, 0.0], [False, True, True, False])
+    """
+    if known is not None:
+        known[t] = False  # what an earlier rollout left here
+    ended = infos.get("final_info", infos)
+    if "score" in ended and "token_rewards" not in ended:
+        raise gym.error.Error(no_token_rewards(vector=True))
+    for i in np.flatnonzero(ended.get("_token_rewards", ())):
+        n = int(ended["n_tokens"][i])
+        k = min(n, t + 1)
+        rewards[t - k + 1 : t + 1, i] = _like(rewards, ended["token_rewards"][i, n - k : n])
+        if known is not None:
+            known[t - k + 1 : t + 1, i] = True
+
+
+def _like(rewards: Any, values: np.ndarray) -> Any:
+    """``values`` as an assignment to ``rewards`` takes them: tensors do not take arrays."""
+    return values if isinstance(rewards, np.ndarray) else rewards.new_tensor(values)

@@ -1,0 +1,46 @@
+"""What every adapter does first: see that token rewards will come, and say that somebody learns from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+
+from tokenmdp.env import TokenEpisodes
+from tokenmdp.vector_env import TextGenVectorEnv
+from tokenmdp.wrappers import find_credit_wrapper
+
+
+def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv) -> None:
+    """Say that a learner reads ``info["token_rewards"]`` of ``env``, so that no wrapper warns of unread ones.
+
+    Takes a TextGen environment, single or vector, under a credit wrapper, or Gymnasium's SyncVectorEnv and
+    AsyncVectorEnv of such single environments (whose wrappers are not looked at: they may live in other processes).
+
+    Raises:
+        gymnasium.error.Error: no credit wrapper, or scores that come later than the end of their row.
+        TypeError: it is no TextGen environment.
+    """
+    base: Any = env.unwrapped
+    if isinstance(base, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)):
+        base.set_attr("token_rewards_read", True)
+        return
+    if not isinstance(base, TokenEpisodes):
+        raise TypeError(f"{type(base).__name__} gives no token rewards; pass a TextGen environment")
+    if find_credit_wrapper(env) is None:
+        raise gym.error.Error(no_token_rewards(vector=isinstance(env, gym.vector.VectorEnv)))
+    if isinstance(base, TextGenVectorEnv) and base.score_when != "ended":
+        raise gym.error.Error(
+            f"score_when={base.score_when!r} delivers token rewards later than in the last step of their row, so they "
+            'would be written over the wrong steps; make the environment with score_when="ended"'
+        )
+    base.token_rewards_read = True
+
+
+def no_token_rewards(vector: bool) -> str:
+    """The message for an environment without a credit wrapper."""
+    module = "tokenmdp.wrappers.vector" if vector else "tokenmdp.wrappers"
+    return (
+        "the episode ended without token_rewards because no credit wrapper is on the environment; "
+        f"for plain RLHF wrap it: {module}.SparseReward(env)"
+    )
