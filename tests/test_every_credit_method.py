@@ -16,7 +16,7 @@ OPTIONS = {
     "shapley": {"budget": 40},
     "owen": {"budget": 40},
     "integrated-gradients": {"steps": 4},
-    "fine-grained": {"parts": (FineReward("lexicon", density="token"), FineReward(None, density="sentence", weight=0.5))},
+    "fine-grained": {"parts": (FineReward("lexicon", density="token"), FineReward(None, "sentence", weight=0.5))},
     "rto": {"tuned": "imdb-tiny", "reference": "imdb-tiny"},
 }  # fmt: skip
 TEXTS = [

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from scipy import stats
 
 from tokenmdp.checkpoints import CheckpointError, write_text
 from tokenmdp.commands.settings import RunSettings, make_envs
+from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.report.samples import Sample, samples_from_rollout
 from tokenmdp.rollouts import collect
 
@@ -25,35 +24,6 @@ if TYPE_CHECKING:
 ROWS = 64  # episodes at a time
 KEPT_SAMPLES = 16  # in the report
 EVALUATION_SEED = 1_000_003  # far from the seeds of training rows, which count up from small numbers
-
-
-class Interval(NamedTuple):
-    """A mean with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Such as ``1.25 [1.10, 1.40]``."""
-        mean, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
-        return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """``mean +- t(.975, n-1) * std / sqrt(n)``; a single value has an infinite interval.
-
-    >>> print(mean_interval([1.0, 2.0, 3.0]))
-    2.00 [-0.48, 4.48]
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.size == 0:
-        raise ValueError("no values: a mean needs at least one")
-    mean = float(sample.mean())
-    if sample.size == 1:
-        return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(0.975, sample.size - 1) * sample.std(ddof=1) / math.sqrt(sample.size))
-    return Interval(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)

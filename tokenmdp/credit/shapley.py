@@ -104,10 +104,11 @@ class ShapleyCredit:
 
 @dataclass(frozen=True)
 class OwenCredit(ShapleyCredit):
-    """`ShapleyCredit` for units that come in blocks: phi are Owen values.
+    """``token_rewards[t] = phi[unit of t] / tokens in it``: Shapley values for units that come in blocks (Owen values).
 
-    A unit joins whole blocks outside its own and any part of its own, which respects what belongs together in the text
-    and takes fewer deletions: two clauses of 8 tokens are exact with 1020 where Shapley needs 65536.
+    All else is as in `ShapleyCredit`. A unit joins whole blocks outside its own and any part of its own, which respects
+    what belongs together in the text and takes fewer deletions: two clauses of 8 tokens are exact with 1020 where
+    Shapley needs 65536.
 
     Args:
         credit_beta: 0 is sparse, 1 is dense only.
