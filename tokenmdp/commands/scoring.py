@@ -150,7 +150,9 @@ def token_table(item: Sample) -> Table:
     scale = heatmap.credit_scale([item.credits])
     shares: Sequence[str] = [f"{credit / item.score:.1%}" if item.score else "-" for credit in item.credits]
     for place, (piece, credit, share) in enumerate(zip(item.tokens, item.credits, shares, strict=True), start=1):
-        table.add_row(str(place), heatmap.terminal([piece], [credit], scale=scale), f"{credit:+.4f}", share)
+        table.add_row(
+            str(place), heatmap.terminal([piece], [credit], scale=scale), f"{round(credit, 4) + 0.0:+.4f}", share
+        )
     return table
 
 
@@ -176,7 +178,7 @@ def method_tables(tokens: Sequence[str], columns: Mapping[str, Sequence[float]],
         scales = [heatmap.credit_scale([columns[name]]) for name in names]
         for place, token in enumerate(tokens):
             cells = [
-                heatmap.terminal([f"{columns[name][place]:+.2f}"], [columns[name][place]], scale=scale)
+                heatmap.terminal([f"{round(columns[name][place], 2) + 0.0:+.2f}"], [columns[name][place]], scale=scale)
                 for name, scale in zip(names, scales, strict=True)
             ]
             table.add_row(str(place + 1), heatmap.printable(token), *cells)
