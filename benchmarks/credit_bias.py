@@ -10,6 +10,9 @@ gradient; intervals (95%, bootstrap) are over instances.
 * bundled: a bundled prompt, V tokens drawn by the bundled policy among its 50 most likely next ones, every response of
   --horizon of them, the bundled reward model with its own attention; --instances instances.
 
+"centred" spreads the score less its mean over the prompt's responses, so that a constant offset of the reward model is
+not spread over tokens by weights that know the future.
+
 Prints one table a part (cosine of the exact reward-to-go gradient with the true one, relative norm, and the cosine with
 the full return) and writes credit_bias.json and credit_bias.md.
 """
@@ -28,7 +31,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from tokenmdp.credit import CREDIT_METHODS, CreditMethod, Resources, make_credit
+from tokenmdp.credit import CREDIT_METHODS, CreditMethod, Resources, make_credit, settle
 from tokenmdp.intervals import bootstrap_interval
 from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.policy_attention import ForwardAttention
@@ -37,6 +40,7 @@ from tokenmdp.testing import (
     TablePolicyAttention,
     ToyMDP,
     agreement,
+    expectation,
     likely_tokens,
     policy_gradient,
     restrict,
@@ -51,6 +55,7 @@ LEFT_OUT = {
     "owen": "is Shapley where all tokens stand in one clause",
 }
 OPTIONS = {"integrated-gradients": {"steps": 8}}  # the integral's error is below 1e-5 here: four embeddings move
+CENTRED = ("uniform", "attention", "abc-d")
 HEADER = ("method", "cosine, reward-to-go", "worst", "relative norm", "cosine, full return")
 Record = dict[str, float]
 
@@ -71,8 +76,14 @@ def measure(
 ) -> dict[str, Record]:
     """One instance: a record for each method."""
     truth, records = score_gradient(mdp, logits), {}
-    for name, credit in credits.items():
-        rewards = credit(outcome, lent).token_rewards
+    rewards_of = {name: credit(outcome, lent).token_rewards for name, credit in credits.items()}
+    # The same weights on the score less the prompt's mean; the mean goes to the last token, where it is a constant.
+    mean = expectation(mdp.tabular_seq_logprobs(logits), mdp.scores)
+    centred = outcome._replace(reward=outcome.reward._replace(score=outcome.reward.score - mean))
+    for name in CENTRED:
+        rewards = credits[name](centred, lent).token_rewards
+        rewards_of[f"{name}, centred"] = settle(rewards, outcome.reward.score, outcome.episode.response_mask)
+    for name, rewards in rewards_of.items():
         causal = agreement(policy_gradient(mdp, logits, rewards, "reward_to_go"), truth)
         full = agreement(policy_gradient(mdp, logits, rewards, "full_return"), truth)
         records[name] = {
