@@ -22,6 +22,6 @@ wheel-test:  ## builds sdist and wheel, installs the wheel in a fresh venv and t
 	$(PYTHON) -m venv "$$work/venv"; pip="$$work/venv/bin/python -m pip install -q -c $(CURDIR)/constraints.txt"; \
 	$$pip build; "$$work/venv/bin/python" -m build --outdir "$$work/dist" .; \
 	$$pip "$$(ls "$$work"/dist/*.whl)[test]"; \
-	mkdir "$$work/elsewhere"; cp -r tests examples README.md pyproject.toml "$$work/elsewhere"; \
+	mkdir "$$work/elsewhere"; cp -r tests examples docs README.md pyproject.toml "$$work/elsewhere"; \
 	cd "$$work/elsewhere"; "$$work/venv/bin/python" -m pytest tests; \
 	"$$work/venv/bin/python" -m pytest --pyargs tokenmdp

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,11 +47,14 @@ from tokenmdp.checkpoints import (
 from tokenmdp.divergences import kl_k1
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
 from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, resolve_dtype
-from tokenmdp.returns import explained_variance, gae, whiten
+from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
 from tokenmdp.rollouts import check_envs, collect
 from tokenmdp.types import Rollout
+from tokenmdp.vine import monte_carlo_values
+from tokenmdp.wrappers import find_credit_wrapper
 
 Metrics = dict[str, float]
+Estimator = Literal["reward_to_go", "full_return", "vine"]
 FORMAT = "tokenmdp-ppo-1"
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     target_kl: float | None = None  # ends an update's epochs once approx_kl of a minibatch exceeds it
 
+    estimator: Estimator = "reward_to_go"  # of advantages; README.md, details 10 to 12
+    vine_rollouts: int = 4  # only for vine: continuations of each prefix
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip_coef: float = 0.2
@@ -87,13 +92,18 @@ class PPOConfig:
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "update_epochs", "num_minibatches", "max_grad_norm", "clip_coef", "kl_horizon"):
+        if self.estimator not in get_args(Estimator):
+            raise ValueError(f"estimator is {self.estimator!r}; choose one of {', '.join(get_args(Estimator))}")
+        if self.estimator != "reward_to_go" and self.gamma != 1:
+            raise ValueError(f"gamma is {self.gamma}; estimator={self.estimator!r} does not discount: set gamma=1")
+        positive = ("learning_rate", "update_epochs", "num_minibatches", "max_grad_norm", "clip_coef", "kl_horizon")
+        for name in (*positive, "vine_rollouts"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        for name in ("update_epochs", "num_minibatches"):
+        for name in ("update_epochs", "num_minibatches", "vine_rollouts"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
         for name in ("kl_coef", "vf_coef", "ent_coef"):
@@ -138,6 +148,12 @@ class PPO:
             raise ValueError(
                 f"{envs.num_envs} episodes do not fill num_minibatches={cfg.num_minibatches}; "
                 "raise num_envs or lower num_minibatches"
+            )
+        credit = find_credit_wrapper(envs)
+        if cfg.estimator == "vine" and credit is not None and not credit.credit.conserves_return:
+            raise ValueError(
+                f"estimator='vine' values prefixes by the score alone and {credit.credit.name} credit adds other "
+                "rewards; choose a credit method that conserves the return, or another estimator"
             )
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(fastest if cfg.device == "auto" else cfg.device)
@@ -190,11 +206,11 @@ class PPO:
             )
             mask = rollout.response_mask
 
-            # 2 Rewards: credit minus the KL penalty, token by token.  (N, H)
-            rewards = rollout.token_rewards - self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
+            # 2 Rewards: credit and, apart from it, the KL penalty, token by token.  (N, H)
+            penalties = -self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
 
             # 3 Advantages. Whitening rewards would break sum == score, so only advantages are whitened.
-            advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.gae_lambda)
+            advantages, returns = self._advantages(rollout, penalties)
             metrics["explained_variance"] = explained_variance(rollout.values, returns, mask).item()
 
             # 4 Epochs of minibatches.
@@ -226,6 +242,17 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.learning_rate * left
         return cfg.learning_rate * left
+
+    def _advantages(self, rollout: Rollout, penalties: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantages and the value function's targets by ``config.estimator``, (N, H) each."""
+        cfg, values, mask = self.config, rollout.values, rollout.response_mask
+        if cfg.estimator == "full_return":
+            return full_return(rollout.token_rewards + penalties, values, mask)
+        if cfg.estimator == "reward_to_go":
+            return gae(rollout.token_rewards + penalties, values, mask, cfg.gamma, cfg.gae_lambda)
+        prefix_values = monte_carlo_values(self.envs, self.policy, rollout, cfg.vine_rollouts, self.generator)
+        advantages, returns = gae(penalties, values, mask, cfg.gamma, cfg.gae_lambda)  # the critic knows the KL alone
+        return advantages + vine_advantages(rollout.scores, prefix_values, mask), returns
 
     def _optimise(self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Metrics:
         """``update_epochs`` passes over the rollout in ``num_minibatches`` random parts of its episodes."""

@@ -13,9 +13,9 @@ import torch
 from tokenmdp import cli
 from tokenmdp.commands import allocator
 from tokenmdp.commands.display import TrainingDisplay, make_console
-from tokenmdp.commands.evaluation import mean_interval
 from tokenmdp.commands.settings import settings_from, split_prompts, toy_policy
 from tokenmdp.commands.train import train
+from tokenmdp.intervals import mean_interval
 from tokenmdp.loading import load_tokenizer
 
 SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--ppo", "dtype=float32", "--device", "cpu"]
@@ -200,10 +200,11 @@ def test_brackets_in_a_path_are_shown(capsys):
     assert capsys.readouterr().out == "run directory: runs/a[b]c\n"
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "credits", "quality"])
+def test_help_needs_no_torch(command):
     program = (
         "import sys\nfrom tokenmdp.cli import main\n"
-        "try:\n    main(['train', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
@@ -345,3 +346,13 @@ def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, 
 def test_train_is_callable_from_python(tmp_path):
     arguments = cli.Train(preset="smoke", updates=1, num_envs=4, eval_samples=2, out=tmp_path / "run", device="cpu")
     assert train(arguments) == 0
+
+
+def test_a_reward_model_with_another_tokenizer_trains_when_asked_to_align(tmp_path, error, capsys):
+    command = [
+        "train", "--preset", "smoke", "--reward-model", "imdb-tiny", "--updates", "1", "--num-envs", "4",
+        "--eval-samples", "4", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert "align='offsets'" in error(*command)
+    assert cli.main([*command, "--align", "offsets"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["align"] == "offsets"

@@ -9,7 +9,7 @@ import pytest
 import tokenmdp
 
 PACKAGE = Path(tokenmdp.__file__).parent
-PURE = ("types", "mdp", "credit", "returns", "divergences", "losses")
+PURE = ("types", "pieces", "mdp", "credit", "returns", "divergences", "losses")
 ADAPTERS = ("task", "env", "vector_env", "rendering", "wrappers")
 
 

@@ -6,14 +6,14 @@ import gymnasium as gym
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokenmdp.agents import ppo
 from tokenmdp.agents.ppo import PPO, PPOConfig, adapt_kl_coef
 from tokenmdp.checkpoints import CheckpointError, load_state, save_state
-from tokenmdp.reward_models import RewardModel
-from tokenmdp.testing import ToyMDP, total_variation
-from tokenmdp.types import RewardOutput
+from tokenmdp.credit import SparseCredit
+from tokenmdp.testing import TableRewardModel, ToyMDP, total_variation
 from tokenmdp.wrappers import vector
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -43,22 +43,6 @@ def weights(agent):
     return {**agent.policy.state_dict(), **{f"reference.{k}": v for k, v in agent.reference.state_dict().items()}}
 
 
-class TableReward(RewardModel):
-    """The scores of a `ToyMDP`, by response."""
-
-    def __init__(self, mdp):
-        super().__init__(None)
-        self.mdp = mdp
-
-    def check_tokenizer(self, tokenizer):
-        assert len(tokenizer) == self.mdp.vocab_size
-
-    def evaluate(self, episodes, needs):
-        responses = episodes.input_ids[:, episodes.prompt_slots :]
-        rows = [tuple(row[mask].tolist()) for row, mask in zip(responses, episodes.response_mask, strict=True)]
-        return RewardOutput(torch.tensor([self.mdp.score_of(row) for row in rows]))
-
-
 @pytest.mark.slow
 def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
     """pi*(y) = ref(y) exp(score(y) / kl_coef) / Z, on 15 enumerable texts."""
@@ -68,7 +52,7 @@ def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
     envs = gym.make_vec(
         "tokenmdp:TextGen-v0", num_envs=256, autoreset_mode="Disabled", tokenizer=tokenizer,
-        reward_model=TableReward(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
+        reward_model=TableRewardModel(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
     )  # fmt: skip
     config = PPOConfig(
         dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=150,
@@ -99,8 +83,10 @@ def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
     [
         {},
         {"anneal_lr": True, "total_updates": 5, "kl_target": 0.5, "kl_horizon": 20, "top_k": 7, "temperature": 0.8},
+        {"estimator": "full_return"},
+        {"estimator": "vine", "vine_rollouts": 2, "top_k": 7},
     ],
-    ids=["defaults", "schedules and top-k"],
+    ids=["defaults", "schedules and top-k", "full return", "vine"],
 )
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, options):
     unbroken = make_agent(**options).learn(5)
@@ -136,6 +122,37 @@ def test_learning_raises_the_score_and_every_metric_is_finite(wrapper):
     assert seen[-1]["score_mean"] > seen[0]["score_mean"] + 2
     assert seen[-1]["kl"] > 0.1
     assert abs(seen[0]["kl"]) < 1e-4  # the policy starts as its reference
+
+
+@pytest.mark.parametrize("estimator", ["full_return", "vine"])
+def test_the_other_estimators_learn_too(estimator):
+    options = {"kl_coef": 0.02, "learning_rate": 2e-3, "update_epochs": 4, "vine_rollouts": 2}
+    agent = make_agent(make_envs(32, vector.SparseReward), estimator=estimator, **options).learn(10)
+    assert all(math.isfinite(value) for metrics in agent.history for value in metrics.values())
+    assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"] + 2
+    assert agent.history[-1]["kl"] > 0.1
+
+
+@pytest.mark.parametrize("estimator", ["reward_to_go", "full_return", "vine"])
+def test_only_the_reward_to_go_sees_how_a_score_is_spread(estimator):
+    """One update from sparse and from uniform credit, in which nothing else differs."""
+    wrappers = (vector.SparseReward, vector.UniformReward)
+    agents = [make_agent(make_envs(16, one), estimator=estimator, vine_rollouts=2).learn(1) for one in wrappers]
+    sparse, uniform = (nn.utils.parameters_to_vector(agent.policy.parameters()) for agent in agents)
+    start = nn.utils.parameters_to_vector(agents[0].reference.parameters())
+    assert (sparse - start).norm() > 0.1
+    same = (sparse - uniform).norm() < 1e-3 * (sparse - start).norm()
+    assert same == (estimator != "reward_to_go")
+
+
+def test_vine_refuses_credit_that_adds_to_the_score():
+    class Bonus(SparseCredit):
+        name, conserves_return = "bonus", False
+
+    envs = gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=8, autoreset_mode="Disabled")
+    make_agent(vector.CreditReward(envs, Bonus()), estimator="full_return")
+    with pytest.raises(ValueError, match="bonus credit adds other rewards"):
+        make_agent(vector.CreditReward(envs, Bonus()), estimator="vine")
 
 
 def test_the_kl_penalty_holds_the_policy_back():
@@ -349,6 +366,11 @@ def test_saving_never_replaces_other_files_and_says_when_it_cannot_write(tmp_pat
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"target_kl": -1.0}, "target_kl is -1.0"),
         ({"anneal_lr": True}, "total_updates"),
+        ({"estimator": "reinforce"}, "estimator is 'reinforce'; choose one of reward_to_go, full_return, vine"),
+        ({"estimator": "vine", "gamma": 0.9}, "gamma is 0.9; estimator='vine' does not discount"),
+        ({"estimator": "full_return", "gamma": 0.9}, "set gamma=1"),
+        ({"vine_rollouts": 0}, "vine_rollouts is 0; it must be positive"),
+        ({"vine_rollouts": 1.5}, "vine_rollouts is 1.5; it must be a whole number"),
     ],
 )
 def test_bad_numbers_are_named(options, message):

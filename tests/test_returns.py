@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from tokenmdp.returns import explained_variance, gae, masked_mean, whiten
-from tokenmdp.testing import ToyMDP
+from tokenmdp.credit import CREDIT_METHODS, make_credit
+from tokenmdp.returns import explained_variance, full_return, gae, masked_mean, vine_advantages, whiten
+from tokenmdp.testing import ToyMDP, action_values, toy_outcome, toy_resources
 
 
 @pytest.fixture
@@ -76,9 +77,55 @@ def test_the_exact_values_have_advantages_that_average_to_zero():
         torch.testing.assert_close(conditional, torch.zeros_like(conditional), rtol=0, atol=1e-12)
 
 
-def test_shapes_that_differ_are_refused():
+def random_logits(mdp):
+    return torch.randn(mdp.num_prefixes, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def test_the_full_return_is_one_number_an_episode_however_it_is_spread():
+    mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=0)
+    values = torch.randn(mdp.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = [name for name in CREDIT_METHODS if name in ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")]
+    assert len(exact) == 6
+    for name in exact:
+        rewards = make_credit(name)(toy_outcome(mdp), toy_resources(mdp)).token_rewards
+        advantages, returns = full_return(rewards, values, mdp.mask)
+        torch.testing.assert_close(returns, mdp.scores[:, None] * mdp.mask, rtol=0, atol=1e-12)
+        torch.testing.assert_close(advantages, (mdp.scores[:, None] - values) * mdp.mask, rtol=0, atol=1e-12)
+
+
+def test_the_full_return_ignores_the_padding_and_needs_no_batch_axis(batch):
+    rewards, values, mask, _ = batch
+    clean = full_return(rewards, values, mask)
+    dirty = full_return(torch.where(mask, rewards, torch.nan), torch.where(mask, values, torch.inf), mask)
+    for ours, theirs, whole in zip(full_return(rewards[2], values[2], mask[2]), dirty, clean, strict=True):
+        assert torch.equal(theirs, whole)
+        torch.testing.assert_close(ours, whole[2])
+        assert not whole[~mask].any()
+
+
+def test_vine_with_exact_values_gives_the_exact_advantages():
+    mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=0)
+    logits = random_logits(mdp)
+    prefix_values = mdp.state_values(mdp.tabular_seq_logprobs(logits), mdp.scores)
+    advantages = vine_advantages(mdp.scores, prefix_values, mdp.mask)
+    sparse = make_credit("sparse")(mdp.outcome(), toy_resources(mdp)).token_rewards
+    expected = action_values(mdp, logits, sparse).advantage[mdp.prefixes(), mdp.tokens] * mdp.mask
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(advantages.sum(-1), mdp.scores - prefix_values[:, 0], rtol=0, atol=1e-12)
+
+
+def test_vine_advantages_telescope_whatever_the_values_are(batch):
+    _, values, mask, _ = batch
+    scores = torch.arange(6.0, dtype=torch.float64)
+    advantages = vine_advantages(scores, torch.where(mask, values, torch.nan), mask)
+    torch.testing.assert_close(advantages.sum(-1), scores - values[:, 0], rtol=0, atol=1e-12)
+    assert not advantages[~mask].any()
+
+
+@pytest.mark.parametrize("estimate", [gae, full_return])
+def test_shapes_that_differ_are_refused(estimate):
     with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 4\)"):
-        gae(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool))
+        estimate(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_whitened_advantages_have_mean_0_and_standard_deviation_1_over_the_mask(batch):

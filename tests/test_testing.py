@@ -3,7 +3,18 @@ import math
 import pytest
 import torch
 
-from tokenmdp.testing import ToyMDP, enumerate_responses, expectation, kl, total_variation
+from tokenmdp.testing import (
+    TablePolicyAttention,
+    TableRewardModel,
+    ToyMDP,
+    enumerate_responses,
+    expectation,
+    kl,
+    total_variation,
+)
+from tokenmdp.types import Episode
+
+EVERYTHING = frozenset({"attention", "attention_layers", "prefix_scores"})
 
 
 @pytest.fixture(params=[None, 1], ids=["fixed length", "with end of text"])
@@ -92,3 +103,57 @@ def test_expectations_and_limits():
     assert total_variation(torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()) == 1
     with pytest.raises(ValueError, match="too many to enumerate"):
         enumerate_responses(vocab_size=50, horizon=4)
+
+
+def test_prefix_scores_belong_to_prefixes_and_end_with_the_score(mdp):
+    texts = mdp.texts()
+    for row, mask, scores, score in zip(mdp.tokens.tolist(), mdp.mask, mdp.prefix_scores, mdp.scores, strict=True):
+        length = int(mask.sum())
+        assert [texts[tuple(row[:end])] for end in range(length + 1)] == scores[: length + 1].tolist()
+        assert scores[length] == score
+        assert not scores[length + 1 :].any()
+    assert len(set(texts.values())) == len(texts) == (40 if mdp.eos_token_id is None else 7 + 15)
+
+
+def test_the_table_is_a_reward_model_that_reads_what_the_masks_show(mdp):
+    model, episode = TableRewardModel(mdp), mdp.outcome().episode
+    output = model(episode, needs=EVERYTHING)
+    assert torch.equal(output.score, mdp.scores.float())
+    assert torch.equal(output.prefix_scores, mdp.prefix_scores.float())
+    torch.testing.assert_close(output.attention, output.attention_layers[:, -1].mean(1))
+    mass = output.attention.sum(-1)
+    assert ((mass > 0) & (mass < 1)).all()
+    assert not output.attention[~mdp.mask].any()
+    gaps = mdp.mask.clone()
+    gaps[:, 0] = False  # each response without its first token
+    asked = torch.cat([episode.attention_mask[:, :1], gaps], dim=1)
+    without = model(Episode(episode.input_ids, asked, gaps), needs=EVERYTHING, empty_responses=True)
+    texts = mdp.texts()
+    for row, mask, score in zip(mdp.tokens, gaps, without.score.tolist(), strict=True):
+        assert score == pytest.approx(texts[tuple(row[mask].tolist())])
+    assert not without.attention[:, 0].any()
+
+
+def test_its_embeddings_are_one_hot_and_its_score_linear_in_each_of_them(mdp):
+    embedded = TableRewardModel(mdp).embedded(mdp.outcome().episode)
+    rows = torch.arange(len(mdp.tokens))
+    one_hot = embedded.embeddings.requires_grad_()
+    score = embedded.score(one_hot, rows)
+    torch.testing.assert_close(score, mdp.scores.float())
+    (gradient,) = torch.autograd.grad(score.sum(), one_hot)
+    inner = (gradient * one_hot).sum(-1)  # (M, L): a linear function is its own gradient
+    torch.testing.assert_close(inner[mdp.mask], score[:, None].expand(mdp.mask.shape)[mdp.mask])
+    assert torch.equal(embedded.response, mdp.mask)
+    assert torch.equal(embedded.to_slots(inner) != 0, mdp.mask)
+    half = embedded.score(one_hot / 2, rows)
+    torch.testing.assert_close(half, mdp.scores.float() / 2 ** mdp.mask.sum(-1))
+
+
+def test_policy_attention_knows_no_later_tokens(mdp):
+    attention = TablePolicyAttention(mdp)(mdp.outcome())
+    assert not attention.triu(1).any()
+    seen = {}
+    for row, mask, rows in zip(mdp.tokens.tolist(), mdp.mask, attention, strict=True):
+        for t in range(int(mask.sum())):
+            assert torch.equal(seen.setdefault(tuple(row[: t + 1]), rows[t]), rows[t])
+            assert 0 < rows[t].sum() < 1

@@ -222,7 +222,7 @@ def test_a_partial_reset_draws_as_the_single_environment_would():
         ({"reset_mask": np.ones(3, dtype=bool)}, ValueError, r"shape \(2,\)"),
         ({"reset_mask": np.ones(2)}, ValueError, "bool array"),
         ({"reset_mask": np.zeros(2, dtype=bool)}, ValueError, "selects no row"),
-        ({"prompt": ["a"]}, ValueError, "list of 2 prompts"),
+        ({"prompt": ["a"]}, ValueError, "list of 2, one a row"),
         ({"prompt": ["a", ""]}, ValueError, "is empty"),
         ({"prompt": ["a", "this movie is so very good"]}, ValueError, "6 tokens and max_prompt_tokens is 4"),
     ],

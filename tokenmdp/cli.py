@@ -1,4 +1,4 @@
-"""The ``tokenmdp`` command: ``train``, ``sample``, ``score`` and ``eval``.
+"""The ``tokenmdp`` command: ``train``, ``sample``, ``score``, ``eval``, ``credits`` and ``quality``.
 
 This module only parses arguments and reports errors. Everything that needs torch is imported when a command runs, so
 that ``tokenmdp --help`` answers at once.
@@ -19,7 +19,22 @@ from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.text import Text
 
-CreditName = Literal["sparse", "uniform", "attention"]
+# The names of `tokenmdp.credit.CREDIT_METHODS`, written out because reading them there would import torch.
+CreditName = Literal[
+    "sparse",
+    "uniform",
+    "attention",
+    "abc-d",
+    "abc-d2",
+    "red",
+    "integrated-gradients",
+    "deeplift",
+    "shapley",
+    "owen",
+    "fine-grained",
+    "rto",
+]
+AllOrOne = Literal["all"] | CreditName
 
 
 @dataclass(frozen=True)
@@ -33,8 +48,10 @@ class Train:
     """quick: the bundled movie-review model, minutes on two CPU cores; smoke: an untrained toy model, seconds."""
     credit: CreditName = "attention"
     """How the score is spread over the tokens."""
-    credit_beta: float = 0.8
-    """For attention credit: the dense share; 0 is sparse."""
+    credit_beta: float | None = None
+    """The dense share of the credit, for methods that have one; 0 is sparse. None takes the method's."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     seed: int = 1
     """Seeds sampling, minibatches and prompts."""
     updates: int | None = None
@@ -47,6 +64,8 @@ class Train:
     """Bundled name, directory or hub name; None takes the policy's."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier; None takes the preset's."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     prompts: str | None = None
     """File, directory or data-set name; None takes the preset's."""
     eval_prompts: str | None = None
@@ -79,6 +98,8 @@ class Sample:
     """How many texts (for each prompt that is given)."""
     credit: CreditName | None = None
     """How the score is spread over the tokens; None takes the run's, or attention."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier; None takes the run's, or the bundled one."""
     max_new_tokens: int | None = None
@@ -103,10 +124,14 @@ class Score:
     """The response to score."""
     prompt: str = ""
     """Text before it, which is scored too but gets no credit."""
-    credit: CreditName = "attention"
-    """How the score is spread over the tokens."""
+    credit: AllOrOne = "attention"
+    """How the score is spread over the tokens; all compares every method that can run here."""
     credit_beta: float = 1.0
-    """For attention credit: the dense share; 1 shows the attention alone."""
+    """The dense share of the credit, for methods that have one; 1 shows the method alone."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the method, such as --credit-option budget=64 (with all: shapley.budget=64); may be repeated."""
+    policy: str = "imdb-tiny"
+    """The policy whose attention abc-d and abc-d2 follow: bundled name, directory or hub name."""
     reward_model: str = "imdb-tiny"
     """Bundled name, directory or hub name of a sequence classifier."""
     tokenizer: str | None = None
@@ -131,12 +156,54 @@ class Eval:
     """Where policy and reward model run: cpu, cuda, cuda:1; auto takes cuda if there is one."""
 
 
+@dataclass(frozen=True)
+class Credits:
+    """List the credit methods: what each does, what it declares and what it needs."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measure where credit lands: every method against known or leave-one-out credit, with intervals and costs."""
+
+    reward_model: str = "imdb-tiny"
+    """For the world "model": bundled name, directory or hub name of a sequence classifier."""
+    world: Literal["negation", "keyword", "model", "all"] = "model"
+    """negation: a word list with "not" and "very"; keyword: one word decides; model: the reward model."""
+    texts: Path | None = None
+    """For the world "model": a .txt (a text a line), .json or .jsonl file; None samples responses of the policy."""
+    num: int = 500
+    """Texts in each world."""
+    max_new_tokens: int = 16
+    """Longest response in tokens, where responses are sampled or made of random words."""
+    methods: tuple[CreditName, ...] = ()
+    """Which methods; none is all of them."""
+    option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of a method, such as --option shapley.budget=64; may be repeated."""
+    tuned: Path | None = None
+    """Directory of a preference-tuned policy, for rto."""
+    credit_beta: float = 1.0
+    """The dense share of the credit, for methods that have one; 1 measures the method alone."""
+    policy: str = "imdb-tiny"
+    """Writes the texts; its attention is what abc-d and abc-d2 follow; its tokens are what credit goes to."""
+    max_forwards: int = 20_000
+    """Reward-model forwards after which a method gets no further texts."""
+    seed: int = 0
+    """Seeds texts, resampling and the random control."""
+    device: str = "auto"
+    """Where policy and reward model run: cpu, cuda, cuda:1; auto takes cuda if there is one."""
+    out: Path | None = None
+    """Also write quality.json, quality.md and texts.html, a page of the first texts, into this directory."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Credits, tyro.conf.subcommand("credits")]
+    | Annotated[Quality, tyro.conf.subcommand("quality")]
 )
+Parsed = Train | Sample | Score | Eval | Credits | Quality
 
 
 def installed_version() -> str:
@@ -147,19 +214,23 @@ def installed_version() -> str:
         return "(a checkout that is not installed)"
 
 
-def run(command: Train | Sample | Score | Eval) -> int:
+def run(command: Parsed) -> int:
     """Carry out one parsed command; returns the exit status."""
     if isinstance(command, Train):
         from tokenmdp.commands.train import train
 
         return train(command)
+    if isinstance(command, Score):
+        from tokenmdp.commands.scoring import score
+
+        return score(command)
+    if isinstance(command, (Credits, Quality)):
+        from tokenmdp.commands import quality
+
+        return quality.list_credits() if isinstance(command, Credits) else quality.measure_quality(command)
     from tokenmdp.commands import inspection
 
-    if isinstance(command, Sample):
-        return inspection.sample(command)
-    if isinstance(command, Score):
-        return inspection.score(command)
-    return inspection.evaluate_run(command)
+    return inspection.sample(command) if isinstance(command, Sample) else inspection.evaluate_run(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,10 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"tokenmdp {installed_version()}")
         return 0
-    command: Train | Sample | Score | Eval = tyro.cli(
+    command: Parsed = tyro.cli(
         Command,
         prog="tokenmdp",
-        description="Text generation as a token MDP: train, sample, score, evaluate.",
+        description="Text generation as a token MDP: train, sample, score, evaluate, compare credit methods.",
         args=arguments,
     )
     if isinstance(command, Train) and command.reexec and argv is None:

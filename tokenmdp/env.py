@@ -14,6 +14,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from tokenmdp import mdp
 from tokenmdp.credit import REWARD_MODEL_NEEDS, Resources
 from tokenmdp.credit.base import PolicyAttention
+from tokenmdp.starts import Start, read_start
 from tokenmdp.task import TextGenTask, make_task
 from tokenmdp.types import Episode, Outcome
 
@@ -76,21 +77,28 @@ class TokenEpisodes:
     def resources(self) -> Resources:
         """What a credit method may use beyond the outcome."""
         task = self.task
-        return Resources(task.reward_model, task.tokenizer, self.policy_attention, task.load_policy)
+        return Resources(
+            task.reward_model, task.tokenizer, self.policy_attention, task.load_policy, task.load_reward_model
+        )
 
     def episodes_so_far(self, rows: np.ndarray) -> Episode:
         """What ``rows`` (n,) int64 have written, finished or not, as a reward model reads it; fresh tensors."""
         return mdp.finished_episodes(self._state, rows)
 
-    def _begin(self, rows: Sequence[int], rngs: Sequence[np.random.Generator], prompts: Sequence[Any]) -> None:
-        """Start new episodes in ``rows``; a prompt that is None is drawn. Each row uses its own generator only."""
+    @property
+    def horizons(self) -> np.ndarray:
+        """Response tokens at which each row's episode ends at the latest, (N,) int64."""
+        return self._state.horizon.copy()
+
+    def _begin(self, rows: Sequence[int], rngs: Sequence[np.random.Generator], starts: Sequence[Start]) -> None:
+        """Start new episodes in ``rows``; what a start leaves open is drawn. Each row uses its own generator only."""
         task = self.task
-        chosen = [
-            task.draw_prompt(rng) if prompt is None else task.encode_prompt(prompt, name="options['prompt']")
-            for rng, prompt in zip(rngs, prompts, strict=True)
-        ]
-        horizons = [task.draw_horizon(rng) for rng in rngs]
-        self._state = mdp.start(self._state, rows, chosen, horizons, task.pad_token_id)
+        prompts, horizons = [], []
+        for rng, start in zip(rngs, starts, strict=True):
+            prompts.append(task.draw_prompt(rng) if start.prompt is None else start.prompt)
+            horizons.append(task.draw_horizon(rng) if start.horizon is None else start.horizon)
+        prefixes = [start.response_prefix for start in starts]
+        self._state = mdp.start(self._state, rows, prompts, prefixes, horizons, task.pad_token_id)
         self.token_credit[rows] = np.nan
 
     def _append(self, tokens: np.ndarray) -> np.ndarray:
@@ -183,10 +191,14 @@ class TextGenEnv(TokenEpisodes, gym.Env):
 
         Args:
             seed: the same seed draws the same prompts (and horizons) from here on.
-            options: ``{"prompt": text or list of token ids}`` instead of a drawn prompt.
+            options: ``"prompt"``, text or list of token ids, instead of a drawn prompt; ``"response_prefix"``, text or
+                list of token ids: response tokens that are in place already, as if they had been stepped (they are
+                in the observation, scored, credited and count towards the horizon); ``"horizon"``, instead of one
+                drawn from ``horizon_range``. An error leaves the running episode as it is.
         """
+        start = read_start(self.task, *map((options or {}).get, Start._fields))
         gym.Env.reset(self, seed=seed)
-        self._begin([0], [self.np_random], [(options or {}).get("prompt")])
+        self._begin([0], [self.np_random], [start])
         if self.render_mode == "human":
             self.render()
         return self._observation(), self._reset_info()

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -26,9 +25,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from scipy import stats
 
 from tokenmdp.interop.state_reader import StateReader
+from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.policy import NEVER, CausalLMPolicy
 from tokenmdp.vector_env import TextGenVectorEnv
 
@@ -57,35 +56,6 @@ class HoldsPolicy(Protocol):
     """An agent around a language model, such as `tokenmdp.agents.ppo.PPO`."""
 
     policy: CausalLMPolicy
-
-
-class Interval(NamedTuple):
-    """A mean with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Such as ``1.25 [1.10, 1.40]``."""
-        mean, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
-        return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """``mean +- t(.975, n-1) * std / sqrt(n)``; a single value has an infinite interval.
-
-    >>> print(mean_interval([1.0, 2.0, 3.0]))
-    2.00 [-0.48, 4.48]
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.size == 0:
-        raise ValueError("no values: a mean needs at least one")
-    mean = float(sample.mean())
-    if sample.size == 1:
-        return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(0.975, sample.size - 1) * sample.std(ddof=1) / math.sqrt(sample.size))
-    return Interval(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -210,7 +180,7 @@ def _bind(agent: Any, envs: Any, seed: int, deterministic: bool) -> Act:
         return _LanguageModel(agent, envs, seed, deterministic)
     if isinstance(agent, Predicts):
         return _Model(agent, envs, deterministic)
-    act = agent.act if isinstance(agent, Acts) else agent
+    act: Any = agent.act if isinstance(agent, Acts) else agent
     if not callable(act):
         raise TypeError(
             f"{type(agent).__name__} is no agent: pass a function obs -> actions, an object with act(obs) or "

@@ -44,23 +44,30 @@ def blank_state(num_rows: int, prompt_slots: int, max_new_tokens: int, pad_token
 
 
 def start(
-    state: TokenState, rows: Sequence[int], prompts: Sequence[Sequence[int]], horizons: Sequence[int], pad_token_id: int
+    state: TokenState,
+    rows: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[Sequence[int]],
+    horizons: Sequence[int],
+    pad_token_id: int,
 ) -> TokenState:
-    """Put ``prompts[i]``, left-padded, into row ``rows[i]`` and let it run for at most ``horizons[i]`` tokens.
+    """Put ``prompts[i]``, left-padded, and the response so far, ``prefixes[i]``, into row ``rows[i]``.
 
-    >>> state = start(blank_state(1, 3, 1, 9), rows=[0], prompts=[[5, 6]], horizons=[1], pad_token_id=9)
-    >>> state.input_ids.tolist(), state.attention_mask.astype(int).tolist()
-    ([[9, 5, 6, 9]], [[0, 1, 1, 0]])
+    The row then runs until it has ``horizons[i]`` response tokens, the prefix included; a prefix is shorter.
+
+    >>> state = start(blank_state(1, 3, 2, 9), rows=[0], prompts=[[5, 6]], prefixes=[[7]], horizons=[2], pad_token_id=9)
+    >>> state.input_ids.tolist(), state.attention_mask.astype(int).tolist(), state.n_tokens.tolist()
+    ([[9, 5, 6, 7, 9]], [[0, 1, 1, 1, 0]], [1])
     """
     input_ids, attention_mask = state.input_ids.copy(), state.attention_mask.copy()
     n_tokens, horizon, running = state.n_tokens.copy(), state.horizon.copy(), state.running.copy()
-    for row, prompt, limit in zip(rows, prompts, horizons, strict=True):
-        first = state.prompt_slots - len(prompt)
+    for row, prompt, prefix, limit in zip(rows, prompts, prefixes, horizons, strict=True):
+        taken = slice(state.prompt_slots - len(prompt), state.prompt_slots + len(prefix))
         input_ids[row] = pad_token_id
-        input_ids[row, first : state.prompt_slots] = prompt
+        input_ids[row, taken] = [*prompt, *prefix]
         attention_mask[row] = False
-        attention_mask[row, first : state.prompt_slots] = True
-        n_tokens[row], horizon[row], running[row] = 0, limit, True
+        attention_mask[row, taken] = True
+        n_tokens[row], horizon[row], running[row] = len(prefix), limit, True
     return TokenState(input_ids, attention_mask, n_tokens, horizon, running, state.prompt_slots)
 
 
@@ -77,7 +84,7 @@ def append(state: TokenState, tokens: np.ndarray, eos_token_id: int) -> tuple[To
     Returns:
         The next state and ``ended`` (N,) bool: the rows that ended with this token.
 
-    >>> state = start(blank_state(1, 2, 2, 9), rows=[0], prompts=[[5]], horizons=[2], pad_token_id=9)
+    >>> state = start(blank_state(1, 2, 2, 9), rows=[0], prompts=[[5]], prefixes=[[]], horizons=[2], pad_token_id=9)
     >>> state, ended = append(state, np.array([7]), eos_token_id=0)
     >>> state.input_ids.tolist(), ended.tolist()
     ([[9, 5, 7, 9]], [False])
@@ -103,7 +110,7 @@ def legal_tokens(state: TokenState, vocab_size: int, eos_token_id: int, min_new_
     Returns:
         (N, V) bool.
 
-    >>> state = start(blank_state(1, 2, 4, 9), rows=[0], prompts=[[5]], horizons=[4], pad_token_id=9)
+    >>> state = start(blank_state(1, 2, 4, 9), rows=[0], prompts=[[5]], prefixes=[[]], horizons=[4], pad_token_id=9)
     >>> legal_tokens(state, vocab_size=3, eos_token_id=0, min_new_tokens=1).tolist()
     [[False, True, True]]
     """

@@ -145,9 +145,13 @@ class CausalLMPolicy(nn.Module):
         """The precision of the forwards. Entered around a whole loop it casts each weight once, not once a forward."""
         return torch.autocast(self.lm.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
-    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DecodeState:
-        """Read left-padded prompts (N, P), of different length if need be; the state before response token 0."""
-        return self._advance(DynamicCache(config=self.lm.config), input_ids, attention_mask.long(), step=0)
+    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:
+        """Read left-padded prompts (N, P), of different length if need be; the state before response token 0.
+
+        With ``step`` every row's last ``step`` tokens are its response so far: the state before response token
+        ``step``.
+        """
+        return self._advance(DynamicCache(config=self.lm.config), input_ids, attention_mask.long(), step)
 
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
         """Append one token (N,) to every row; the cache of ``state`` is used up."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokenmdp.pieces import token_pieces
 from tokenmdp.report.heatmap import credit_scale, printable, terminal_line, tint
-from tokenmdp.report.samples import token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tokenmdp.credit import redistribute, sparse_weights
+
 
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
@@ -31,11 +33,7 @@ def gae(
     >>> advantages.tolist(), returns.tolist()
     ([1.0, 1.0, 0.0], [2.0, 2.0, 0.0])
     """
-    if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} differ: "
-            "each holds one entry a response token"
-        )
+    _check_shapes(rewards, values, mask)
     rewards = torch.where(mask, rewards, 0.0)  # where, not *: 0 * NaN is NaN
     values = torch.where(mask, values, 0.0)  # so the value after the last token is 0, as after any terminal state
     advantage = next_value = torch.zeros_like(values[..., 0])
@@ -47,6 +45,56 @@ def gae(
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], dim=-1)
     return advantages, advantages + values
+
+
+def full_return(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole episode's reward for every token: ``returns[t] = sum_k rewards[k]``, ``advantages = returns - values``.
+
+    Only the sum enters, so how a credit method that conserves it spreads a score makes no difference, and the policy
+    gradient is unbiased for all of them; rewards that a token cannot have caused add noise.
+
+    Source: Williams, "Simple statistical gradient-following algorithms", 1992 (REINFORCE with a baseline).
+
+    Args:
+        rewards: (..., T) float.
+        values: (..., T) float; the baseline, which may depend on the state before token t.
+        mask: (..., T) bool, True on the response.
+
+    Returns:
+        advantages, returns: (..., T), zero outside the mask. What the padding holds (NaN included) cannot matter.
+
+    >>> mask = torch.tensor([True, True, False])
+    >>> advantages, returns = full_return(torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1.0, 1.5, 9.0]), mask)
+    >>> advantages.tolist(), returns.tolist()
+    ([1.5, 1.0, 0.0], [2.5, 2.5, 0.0])
+    """
+    _check_shapes(rewards, values, mask)
+    total = torch.where(mask, rewards, 0.0).sum(-1, keepdim=True)
+    returns = torch.where(mask, total, 0.0)
+    return torch.where(mask, returns - values, 0.0), returns
+
+
+def vine_advantages(scores: torch.Tensor, prefix_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """VinePPO: ``advantages[t] = r[t] + V(s[t+1]) - V(s[t])`` with ``r[t] = score * 1[t = last]``.
+
+    V is the expected score of a prefix, from Monte-Carlo continuations (`tokenmdp.vine.monte_carlo_values`); after the
+    last token it is 0, so ``sum_t advantages[t] = score - V(s[0])``. This is `gae` with gamma 1 and lambda 0.
+
+    Source: Kazemnejad et al., "VinePPO: Refining Credit Assignment in RL Training of LLMs", 2024.
+
+    Args:
+        scores: (...,) float.
+        prefix_values: (..., T) float; ``prefix_values[t]`` is the state before token t.
+        mask: (..., T) bool, True on the response; True entries come first.
+
+    Returns:
+        (..., T), zero outside the mask.
+
+    >>> vine_advantages(torch.tensor(3.0), torch.tensor([1.0, 2.5, 9.0]), torch.tensor([True, True, False])).tolist()
+    [1.5, 0.5, 0.0]
+    """
+    rewards = redistribute(scores, sparse_weights(mask))
+    return gae(rewards, prefix_values, mask, gamma=1.0, gae_lambda=0.0)[0]
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -88,3 +136,11 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     variance = masked_variance(returns, mask)
     unexplained = masked_variance(returns - values, mask) / variance.clamp(min=1e-12)
     return torch.where(variance > 1e-12, 1 - unexplained, 0.0)
+
+
+def _check_shapes(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> None:
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} differ: "
+            "each holds one entry a response token"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -16,11 +16,14 @@ from tokenmdp.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.reward_models.base import RewardModel, Score, load_reward_model
 from tokenmdp.reward_models.hf import check_score
 from tokenmdp.reward_models.lexicon import names_word_list
+from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tokenmdp.policy import CausalLMPolicy
+
+Align = Literal["offsets"]
 
 REQUIRED = ("tokenizer", "reward_model", "prompts")
 
@@ -41,6 +44,8 @@ class TextGenTask:
     prompts: PromptSource
     reward_source: str | RewardModel
     reward_options: dict[str, Any]
+    align: Align | None
+    reward_template: str
     arguments: dict[str, Any]  # of make_task, to rebuild the task from
     policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
 
@@ -49,12 +54,13 @@ class TextGenTask:
         """The reward model; a named one is loaded at the first use, once a process.
 
         Raises:
-            VocabularyMismatch: it reads other tokens than the environment writes.
-            ValueError: prompt and response do not fit its positions.
+            VocabularyMismatch: it reads other tokens than the environment writes, and ``align`` is None.
+            ValueError: prompt and response do not fit its positions (of one that reads the text with a tokenizer of
+                its own, the scoring says so), or it has no tokenizer to align with.
         """
         source = self.reward_source
         model = source if isinstance(source, RewardModel) else load_reward_model(source, **self.reward_options)
-        model.check_tokenizer(self.tokenizer)
+        model = self._readable(model)
         if model.max_tokens is not None and self.max_prompt_tokens + self.max_new_tokens > model.max_tokens:
             raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, model.max_tokens, model))
         return model
@@ -77,6 +83,17 @@ class TextGenTask:
         if key not in self.policies:
             self.policies[key] = CausalLMPolicy.for_task(name, self).requires_grad_(False)
         return self.policies[key]
+
+    def load_reward_model(self, name: str) -> RewardModel:
+        """A further reward model of this task's texts; loaded once a process, where and as the task's own."""
+        options = {key: self.reward_options[key] for key in ("device", "dtype")}
+        return self._readable(load_reward_model(name, **options))
+
+    def _readable(self, model: RewardModel) -> RewardModel:
+        if self.align is not None:
+            return readable_by(model, self.tokenizer, self.reward_template)
+        model.check_tokenizer(self.tokenizer)
+        return model
 
     def draw_prompt(self, rng: np.random.Generator) -> list[int]:
         """The prompt of the next episode."""
@@ -126,6 +143,8 @@ def make_task(
     horizon_range: Sequence[int] | None = None,
     reward_device: str = "cpu",
     reward_dtype: str = "float32",
+    align: Align | None = None,
+    reward_template: str = PLAIN,
 ) -> TextGenTask:
     """Check the arguments of an environment and load what they name. Names resolve alias -> directory -> hub.
 
@@ -143,6 +162,10 @@ def make_task(
         horizon_range: (least, most), both included: draw each episode's horizon; it joins the observation.
         reward_device: where a named reward model runs.
         reward_dtype: its weights' type; less than float32 makes scores depend on the batch.
+        align: what to do if the reward model has another vocabulary. None refuses it; "offsets" lets it read the
+            decoded text with its own tokenizer and moves its credit to the environment's tokens by characters, see
+            `tokenmdp.reward_models.RetokenizedRewardModel`. Where the vocabularies are the same this changes nothing.
+        reward_template: with ``align``, the text that the reward model reads, such as "Q: {prompt} A: {response}".
 
     Raises:
         gymnasium.error.MissingArgument: a part that the environment id does not preset was not given.
@@ -170,6 +193,7 @@ def make_task(
         raise ValueError(f"min_new_tokens={min_new_tokens} is not in [0, max_new_tokens={max_new_tokens}]")
     if truncate_prompt not in (None, "left", "right"):
         raise ValueError(f"truncate_prompt={truncate_prompt!r} is none of None, 'left' and 'right'")
+    _check_alignment(align, reward_template)
     horizons = None if horizon_range is None else _pair("horizon_range", horizon_range)
     if horizons is not None and not 1 <= horizons[0] <= horizons[1] <= max_new_tokens:
         raise ValueError(f"horizon_range={horizons} needs 1 <= least <= most <= max_new_tokens={max_new_tokens}")
@@ -187,24 +211,40 @@ def make_task(
         prompts=prompt_source(prompts, encoder, _pair("prompt_tokens", prompt_tokens)),  # type: ignore[arg-type]
         reward_source=source,
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
+        align=align,
+        reward_template=reward_template,
         arguments=arguments,
     )
     if isinstance(source, RewardModel) or names_word_list(source):
         _ = task.reward_model  # built already or instant, so its checks belong to construction
     else:
-        _check_classifier(source, score, max_prompt_tokens, max_new_tokens)
+        _check_classifier(source, score, None if align else (max_prompt_tokens, max_new_tokens))
     return task
 
 
-def _check_classifier(name: str, score: Score, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a named classifier that is missing or does not fit by its config.json, without loading its weights."""
+def _check_classifier(name: str, score: Score, slots: tuple[int, int] | None) -> None:
+    """Refuse a named classifier that is missing or does not fit by its config.json, without loading its weights.
+
+    ``slots`` are those of the prompt and of the response; None if the model may count in other tokens.
+    """
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig.from_pretrained, "reward_model", name)
     check_score(score, config, name)
     limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    if limit is not None and max_prompt_tokens + max_new_tokens > limit:
-        raise ValueError(too_long(max_prompt_tokens, max_new_tokens, limit, name))
+    if limit is not None and slots is not None and sum(slots) > limit:
+        raise ValueError(too_long(*slots, limit, name))
+
+
+def _check_alignment(align: Align | None, reward_template: str) -> None:
+    if align not in (None, "offsets"):
+        raise ValueError(f"align={align!r} is neither None nor 'offsets'")
+    check_template(reward_template)
+    if align is None and reward_template != PLAIN:
+        raise ValueError(
+            f"reward_template={reward_template!r} lets the reward model read another text than the environment's "
+            "tokens; pass align='offsets' with it"
+        )
 
 
 def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: int, model: object) -> str:

@@ -13,8 +13,10 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from tokenmdp.env import METADATA, TokenEpisodes
-from tokenmdp.task import make_task
+from tokenmdp.starts import Start, read_start
+from tokenmdp.task import TextGenTask, make_task
 
+DRAWN = Start(prompt=None, response_prefix=[], horizon=None)
 ScoreWhen = Literal["ended", "all_done"]
 StepReturn = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
@@ -38,6 +40,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         autoreset_mode: "NextStep", "SameStep", "Disabled" or Gymnasium's enum.
         score_when: "ended" or "all_done".
         render_mode: as for the single environment; `render` returns one frame a row.
+        task: share the task (tokenizer, reward model, prompts) of another environment, instead of ``**arguments``.
         **arguments: of `tokenmdp.task.make_task`.
 
     >>> envs = gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=2, autoreset_mode="Disabled")
@@ -53,6 +56,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         score_when: ScoreWhen = "ended",
         render_mode: str | None = None,
+        task: TextGenTask | None = None,
         **arguments: Any,
     ) -> None:
         if num_envs < 1:
@@ -66,7 +70,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             raise ValueError(f"score_when={score_when!r} is none of 'ended', 'all_done'")
         if score_when == "all_done" and self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ValueError("score_when='all_done' waits for the last row: it needs autoreset_mode='Disabled'")
-        super().__init__(make_task(**arguments), num_envs, render_mode)
+        if task is not None and arguments:
+            raise ValueError(f"task= holds {', '.join(sorted(arguments))} already; leave out one or the other")
+        super().__init__(make_task(**arguments) if task is None else task, num_envs, render_mode)
         self.num_envs = num_envs
         self.score_when = score_when
         self.metadata = METADATA | {"autoreset_mode": self.autoreset_mode}
@@ -85,8 +91,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
         Args:
             seed: row i uses ``seed + i``; or one seed (or None) a row.
-            options: ``"prompt"``: a list of N prompts (None draws one), or one text for all rows; ``"reset_mask"``:
-                (N,) bool, reset only these rows.
+            options: ``"prompt"``, ``"response_prefix"`` and ``"horizon"`` as for the single environment, each a list
+                with one entry a row (None as if it were not given) or one text or number for all rows;
+                ``"reset_mask"``: (N,) bool, reset only these rows. An error leaves every row as it is.
         """
         options = options or {}
         rows = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
@@ -96,12 +103,13 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
                 "row ends; step on until then, or reset all rows"
             )
         seeds = self._row_seeds(seed)
-        prompts = self._row_prompts(options.get("prompt"))
+        columns = [self._row_values(name, options.get(name)) for name in Start._fields]
+        starts = [read_start(self.task, *(column[row] for column in columns)) for row in rows]
         for row in rows:
             if seeds[row] is not None or self._rngs[row] is None:
                 self._rngs[row], self._seeds[row] = seeding.np_random(seeds[row])
         self._unscored[rows] = False
-        infos = self._restart(rows, prompts)
+        infos = self._restart(rows, starts)
         if self.render_mode == "human":
             self.render()
         return self._observe(), infos
@@ -188,7 +196,6 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
     def _autoreset(self, ended: np.ndarray, waiting: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
         """Start the rows that the mode restarts in this step; returns the step's infos."""
-        drawn = [None] * self.num_envs
         if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
             rows = np.flatnonzero(ended)
             last = self._observe()
@@ -201,15 +208,16 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
                 "final_info": infos,
                 "_final_info": ended.copy(),
             }
-            return final | self._restart(rows, drawn)
+            return final | self._restart(rows, [DRAWN] * len(rows))
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
-            return infos | self._restart(np.flatnonzero(waiting), drawn)
+            rows = np.flatnonzero(waiting)
+            return infos | self._restart(rows, [DRAWN] * len(rows))
         return infos
 
-    def _restart(self, rows: np.ndarray, prompts: Sequence[Any]) -> dict[str, Any]:
-        """Start new episodes in ``rows``; returns their reset infos."""
+    def _restart(self, rows: np.ndarray, starts: Sequence[Start]) -> dict[str, Any]:
+        """Start new episodes in ``rows``, one of ``starts`` each; returns their reset infos."""
         rngs = self.np_random
-        self._begin(rows.tolist(), [rngs[row] for row in rows], [prompts[row] for row in rows])
+        self._begin(rows.tolist(), [rngs[row] for row in rows], starts)
         if self.task.horizon_range is None:
             return {}
         started = np.zeros(self.num_envs, dtype=np.bool_)
@@ -234,14 +242,15 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows; give one a row, or one integer")
         return list(seed)
 
-    def _row_prompts(self, prompt: Any) -> list[Any]:
-        if prompt is None or isinstance(prompt, str):
-            return [prompt] * self.num_envs
-        if not isinstance(prompt, Sequence) or len(prompt) != self.num_envs:
+    def _row_values(self, name: str, value: Any) -> list[Any]:
+        """One entry of a reset option for each row."""
+        if value is None or isinstance(value, (str, int)):
+            return [value] * self.num_envs
+        if not isinstance(value, (Sequence, np.ndarray)) or len(value) != self.num_envs:
             raise ValueError(
-                f"options['prompt'] is {prompt!r}; give one text for all rows or a list of {self.num_envs} prompts"
+                f"options[{name!r}] is {value!r}; give one for all rows or a list of {self.num_envs}, one a row"
             )
-        return list(prompt)
+        return list(value)
 
 
 def spread_columns(columns: dict[str, np.ndarray], where: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tokenmdp.checkpoints import CheckpointError, write_text
 from tokenmdp.commands.settings import RunSettings, make_envs
-from tokenmdp.evaluation import Interval, mean_interval
+from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.report.samples import Sample, samples_from_rollout
 from tokenmdp.rollouts import collect
 

@@ -1,41 +1,37 @@
-"""``tokenmdp sample``, ``score`` and ``eval``: look at a policy, a reward model or a finished run."""
+"""``tokenmdp sample`` and ``eval``: look at a policy or a finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from tokenmdp.checkpoints import recover_directory
+from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.commands.display import make_console
 from tokenmdp.commands.evaluation import comparison, comparison_table, evaluate
 from tokenmdp.commands.run_directory import RunDirectory, RunError
 from tokenmdp.commands.settings import (
     PRESETS,
     RunSettings,
+    absolute_options,
     make_envs,
+    parse_options,
     resolve_device,
     settings_from_record,
     split_prompts,
 )
-from tokenmdp.credit import REWARD_MODEL_NEEDS, CreditMethod, Resources, make_credit
-from tokenmdp.loading import load_tokenizer
 from tokenmdp.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.rendering import SEPARATOR
 from tokenmdp.report import heatmap
-from tokenmdp.report.samples import Sample, samples_from_rollout, token_pieces
-from tokenmdp.reward_models import RewardModel, load_reward_model
+from tokenmdp.report.samples import Sample, samples_from_rollout
 from tokenmdp.rollouts import collect
-from tokenmdp.types import Credit, Episode, Outcome
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
-    from transformers import PreTrainedTokenizerBase
 
     from tokenmdp import cli
 
@@ -82,6 +78,10 @@ def sample(arguments: cli.Sample) -> int:
         "reward_model": arguments.reward_model,
         "max_new_tokens": arguments.max_new_tokens,
     }
+    if arguments.credit is not None:  # the run's options belong to the run's method
+        settings = replace(settings, credit_beta=default_beta(arguments.credit), credit_options={})
+    own = settings.credit_options | parse_options(arguments.credit_option, "--credit-option")
+    given["credit_options"] = absolute_options(own)
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
     options = settings.ppo | {key: value for key, value in sampling.items() if value is not None}
@@ -104,69 +104,6 @@ def sample(arguments: cli.Sample) -> int:
         page = heatmap.html({"Samples": samples}, arguments.html, title=f"Samples of {arguments.source}", note=note)
         console.print(f"page: {page}", highlight=False, soft_wrap=True)
     return 0
-
-
-def score_text(
-    tokenizer: PreTrainedTokenizerBase, model: RewardModel, prompt: str, text: str, credit: CreditMethod
-) -> tuple[Sample, Credit]:
-    """The reward model's score of ``prompt`` + ``text`` and the credit of each token of ``text``.
-
-    A blank joins the two where neither has one. Credit columns (1, T).
-    """
-    joined = text if not prompt or text[:1].isspace() or prompt[-1:].isspace() else f" {text}"
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
-    ids = tokenizer.encode(joined, add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"the text {text!r} has no tokens; give at least one word")
-    model.check_tokenizer(tokenizer)
-    mask = torch.ones(1, len(prompt_ids) + len(ids), dtype=torch.bool)
-    episode = Episode(torch.tensor([prompt_ids + ids]), mask, mask[:, len(prompt_ids) :])
-    reward = model(episode, needs=credit.needs & REWARD_MODEL_NEEDS)
-    result = credit(Outcome(episode, reward, torch.zeros(1, dtype=torch.long)), Resources(model, tokenizer))
-    shown, pieces = token_pieces(tokenizer, ids, prompt_ids)
-    return Sample(shown, pieces, result.token_rewards[0].tolist(), reward.score.item()), result
-
-
-def score(arguments: cli.Score) -> int:
-    """Score a text and show the credit of each of its tokens."""
-    console = make_console()
-    name = arguments.reward_model
-    method = make_credit(arguments.credit, credit_beta=arguments.credit_beta)
-    model = load_reward_model(name, device=resolve_device(arguments.device))
-    tokenizer = model.tokenizer if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"the reward model {name!r} has no tokenizer files; pass --tokenizer")
-    item, result = score_text(tokenizer, model, arguments.prompt, arguments.text, method)
-    console.print(
-        heatmap.terminal(item.tokens, item.credits, prompt=item.prompt and item.prompt + SEPARATOR), soft_wrap=True
-    )
-    console.print(token_table(item))
-    console.print(f"score {item.score:+.4f} = sum of the credits {sum(item.credits):+.4f}", highlight=False)
-    if "attention_mass" in result.report:
-        mass = result.report["attention_mass"].item()
-        rest = " (the rest is on the prompt)" if arguments.prompt else ""
-        console.print(f"attention mass on the text: {mass:.3f} of the row{rest}", highlight=False)
-        console.print("attention credit has the score's sign: how much a token mattered, not which way", style="dim")
-        if result.report["credit_fallback"].item():
-            console.print("that is below the floor, so the credit is uniform", style="bold")
-    if arguments.html is not None:
-        page = heatmap.html({name: [item]}, arguments.html, title=f"Token credit: {arguments.credit}")
-        console.print(f"page: {page}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def token_table(item: Sample) -> Table:
-    """Token, credit and share of the score, one row a token."""
-    table = Table()
-    table.add_column("#", justify="right")
-    table.add_column("token")
-    table.add_column("credit", justify="right")
-    table.add_column("share", justify="right")
-    scale = heatmap.credit_scale([item.credits])
-    shares: Sequence[str] = [f"{credit / item.score:.1%}" if item.score else "-" for credit in item.credits]
-    for place, (piece, credit, share) in enumerate(zip(item.tokens, item.credits, shares, strict=True), start=1):
-        table.add_row(str(place), heatmap.terminal([piece], [credit], scale=scale), f"{credit:+.4f}", share)
-    return table
 
 
 def evaluate_run(arguments: cli.Eval) -> int:

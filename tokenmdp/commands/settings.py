@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gymnasium as gym
 import torch
 
-from tokenmdp.credit import make_credit
+from tokenmdp.commands.credit_options import credit_method, default_beta
 from tokenmdp.loading import ALIASES, load_tokenizer, resolve
 from tokenmdp.prompts import FILE_SUFFIXES, read_prompt_file
 from tokenmdp.wrappers import vector
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
 HELD_OUT_EVERY = 5  # every fifth prompt is kept out of training
+EXAMPLES = {"--ppo": "kl_coef=0.1", "--credit-option": "budget=64", "--option": "shapley.budget=64"}
 FEWEST_TO_SPLIT = 20  # with fewer prompts than this, evaluation uses the training prompts
 
 
@@ -39,6 +40,8 @@ class RunSettings:
     max_new_tokens: int
     credit: str = "attention"
     credit_beta: float = 0.8
+    credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
+    align: str | None = None  # "offsets": the reward model has a tokenizer of its own
     num_envs: int = 64
     seed: int = 1
     device: str = "cpu"
@@ -100,6 +103,7 @@ def settings_from(arguments: Train) -> RunSettings:
     given: dict[str, Any] = {
         **{key: _absolute(name) for key, name in names.items()},
         "max_new_tokens": arguments.max_new_tokens,
+        "align": arguments.align,
         "num_envs": arguments.num_envs,
         "eval_samples": arguments.eval_samples,
     }
@@ -111,10 +115,11 @@ def settings_from(arguments: Train) -> RunSettings:
         base,
         **changed,
         credit=arguments.credit,
-        credit_beta=arguments.credit_beta,
+        credit_beta=default_beta(arguments.credit) if arguments.credit_beta is None else arguments.credit_beta,
+        credit_options=absolute_options(parse_options(arguments.credit_option, "--credit-option")),
         seed=arguments.seed,
         device=resolve_device(arguments.device),
-        ppo=base.ppo | parse_options(arguments.ppo),
+        ppo=base.ppo | parse_options(arguments.ppo, "--ppo"),
     )
 
 
@@ -125,17 +130,22 @@ def _absolute(name: str | None) -> str | None:
     return str(Path(name).expanduser().resolve())
 
 
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` strings as a dict; a value is read as JSON if it is JSON, else as a string.
+def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Credit options with the policies among them as absolute paths, where they are paths."""
+    return {key: _absolute(value) if key in ("tuned", "reference") else value for key, value in options.items()}
 
-    >>> parse_options(["kl_coef=0.1", "dtype=auto"])
-    {'kl_coef': 0.1, 'dtype': 'auto'}
+
+def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
+    """``name=value`` strings of ``flag`` as a dict; a value is read as JSON if it is JSON, else as a string.
+
+    >>> parse_options(["kl_coef=0.1", "dtype=auto", "shapley.budget=64"], "--ppo")
+    {'kl_coef': 0.1, 'dtype': 'auto', 'shapley.budget': 64}
     """
     parsed: dict[str, Any] = {}
     for option in options:
         name, equals, text = option.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--ppo {option!r} is not name=value, such as kl_coef=0.1")
+        if not equals or not name.rpartition(".")[2].isidentifier():
+            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES[flag]}")
         try:
             parsed[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -144,8 +154,12 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def settings_record(settings: RunSettings) -> dict[str, Any]:
-    """What ``run.json`` keeps: all but the device, since a run may move to another one."""
-    return {key: value for key, value in asdict(settings).items() if key != "device"}
+    """What ``run.json`` keeps: all but the device, since a run may move to another one.
+
+    Later additions are left out where they are unset, so that the runs of earlier versions go on.
+    """
+    without = {"device"} | {name for name in ("credit_options", "align") if not getattr(settings, name)}
+    return {key: value for key, value in asdict(settings).items() if key not in without}
 
 
 def settings_from_record(record: Mapping[str, Any]) -> RunSettings:
@@ -217,9 +231,11 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         reward_model=settings.reward_model,
         max_new_tokens=settings.max_new_tokens,
         reward_device=settings.device,
+        align=settings.align,
         **given,
     )
-    wrapped = vector.CreditReward(envs, make_credit(settings.credit, credit_beta=settings.credit_beta))
+    options = {"credit_beta": settings.credit_beta, **settings.credit_options}
+    wrapped = vector.CreditReward(envs, credit_method(settings.credit, options))
     _ = wrapped.unwrapped.task.reward_model  # type: ignore[attr-defined]  # loads it: errors belong before the work
     return wrapped
 

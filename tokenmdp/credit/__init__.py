@@ -6,13 +6,17 @@ each declares. A method of your own needs no registration: bind it with ``Credit
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenmdp.credit.attention import AttentionCredit, LastPolicyAttentionCredit, PolicyAttentionCredit
+from tokenmdp.credit.attribution import DeepLiftCredit, IntegratedGradientsCredit
 from tokenmdp.credit.base import NEEDS, REWARD_MODEL_NEEDS, CreditMethod, MissingResource, Resources
+from tokenmdp.credit.fine_grained import FineGrainedCredit, FineReward
+from tokenmdp.credit.implicit import ImplicitRewardCredit
 from tokenmdp.credit.prefix import PrefixDifferenceCredit, prefix_differences
 from tokenmdp.credit.score_only import SparseCredit, UniformCredit
+from tokenmdp.credit.shapley import OwenCredit, ShapleyCredit
 from tokenmdp.credit.weights import (
     ATTENTION_FLOOR,
     attention_weights,
@@ -31,11 +35,18 @@ __all__ = [
     "REWARD_MODEL_NEEDS",
     "AttentionCredit",
     "CreditMethod",
+    "DeepLiftCredit",
+    "FineGrainedCredit",
+    "FineReward",
+    "ImplicitRewardCredit",
+    "IntegratedGradientsCredit",
     "LastPolicyAttentionCredit",
     "MissingResource",
+    "OwenCredit",
     "PolicyAttentionCredit",
     "PrefixDifferenceCredit",
     "Resources",
+    "ShapleyCredit",
     "SparseCredit",
     "UniformCredit",
     "attention_weights",
@@ -58,6 +69,12 @@ CREDIT_METHODS: dict[str, type] = {
         PolicyAttentionCredit,
         LastPolicyAttentionCredit,
         PrefixDifferenceCredit,
+        IntegratedGradientsCredit,
+        DeepLiftCredit,
+        ShapleyCredit,
+        OwenCredit,
+        FineGrainedCredit,
+        ImplicitRewardCredit,
     )
 }
 
@@ -69,7 +86,7 @@ def make_credit(name: str, **options: Any) -> CreditMethod:
     (UniformCredit(), 0.5)
 
     Raises:
-        ValueError: no method has this name, or the method has no such option.
+        ValueError: no method has this name, or the method has no such option or needs one that is not given.
     """
     if name not in CREDIT_METHODS:
         raise ValueError(f"credit is {name!r}; choose one of {', '.join(CREDIT_METHODS)}")
@@ -79,4 +96,7 @@ def make_credit(name: str, **options: Any) -> CreditMethod:
         options = {key: value for key, value in options.items() if key != "credit_beta"}
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"{name} credit has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    required = {field.name for field in fields(method) if field.default is MISSING and field.default_factory is MISSING}
+    if missing := sorted(required - options.keys()):
+        raise ValueError(f"{name} credit needs {', '.join(missing)}: make_credit({name!r}, {missing[0]}=...)")
     return method(**options)

@@ -158,7 +158,10 @@ class PolicyAttentionCredit:
 
 @dataclass(frozen=True)
 class LastPolicyAttentionCredit(PolicyAttentionCredit):
-    """`PolicyAttentionCredit` from the last step's row alone (ABC-D2): ``alpha[k] ~ attention[T-2, k]``."""
+    """ABC with the policy's attention in the last step's row alone (ABC-D2): ``alpha[k] ~ attention[T-2, k]``.
+
+    All else is as in `PolicyAttentionCredit`.
+    """
 
     name: ClassVar[str] = "abc-d2"
 

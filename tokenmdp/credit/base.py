@@ -42,12 +42,14 @@ class Resources(NamedTuple):
             for k > q. Row q stands before the choice of token q + 1; the row of the last token is never read and may
             hold anything.
         load_policy: ``(name) -> CausalLMPolicy`` for this task, loaded once.
+        load_reward_model: ``(name) -> RewardModel`` that reads this task's tokens, loaded once.
     """
 
     reward_model: RewardModel | None = None
     tokenizer: Any = None
     policy_attention: PolicyAttention | None = None
     load_policy: Callable[[str], Any] | None = None
+    load_reward_model: Callable[[str], RewardModel] | None = None
 
 
 class CreditMethod(Protocol):

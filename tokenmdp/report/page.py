@@ -4,9 +4,9 @@ STYLE = """
 :root { color-scheme: light; --page: #fdfdfc; --ink: #1c1c1e; --faint: #66666b; --line: #dedee2;
         --up: 244 145 52; --down: 90 165 235; }
 @media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { color-scheme: dark; --page: #17181b;
-        --ink: #ececee; --faint: #a0a0a8; --line: #34363c; --up: 184 92 10; --down: 28 100 180; } }
+        --ink: #ececee; --faint: #a0a0a8; --line: #34363c; --up: 168 82 6; --down: 28 100 180; } }
 :root[data-theme=dark] { color-scheme: dark; --page: #17181b; --ink: #ececee; --faint: #a0a0a8; --line: #34363c;
-        --up: 184 92 10; --down: 28 100 180; }
+        --up: 168 82 6; --down: 28 100 180; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
        font: 16px/1.75 system-ui, sans-serif; }

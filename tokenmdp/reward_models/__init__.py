@@ -1,15 +1,18 @@
-"""Reward models: Hugging Face classifiers, word lists, and the base class of your own."""
+"""Reward models: Hugging Face classifiers, word lists, readers of other tokenizers' text, and the base class."""
 
 from tokenmdp.reward_models.base import NonFiniteScore, RewardModel, VocabularyMismatch, load_reward_model
 from tokenmdp.reward_models.hf import HFRewardModel
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, toy_lexicon
+from tokenmdp.reward_models.retokenized import RetokenizedRewardModel, readable_by
 
 __all__ = [
     "HFRewardModel",
     "LexiconRewardModel",
     "NonFiniteScore",
+    "RetokenizedRewardModel",
     "RewardModel",
     "VocabularyMismatch",
     "load_reward_model",
+    "readable_by",
     "toy_lexicon",
 ]

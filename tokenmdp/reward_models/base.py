@@ -42,6 +42,7 @@ class EmbeddedTexts(NamedTuple):
     # attribution methods ask about many versions of each text in one batch.
     score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     to_slots: Callable[[torch.Tensor], torch.Tensor]  # one number a position (N, L) -> a response slot (N, H)
+    average: Callable[[], torch.Tensor] | None = None  # the mean embedding (C,) of all tokens; None: there is none
 
 
 class RewardModel(ABC):
@@ -195,8 +196,8 @@ class RewardModel(ABC):
             raise VocabularyMismatch(
                 f"the environment's tokenizer has {len(tokenizer)} tokens and {self} has {len(self.tokenizer)}; the "
                 f"first that differs is id {index}: {token!r} in the environment, {other!r} in the reward model. "
-                "Policy and reward model must share a vocabulary: pass tokenizer= with the reward model's own "
-                "tokenizer and a policy trained with it, or another reward_model="
+                "Pass align='offsets' to let the reward model read the text with its own tokenizer and to move its "
+                "credit by characters; or tokenizer= with the reward model's own and a policy trained with it"
             )
 
     def to_json(self) -> dict[str, Any]:

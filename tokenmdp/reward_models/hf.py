@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
 PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than this; more is another vocabulary
+IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -157,7 +158,17 @@ class HFRewardModel(RewardModel):
             response=_response_positions(rows, episodes),
             score=lambda changed, index: self._forward(Rows(*(part[index] for part in rows)), changed)[0],
             to_slots=lambda row: response_slots(row, rows, episodes),
+            average=self._average_embedding,
         )
+
+    def _average_embedding(self) -> torch.Tensor:
+        """The mean embedding (C,) over the vocabulary, float32; of what the layer returns, which may scale its rows."""
+        ids = torch.arange(_vocabulary_rows(self.model), device=self.model.device)
+        layer, total = self.model.get_input_embeddings(), torch.zeros(())
+        with torch.no_grad():
+            for part in ids.split(IDS_AT_ONCE):
+                total = total + layer(part).float().sum(0)
+        return total / len(ids)
 
     def _prepare(self, episodes: Episode) -> Rows:
         """The texts without gaps, on the model's device; the model in eval mode."""

@@ -92,19 +92,36 @@ class LexiconRewardModel(RewardModel):
         found = ((match.start(), match.end(), self.weights.get(match[0].lower(), 0.0)) for match in WORD.finditer(text))
         return [word for word in found if word[2]]
 
+    def token_credit(self, ids: list[int]) -> torch.Tensor:
+        """The part of the score that each token of a response earned, exactly; (T,) float64, and its sum is the score.
+
+        ``token_credit[t] = sum over words of weight * (characters of the word in token t) / len(word)``
+
+        >>> model = toy_lexicon()
+        >>> model.token_credit(load_tokenizer("toy")("great but dull")["input_ids"]).tolist()
+        [2.0, 0.0, -1.0]
+        """
+        return self._spread(ids, self._words(self._decode(ids)))
+
     def _shares(self, ids: list[int]) -> torch.Tensor:
-        """``_words``' absolute weights spread over the tokens whose characters they cover; (T,) with sum 1."""
+        """``_words``' absolute weights spread over the tokens; (T,) with sum 1."""
+        words = [(start, end, abs(weight)) for start, end, weight in self._words(self._decode(ids))]
+        shares = EPSILON + self._spread(ids, words)
+        return (shares / shares.sum()).float()
+
+    def _spread(self, ids: list[int], words: list[tuple[int, int, float]]) -> torch.Tensor:
+        """Each word's number over the tokens that cover its characters, in proportion; (T,) float64."""
         # Prefixes, because a token's own text depends on its neighbours: blanks, and characters of several bytes.
         ends = [len(self._decode(ids[: count + 1])) for count in range(len(ids))]
-        shares = torch.full((len(ids),), EPSILON, dtype=torch.float64)
-        for start, end, weight in self._words(self._decode(ids)):
+        spread = torch.zeros(len(ids), dtype=torch.float64)
+        for start, end, number in words:
             left = 0
             for index, right in enumerate(ends):
                 overlap = min(end, right) - max(start, left)
                 if overlap > 0:
-                    shares[index] += abs(weight) * overlap / (end - start)
+                    spread[index] += number * overlap / (end - start)
                 left = max(left, right)
-        return (shares / shares.sum()).float()
+        return spread
 
 
 def toy_lexicon() -> LexiconRewardModel:

@@ -121,8 +121,8 @@ class CreditWrapper:
             CreditWrapper._warned_of_attention.add((self.credit.name, model))
             warnings.warn(
                 f"the attention of {model} behind {self.credit.name} credit is close to uniform: its entropy is "
-                f"{mean:.3f} of the maximum over {len(self._entropies)} responses (above {NEARLY_UNIFORM}), so this is "
-                "nearly uniform credit. `tokenmdp quality --reward-model NAME` measures which method follows this "
+                f"{mean:.3f} of the maximum over {len(self._entropies)} responses (above {NEARLY_UNIFORM}), so this "
+                "is nearly uniform credit. `tokenmdp quality --reward-model NAME` measures which method follows this "
                 "model's score",
                 UninformativeAttention,
                 stacklevel=4,

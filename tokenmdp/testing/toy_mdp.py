@@ -10,6 +10,7 @@ the KL, the optimum of the KL-regularised objective. V ** H sequences are held i
     mdp.objective(seq_logprobs, ref_seq_logprobs, kl_coef=0.5)                       # exact, differentiable
 
 A language model is a policy too: `ToyMDP.episodes` lays all responses out for ``CausalLMPolicy.evaluate``.
+`ToyMDP.outcome` gives all responses with their scores in float64, for any credit method.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from itertools import product
 
 import torch
 
-from tokenmdp.types import Episode
+from tokenmdp.types import Episode, Outcome, RewardOutput
+
+Text = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ToyMDP:
         tokens: (M, H) int64, 0 in the padding.
         mask: (M, H) bool, True on the response.
         scores: (M,) float64.
+        prefix_scores: (M, H+1) float64: what a reward model says about the first t tokens; ``prefix_scores[T]`` is the
+            score, 0 after it.
     """
 
     vocab_size: int
@@ -41,10 +46,11 @@ class ToyMDP:
     tokens: torch.Tensor
     mask: torch.Tensor
     scores: torch.Tensor
+    prefix_scores: torch.Tensor
 
     @classmethod
     def random(cls, vocab_size: int = 3, horizon: int = 3, eos_token_id: int | None = None, seed: int = 0) -> ToyMDP:
-        """All responses, with scores drawn once from a standard normal distribution.
+        """All responses; scores, and those of all prefixes, are drawn once from a standard normal distribution.
 
         >>> len(ToyMDP.random(vocab_size=3, horizon=3).tokens)
         27
@@ -52,23 +58,22 @@ class ToyMDP:
         15
         """
         tokens, mask = enumerate_responses(vocab_size, horizon, eos_token_id)
-        scores = torch.randn(len(tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        return cls(vocab_size, horizon, eos_token_id, tokens, mask, scores)
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randn(len(tokens), dtype=torch.float64, generator=generator)
+        of_states = torch.randn(_num_prefixes(vocab_size, horizon), dtype=torch.float64, generator=generator)
+        before = torch.where(mask, of_states[_prefixes(tokens, vocab_size)], 0.0)  # (M, H)
+        prefix_scores = torch.cat([before, torch.zeros(len(tokens), 1, dtype=torch.float64)], dim=1)
+        prefix_scores.scatter_(1, mask.sum(1, keepdim=True), scores[:, None])
+        return cls(vocab_size, horizon, eos_token_id, tokens, mask, scores, prefix_scores)
 
     @property
     def num_prefixes(self) -> int:
         """States in which a token is chosen, ``sum_{t < H} V ** t``."""
-        return sum(self.vocab_size**t for t in range(self.horizon))
+        return _num_prefixes(self.vocab_size, self.horizon)
 
     def prefixes(self) -> torch.Tensor:
         """(M, H) int64: the number of the state before token t, unique over lengths and contents."""
-        index = torch.zeros(len(self.tokens), dtype=torch.int64)
-        columns, first_of_length = [], 0
-        for t in range(self.horizon):
-            columns.append(first_of_length + index)
-            first_of_length += self.vocab_size**t
-            index = index * self.vocab_size + self.tokens[:, t]
-        return torch.stack(columns, dim=1)
+        return _prefixes(self.tokens, self.vocab_size)
 
     def tabular_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         """Token log-probabilities (M, H), 0 in the padding, of the softmax policy with ``logits`` (num_prefixes, V)."""
@@ -96,7 +101,38 @@ class ToyMDP:
             response_mask=self.mask,
         )
 
-    def score_of(self, tokens: tuple[int, ...]) -> float:
+    def outcome(
+        self,
+        attention: torch.Tensor | None = None,
+        attention_layers: torch.Tensor | None = None,
+        prompt_slots: int = 1,
+    ) -> Outcome:
+        """All responses to the prompt [0] as finished and scored, in float64, which no reward model gives.
+
+        Args:
+            attention: (M, H) rows, as in `tokenmdp.types.RewardOutput`.
+            attention_layers: (M, layers, heads, H).
+            prompt_slots: P; all but one are padding.
+        """
+        reward = RewardOutput(self.scores, attention, attention_layers, self.prefix_scores)
+        return Outcome(self.episodes([0], prompt_slots), reward, torch.arange(len(self.tokens)))
+
+    def texts(self) -> dict[Text, float]:
+        """The scores of everything that may be written so far: all prefixes, the empty one too, and all responses.
+
+        >>> mdp = ToyMDP.random(vocab_size=2, horizon=2)
+        >>> list(mdp.texts())
+        [(), (0,), (0, 0), (0, 1), (1,), (1, 0), (1, 1)]
+        """
+        scores: dict[Text, float] = {}
+        for row, length, numbers in zip(
+            self.tokens.tolist(), self.mask.sum(1).tolist(), self.prefix_scores.tolist(), strict=True
+        ):
+            for end in range(length + 1):
+                scores[tuple(row[:end])] = numbers[end]
+        return scores
+
+    def score_of(self, tokens: Text) -> float:
         """The score of one response (its end-of-text included), for a reward function.
 
         >>> mdp = ToyMDP.random(vocab_size=2, horizon=2)
@@ -142,6 +178,21 @@ class ToyMDP:
             mass = bins.index_add(0, prefix, probabilities)
             values.append((bins.index_add(0, prefix, probabilities * outcomes) / mass)[prefix])
         return torch.where(self.mask, torch.stack(values, dim=1), 0.0)
+
+
+def _num_prefixes(vocab_size: int, horizon: int) -> int:
+    return sum(vocab_size**t for t in range(horizon))
+
+
+def _prefixes(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """(M, H) int64: prefixes of length t are numbered from ``sum_{s < t} V ** s``, in base V."""
+    index = torch.zeros(len(tokens), dtype=torch.int64)
+    columns, first_of_length = [], 0
+    for t in range(tokens.shape[1]):
+        columns.append(first_of_length + index)
+        first_of_length += vocab_size**t
+        index = index * vocab_size + tokens[:, t]
+    return torch.stack(columns, dim=1)
 
 
 def enumerate_responses(

@@ -1,0 +1,91 @@
+"""What holds for every method of the registry: single == vector, zero outside the response, sums as declared."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from tokenmdp.credit import CREDIT_METHODS, make_credit
+from tokenmdp.credit.fine_grained import FineReward
+from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.policy_attention import ForwardAttention
+from tokenmdp.wrappers import CreditReward, vector
+
+IMDB = "tokenmdp:TextGen-IMDb-v0"
+OPTIONS = {
+    "shapley": {"budget": 40},
+    "owen": {"budget": 40},
+    "integrated-gradients": {"steps": 4},
+    "fine-grained": {"parts": (FineReward("lexicon", density="token"), FineReward(None, "sentence", weight=0.5))},
+    "rto": {"tuned": "imdb-tiny", "reference": "imdb-tiny"},
+}  # fmt: skip
+TEXTS = [
+    ("The acting is", " great. I hated the ending, though."),
+    ("I watched it and", " fell asleep"),
+    ("This", "!"),
+    ("A film about", " a dull, long, awful war. But what a wonderful cast!"),
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    task = gym.make(IMDB).unwrapped.task
+    return CausalLMPolicy.for_task("imdb-tiny", task)
+
+
+def responses(tokenizer, horizon):
+    """Token ids (4, H): each text and its end-of-text, cut at the horizon; what follows the end is ignored."""
+    rows = [[*tokenizer.encode(text), *[tokenizer.eos_token_id] * horizon][:horizon] for _, text in TEXTS]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("name", CREDIT_METHODS)
+def test_single_equals_vector_and_sums_are_as_declared(name, policy):
+    method = make_credit(name, **OPTIONS.get(name, {}))
+    envs = vector.CreditReward(gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled"), method)
+    env = CreditReward(gym.make(IMDB), method)
+    envs.unwrapped.policy_attention = env.unwrapped.policy_attention = ForwardAttention(policy)
+    tokens = responses(env.unwrapped.tokenizer, env.unwrapped.task.max_new_tokens)
+    envs.reset(seed=0, options={"prompt": [prompt for prompt, _ in TEXTS]})
+    together = {}
+    for column in tokens.T:
+        *_, infos = envs.step(column)
+        for row in np.flatnonzero(infos.get("_token_rewards", [])):
+            together[int(row)] = {key: infos[key][row] for key in infos if key[0] != "_"}
+    for row, (prompt, _) in enumerate(TEXTS):
+        env.reset(options={"prompt": prompt})
+        for token in tokens[row]:
+            *_, terminated, _, info = env.step(token)
+            if terminated:
+                break
+        assert info.keys() == together[row].keys()
+        for key, value in info.items():
+            np.testing.assert_allclose(together[row][key], value, atol=2e-4, rtol=1e-3, err_msg=key)
+        token_rewards, mask = info["token_rewards"], info["token_mask"]
+        assert token_rewards.dtype == np.float32
+        assert np.isfinite(token_rewards).all()
+        assert not token_rewards[~mask].any()
+        total = token_rewards.sum(dtype=np.float64)
+        if method.conserves_return:
+            assert total == pytest.approx(info["score"], abs=1e-5)
+            assert "credit_residual" not in info
+        else:
+            assert info["credit_residual"] == pytest.approx(info["score"] - total, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, method in CREDIT_METHODS.items() if method.causal])
+def test_causal_methods_do_not_look_ahead(name, policy):
+    """The same first tokens get the same rewards whatever follows."""
+    method = make_credit(name, **OPTIONS.get(name, {}))
+    env = CreditReward(gym.make(IMDB), method)
+    env.unwrapped.policy_attention = ForwardAttention(policy)
+    tokenizer, seen = env.unwrapped.tokenizer, []
+    start = tokenizer.encode(" good. Then it was")
+    for end in (" awful and I left", " a joy."):
+        env.reset(options={"prompt": "I saw it."})
+        for token in [*start, *tokenizer.encode(end), tokenizer.eos_token_id]:
+            *_, terminated, _, info = env.step(token)
+            if terminated:
+                break
+        seen.append(torch.from_numpy(info["token_rewards"][: len(start)]))
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,180 @@
+"""Several reward models at token, sentence and text density."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from doubles import HashRewardModel, of_words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenmdp.credit import FineGrainedCredit, FineReward, MissingResource, Resources, make_credit
+from tokenmdp.loading import load_tokenizer
+from tokenmdp.reward_models import LexiconRewardModel, VocabularyMismatch, load_reward_model
+from tokenmdp.reward_models.lexicon import TOY_WEIGHTS, toy_lexicon
+from tokenmdp.types import Outcome
+from tokenmdp.wrappers import CreditReward
+
+TOY = load_tokenizer("toy")
+TEXTS = [
+    ("the film", "was great . but so dull <eos>"),
+    ("it was", "bad ."),
+    ("this", "fun . <eos>"),
+    ("", "lovely"),
+]
+EPISODE = of_words(*TEXTS, horizon=8)
+MASK = EPISODE.response_mask
+parts = st.lists(
+    st.builds(
+        FineReward,
+        st.sampled_from([None, toy_lexicon(), HashRewardModel()]),
+        st.sampled_from(["token", "sentence", "text"]),
+        st.floats(-3, 3),
+        st.sampled_from(["prefix", "segment"]),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def rewards(*fine_rewards, model=None, episode=EPISODE, **options):
+    model = model or HashRewardModel()
+    outcome = Outcome(episode, model(episode), torch.arange(len(episode.input_ids)))
+    return FineGrainedCredit(fine_rewards, **options)(outcome, Resources(model, TOY)).token_rewards
+
+
+def ends(density):
+    last = rewards(FineReward(density="text"), model=Constant()) != 0
+    if density == "text":
+        return last
+    if density == "token":
+        return MASK
+    stops = EPISODE.input_ids[:, EPISODE.prompt_slots :] == TOY.convert_tokens_to_ids(".")
+    return (stops | last) & MASK
+
+
+class Constant(HashRewardModel):
+    """Scores 1 whatever it reads."""
+
+    def evaluate(self, episodes, needs):
+        return super().evaluate(episodes, needs)._replace(score=torch.ones(len(episodes.input_ids)))
+
+
+@pytest.mark.parametrize("context", ["prefix", "segment"])
+@pytest.mark.parametrize("model", [None, HashRewardModel()])
+def test_one_model_with_one_segment_is_sparse_credit(model, context):
+    score = HashRewardModel()(EPISODE)
+    sparse = make_credit("sparse")(Outcome(EPISODE, score, torch.arange(4)), Resources()).token_rewards
+    assert torch.equal(rewards(FineReward(model, "text", 1.0, context)), sparse)
+
+
+@settings(deadline=None, max_examples=30)
+@given(parts)
+def test_parts_add_up_and_are_linear_in_their_weights(fine_rewards):
+    together = rewards(*fine_rewards)
+    alone = sum(
+        part.weight * rewards(FineReward(part.reward_model, part.density, 1.0, part.context)) for part in fine_rewards
+    )
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert not together[~MASK].any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(parts)
+def test_rewards_fall_on_the_ends_of_segments_only(fine_rewards):
+    union = torch.stack([ends(part.density) for part in fine_rewards]).any(0)
+    assert not rewards(*fine_rewards)[~union].any()
+
+
+def test_ends_that_coincide_keep_the_sum():
+    """A sentence's end that is also the text's and a token's gets all three."""
+    densities = [FineReward(Constant(), density, context="segment") for density in ("token", "sentence", "text")]
+    assert rewards(*densities, model=Constant())[1].tolist() == [1.0, 3.0, 0, 0, 0, 0, 0, 0]  # "bad ."
+    total = rewards(*densities).sum(-1)
+    torch.testing.assert_close(total, sum(rewards(part).sum(-1) for part in densities))
+
+
+@pytest.mark.parametrize("density", ["token", "sentence", "text"])
+def test_prefix_rewards_of_a_model_sum_to_its_score(density):
+    model = HashRewardModel()
+    torch.testing.assert_close(rewards(FineReward(density=density), model=model).sum(-1), model(EPISODE).score)
+
+
+def test_token_density_is_prefix_differences_plus_the_score_of_the_prompt():
+    outcome = Outcome(EPISODE, toy_lexicon()(EPISODE, needs=frozenset({"prefix_scores"})), torch.arange(4))
+    red = make_credit("red")(outcome, Resources()).token_rewards
+    torch.testing.assert_close(rewards(FineReward(density="token"), model=toy_lexicon()), red)
+
+
+def test_segments_are_read_alone():
+    model = toy_lexicon()
+    sentences = rewards(FineReward(density="sentence", context="segment"), model=model)
+    assert sentences[0].tolist() == [0, 0, 2.0, 0, 0, 0, -1.0, 0]  # "great" and "dull" with the end-of-text
+    assert sentences[2].tolist() == [0, 1.0, 0, 0, 0, 0, 0, 0]
+    constant = rewards(FineReward(Constant(), "sentence", context="segment"), model=model)
+    assert constant[2].tolist() == [0, 1.0, 0, 0, 0, 0, 0, 0]  # the end-of-text alone is no sentence
+    asked = HashRewardModel()
+    rewards(FineReward(asked, "sentence", context="segment"), episode=of_words(TEXTS[0], horizon=8))
+    texts = [TOY.decode(row) for row in asked.asked[0][0]]
+    assert texts == ["the film was great .", "the film but so dull <eos>"]
+
+
+def test_calls_are_counted_and_the_known_score_is_not_asked_again():
+    model = HashRewardModel()
+    outcome = Outcome(EPISODE, model(EPISODE), torch.arange(4))
+    for part, calls in (
+        (FineReward(), [0, 0, 0, 0]),
+        (FineReward(model), [1, 1, 1, 1]),
+        (FineReward(density="token"), [6, 1, 2, 0]),
+        (FineReward(density="sentence"), [1, 0, 1, 0]),
+    ):
+        model.asked.clear()
+        report = FineGrainedCredit([part], rows_per_forward=2)(outcome, Resources(model, TOY)).report
+        assert report["reward_calls"].tolist() == calls
+        assert sum(len(texts) for texts, _ in model.asked) == sum(calls)
+
+
+def test_a_batch_is_its_rows():
+    several = [FineReward(density="token", weight=0.5), FineReward(toy_lexicon(), "sentence", 2.0, "segment")]
+    together = rewards(*several)
+    for row in range(len(TEXTS)):
+        alone = rewards(*several, episode=of_words(TEXTS[row], horizon=8))
+        assert torch.equal(alone[0], together[row])
+
+
+def test_names_are_loaded_for_the_environment_and_the_residual_is_reported():
+    method = make_credit("fine-grained", parts=[FineReward("lexicon:toy", "token", 0.5), FineReward()])
+    env = CreditReward(gym.make("tokenmdp:TextGen-Toy-v0"), method)
+    env.reset(options={"prompt": "the film was"})
+    for word in ("great", "but", "dull", "<eos>"):
+        *_, info = env.step(TOY.convert_tokens_to_ids(word))
+    words = LexiconRewardModel(TOY, TOY_WEIGHTS).weights
+    named = load_reward_model("lexicon:toy").weights
+    expected = [0.5 * named["great"], 0, 0.5 * named["dull"], words["great"] + words["dull"]]
+    np.testing.assert_allclose(info["token_rewards"][:4], expected)
+    assert info["credit_residual"] == pytest.approx(info["score"] - sum(expected))
+
+
+def test_bad_input_is_refused_with_the_remedy():
+    score = HashRewardModel()(EPISODE)
+    outcome = Outcome(EPISODE, score, torch.arange(4))
+    with pytest.raises(ValueError, match="fine-grained credit needs parts: make_credit"):
+        make_credit("fine-grained")
+    with pytest.raises(ValueError, match="parts is empty"):
+        FineGrainedCredit([])
+    with pytest.raises(TypeError, match="parts holds 'imdb-tiny'; each part is a FineReward"):
+        FineGrainedCredit(["imdb-tiny"])
+    with pytest.raises(ValueError, match="density is 'word'; choose one of token, sentence, text"):
+        FineReward(density="word")
+    with pytest.raises(ValueError, match="context is 'all'"):
+        FineReward(context="all")
+    with pytest.raises(ValueError, match="weight is nan"):
+        FineReward(weight=float("nan"))
+    with pytest.raises(MissingResource, match="reads the environment's own, and there is none"):
+        FineGrainedCredit([FineReward()])(outcome, Resources())
+    with pytest.raises(MissingResource, match=r"pass load_reward_model\('lexicon'\) as part"):
+        FineGrainedCredit([FineReward("lexicon")])(outcome, Resources(HashRewardModel(), TOY))
+    with pytest.raises(VocabularyMismatch):
+        FineGrainedCredit([FineReward(load_reward_model("lexicon"))])(outcome, Resources(HashRewardModel(), TOY))
+    with pytest.raises(VocabularyMismatch):
+        gym.make("tokenmdp:TextGen-Toy-v0").unwrapped.resources().load_reward_model("lexicon")

@@ -1,0 +1,233 @@
+"""`tokenmdp credits`, `quality` and `score --credit all`: what they print, write and refuse."""
+
+import json
+import typing
+
+import pytest
+
+from tokenmdp import cli
+from tokenmdp.commands.settings import parse_options, settings_from, settings_from_record, settings_record
+from tokenmdp.credit import CREDIT_METHODS, NEEDS
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command in a terminal of so many columns; returns what it printed."""
+
+    def run(*arguments, status=0, columns=200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        capsys.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == status
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out if status == 0 else captured.err
+
+    return run
+
+
+def rows(output):
+    """Cells of every table row that a method or token begins."""
+    lines = [line for line in output.splitlines() if "│" in line]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_the_command_lines_names_are_the_registry():
+    assert typing.get_args(cli.CreditName) == tuple(CREDIT_METHODS)
+    every, one = typing.get_args(cli.AllOrOne)
+    assert (typing.get_args(every), one) == (("all",), cli.CreditName)
+
+
+def test_credits_lists_every_method_with_what_it_declares(run):
+    output = run("credits")
+    declared = {row[0]: row[2:] for row in rows(output) if len(row) == 5 and row[0]}
+    for name, method in CREDIT_METHODS.items():
+        key = "integrated-" if name == "integrated-gradients" else name
+        flags = (method.conserves_return, method.causal, method.potential_based)
+        assert declared[key] == ["yes" if flag else "no" for flag in flags]
+        for need in method.needs:
+            assert f"needs {need}" in output
+    for need, meaning in NEEDS.items():
+        assert f"{need}: {meaning}" in output
+    assert "option tuned" in output
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quality")
+    options = ["--num", "4", "--max-new-tokens", "7", "--methods", "attention", "shapley", "rto", "red"]
+    assert cli.main(["quality", "--world", "all", *options, "--option", "shapley.budget=64", "--seed", "3",
+                     "--out", str(out), *CPU]) == 0  # fmt: skip
+    return out
+
+
+def test_quality_writes_numbers_a_page_and_its_own_command(measured):
+    record = json.loads((measured / "quality.json").read_text())
+    assert [world["name"] for world in record["worlds"]] == ["negation", "keyword", "model"]
+    assert record["arguments"]["seed"] == 3
+    for world in record["worlds"]:
+        methods = {method["name"]: method for method in world["methods"]}
+        assert list(methods) == ["reference", "random", "attention", "shapley", "red", "rto"]
+        assert methods["rto"]["unavailable"].startswith("it has no default for tuned; pass --option rto.tuned=DIR")
+        assert methods["reference"]["metrics"]["spearman"] == [1, 1, 1]
+        assert 2 < methods["shapley"]["reward_forwards"] <= 65
+        low, mean, high = (methods["attention"]["metrics"]["deletion"][place] for place in (1, 0, 2))
+        assert low <= mean <= high
+        assert world["attention"]["level"] in ("informative", "weakly informative", "not informative")
+    text = (measured / "quality.md").read_text()
+    command = "tokenmdp quality --world all --num 4 --max-new-tokens 7 --methods attention shapley rto red --option "
+    assert f"`{command}shapley.budget=64 --seed 3`" in text
+    assert "| shapley (budget=64) | 4 |" in text
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.count("|") == 9
+    page = (measured / "texts.html").read_text(encoding="utf-8")
+    assert page.count("<section>") == 12
+    assert "held-out prompts" in text
+
+
+def test_quality_prints_table_reasons_and_verdict(run, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("a truly great film\nthe plot was dull and bad\nfine\n")
+    output = run("quality", "--texts", file, "--methods", "red", "fine-grained", "--num", 2, *CPU)
+    cells = next(row for row in rows(output) if row[0] == "red")
+    assert cells[1:3] == ["2", "1"]
+    assert len([cell for cell in cells[3:] if "[" in cell]) == 5
+    assert "2 texts of" in output
+    assert "the texts of texts.txt" in output
+    assert "fine-grained: not available: it has no default for parts" in output
+    assert "The attention is" in output
+    parts = 'fine-grained.parts=[{"reward_model": "lexicon", "density": "token"}]'
+    output = run("quality", "--texts", file, "--methods", "fine-grained", "--option", parts, *CPU)
+    assert any(row[0].startswith("fine-grained (parts=") and row[1] == "3" for row in rows(output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num", "1"], "--num is 1; it must be at least 2"),
+        (["--max-forwards", "0"], "--max-forwards is 0"),
+        (["--option", "budget=4"], "--option 'budget' does not name a method"),
+        (["--option", "shapley.size=4"], "shapley credit has no option size"),
+        (["--option", "shapley"], "--option 'shapley' is not name=value, such as shapley.budget=64"),
+        (["--option", "fine-grained.parts=[1]"], "1 is no part of fine-grained credit"),
+        (["--reward-model", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_quality_refuses(run, arguments, message):
+    assert message in run("quality", "--num", "2", "--max-new-tokens", "6", *arguments, *CPU, status=2)
+
+
+def test_quality_of_one_text_is_refused(run, tmp_path):
+    (tmp_path / "one.txt").write_text("a film\n")
+    assert "holds 1 texts" in run("quality", "--texts", tmp_path / "one.txt", *CPU, status=2)
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+TEXT = ("score", "not a great film", "--prompt", "I think it is")
+
+
+def test_score_all_has_a_column_a_method_and_a_reason_for_the_others(run, tmp_path):
+    page = tmp_path / "page.html"
+    output = run(*TEXT, "--credit", "all", "--credit-option", "shapley.budget=16", "--html", page, *CPU)
+    table = rows(output)
+    heading = next(row for row in rows(output.replace("┃", "│")) if "shapley" in row)
+    assert [row[1] for row in table] == ["not", "a", "great", "film"]
+    score = float(output.split("score ")[1].split(";")[0])
+    for place, name in enumerate(heading):
+        if name and name not in ("#", "token"):
+            total = sum(float(row[place]) for row in table)
+            assert total == pytest.approx(score, abs=0.021), name  # two decimals a token
+    assert "rto: not available: it has no default for tuned; pass --credit-option rto.tuned=DIR" in output
+    ran = len(CREDIT_METHODS) - 2
+    assert page.read_text(encoding="utf-8").count('<th scope="row"') == ran
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_tables_fit_the_terminal_with_every_number(run, columns):
+    output = run(*TEXT, "--credit", "all", "--credit-option", "shapley.budget=16", *CPU, columns=columns)
+    tables = [line for line in output.splitlines() if line[:1] in "┏│"]
+    assert max(map(len, tables)) <= columns
+    numbers = [cell for row in rows(output) for cell in row[2:]]
+    assert len(numbers) == 4 * (len(CREDIT_METHODS) - 2)
+    assert not [cell for cell in numbers if "…" in cell]
+
+
+@pytest.mark.parametrize("columns", [80, 125, 165])
+def test_quality_tables_fit_the_terminal(run, columns):
+    names = ("abc-d", "integrated-gradients", "shapley")
+    output = run("quality", "--num", 2, "--max-new-tokens", 6, "--methods", *names, *CPU, columns=columns)
+    tables = [line for line in output.splitlines() if line[:1] in "┏┃│"]
+    assert max(map(len, tables)) <= columns
+    assert "…" not in "".join(tables)
+
+
+def test_score_all_with_another_vocabulary_says_what_is_missing(run):
+    output = run("score", "great fun", "--credit", "all", "--reward-model", "toy-lexicon", *CPU)
+    assert "abc-d, abc-d2: not available: the policy 'imdb-tiny' writes other tokens" in output
+    assert "integrated-gradients, deeplift: not available" in output
+
+
+def test_score_by_the_policys_attention_and_by_a_tuned_policy(run):
+    output = run(*TEXT, "--credit", "abc-d", *CPU)
+    assert "= sum of the credits" in output
+    assert "attention mass on the text" not in output  # the mean of columns is no share of a row
+    output = run(*TEXT, "--credit", "rto", "--credit-option", "tuned=imdb-tiny", *CPU)
+    assert "; the credits sum to" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--credit", "rto"], "rto credit has no default for tuned; pass --credit-option tuned=DIR"),
+        (["--credit", "shapley", "--credit-option", "budget=1"], "budget is 1"),
+        (["--credit", "sparse", "--credit-option", "x=1"], "sparse credit has no option x"),
+        (["--credit", "abc-d", "--reward-model", "toy-lexicon"], "choose one with --policy"),
+        (["--credit", "all", "--credit-option", "tuned=x"], "--credit-option 'tuned' does not name a method"),
+    ],
+)
+def test_score_refuses(run, arguments, message):
+    assert message in run("score", "great fun", *arguments, *CPU, status=2)
+
+
+# --- settings of a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_runs_credit_options_are_kept_and_beta_is_the_methods_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpo").mkdir()
+    red = settings_from(cli.Train(preset="smoke", credit="red", device="cpu"))
+    assert (red.credit_beta, red.credit_options) == (1.0, {})
+    assert "credit_options" not in settings_record(red)  # as earlier versions wrote it
+    assert settings_from_record(settings_record(red)) == red
+    assert settings_from(cli.Train(preset="smoke", device="cpu")).credit_beta == 0.8
+    options = ("tuned=dpo", "clip=2")
+    rto = settings_from(cli.Train(preset="smoke", credit="rto", credit_option=options, device="cpu"))
+    assert rto.credit_options == {"tuned": str(tmp_path / "dpo"), "clip": 2}
+    assert settings_from_record(settings_record(rto)) == rto
+
+
+def test_options_need_a_name_and_a_value():
+    with pytest.raises(ValueError, match=r"--ppo 'kl' is not name=value, such as kl_coef=0.1"):
+        parse_options(["kl"], "--ppo")
+
+
+def test_train_with_a_method_of_the_laboratory(tmp_path, run):
+    out = tmp_path / "run"
+    options = [
+        "--preset",
+        "smoke",
+        "--credit",
+        "shapley",
+        "--credit-option",
+        "units=words",
+        "--credit-option",
+        "budget=16",
+    ]
+    run("train", *options, "--updates", 1, "--num-envs", 4, "--eval-samples", 2, "--out", out, *CPU)
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert settings["credit_options"] == {"units": "words", "budget": 16}
+    output = run("sample", out, "--num", 1, *CPU)
+    assert output.strip()
+    assert run("sample", out, "--num", 1, "--credit", "uniform", *CPU).strip()

@@ -1,0 +1,146 @@
+"""Credit from several reward models at once, each speaking at its own density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from tokenmdp.credit.base import MissingResource, Resources
+from tokenmdp.credit.deletion import scores_of_kept
+from tokenmdp.credit.spans import sentence_ends
+from tokenmdp.credit.weights import sparse_weights
+from tokenmdp.types import Credit, Episode, Outcome
+
+if TYPE_CHECKING:
+    from tokenmdp.reward_models import RewardModel
+
+DENSITIES = ("token", "sentence", "text")
+CONTEXTS = ("prefix", "segment")
+
+
+@dataclass(frozen=True)
+class FineReward:
+    """One reward model of `FineGrainedCredit`: it gives ``R(segment j)`` to the token that ends segment j.
+
+    With ``context="prefix"``, ``R(j) = s(prompt + y up to the end of j) - s(prompt + y before j)``; from the first
+    segment nothing is taken off, so its R holds the score of the prompt too. This is the default, because the model
+    reads whole texts as it was trained to, a negation before the segment counts, and the R of a response sum to the
+    model's score of it. With ``context="segment"``, ``R(j) = s(prompt + segment j)``, for models that were trained to
+    judge single sentences.
+
+    Args:
+        reward_model: s; a `RewardModel`, the name of one, or None for the environment's own.
+        density: where segments end: "token" at every token, "sentence" as in `tokenmdp.credit.spans`, "text" at the
+            last token. The last token always ends a segment, except that in the context "segment" an end-of-text token
+            or punctuation after the last sentence gets nothing.
+        weight: w, of any sign.
+        context: "prefix" or "segment".
+    """
+
+    reward_model: RewardModel | str | None = None
+    density: str = "text"
+    weight: float = 1.0
+    context: str = "prefix"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("density", self.density, DENSITIES), ("context", self.context, CONTEXTS)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        if not abs(self.weight) < float("inf"):
+            raise ValueError(f"weight is {self.weight}; it must be a finite number")
+
+
+@dataclass(frozen=True)
+class FineGrainedCredit:
+    """``token_rewards[t] = sum_k w_k * sum_j 1[t = end_j of part k] * R_k(segment j of part k)``.
+
+    Ends that fall on one token add up. A part's text-density segment read by the environment's own model is the score,
+    so that part alone, with weight 1, is sparse credit. The sum is the score for no other choice in general. Reports
+    ``reward_calls``, the texts that were scored for it. The paper's KL term is the agent's ``kl_coef``.
+
+    Source: Wu et al., "Fine-Grained Human Feedback Gives Better Rewards for Language Model Training", 2023, whose
+    reward models read the whole text and answer at every segment's end; a model here reads it up to there.
+
+    Args:
+        parts: at least one `FineReward`.
+        rows_per_forward: texts that a reward model reads at a time.
+    """
+
+    parts: Sequence[FineReward]
+    rows_per_forward: int = 256
+    name: ClassVar[str] = "fine-grained"
+    conserves_return: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
+    potential_based: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_calls"})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise ValueError("parts is empty; give at least one FineReward")
+        for part in self.parts:
+            if not isinstance(part, FineReward):
+                raise TypeError(f"parts holds {part!r}; each part is a FineReward(reward_model, density, weight)")
+
+    def __call__(self, outcome: Outcome, resources: Resources) -> Credit:
+        """Token rewards (N, H) of any sign, and the report.
+
+        Raises:
+            MissingResource: a part's reward model, or the tokenizer to find sentences with, is not there.
+        """
+        mask = outcome.episode.response_mask.bool()
+        total = torch.zeros(mask.shape, dtype=torch.float64)
+        calls = torch.zeros(len(mask), dtype=torch.int64)
+        for part in self.parts:
+            ends = self._ends(part, outcome.episode, resources)
+            rows, last = ends.nonzero(as_tuple=True)  # (M,), ordered by row, then by place
+            keep = self._texts(part, mask, rows, last)
+            scores = outcome.reward.score[rows].double()
+            asked = torch.ones_like(rows, dtype=torch.bool)
+            if part.reward_model is None:
+                asked = (keep != mask[rows]).any(-1)  # the whole response has its score already
+            model = self._model(part, resources)
+            scores[asked] = scores_of_kept(
+                model, outcome.episode, rows[asked], keep[asked], self.rows_per_forward
+            ).double()
+            if part.context == "prefix":
+                before = torch.where(rows[1:] == rows[:-1], scores[:-1], 0.0)
+                scores[1:] -= before
+            total[rows, last] += part.weight * scores
+            calls += rows[asked].bincount(minlength=len(mask))
+        return Credit(total.to(outcome.reward.score.dtype), {"reward_calls": calls})
+
+    def _ends(self, part: FineReward, episode: Episode, resources: Resources) -> torch.Tensor:
+        """Which tokens end a segment, (N, H) bool."""
+        mask = episode.response_mask.bool()
+        if part.density == "sentence":
+            return sentence_ends(episode, resources.tokenizer, wordless_rest=part.context == "prefix")
+        return mask if part.density == "token" else sparse_weights(mask).bool()
+
+    def _texts(self, part: FineReward, mask: torch.Tensor, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Which response tokens each of the M scored texts has, (M, H) bool."""
+        places = torch.arange(mask.shape[1])
+        keep = mask[rows] & (places <= last[:, None])
+        if part.context == "segment":
+            first = torch.zeros_like(last)
+            first[1:] = torch.where(rows[1:] == rows[:-1], last[:-1] + 1, 0)
+            keep &= places >= first[:, None]
+        return keep
+
+    def _model(self, part: FineReward, resources: Resources) -> RewardModel:
+        if part.reward_model is None:
+            if resources.reward_model is None:
+                raise MissingResource("a part without reward_model reads the environment's own, and there is none")
+            return resources.reward_model
+        if isinstance(part.reward_model, str):
+            if resources.load_reward_model is None:
+                raise MissingResource(
+                    f"nobody here loads a reward model by name; pass load_reward_model({part.reward_model!r}) as part"
+                )
+            return resources.load_reward_model(part.reward_model)
+        if resources.tokenizer is not None:
+            part.reward_model.check_tokenizer(resources.tokenizer)
+        return part.reward_model

@@ -1,0 +1,158 @@
+"""DeepLIFT's multipliers for any differentiable score, transformers included.
+
+A `Paired` tensor is a value and, beside it, what the value would be for the reference input. Both run through the same
+code of the model, and operations that are not linear swap their gradient for one that explains the whole difference:
+
+    multiplier = integral over a in [0, 1] of gradient f(reference + a * (value - reference)) da
+
+so that ``sum multiplier * (value - reference) == f(value) - f(reference)`` at every operation and, by the chain rule,
+from end to end. For a function of one number this is the slope ``(f(x) - f(x')) / (x - x')``, the Rescale rule of
+Shrikumar et al., "Learning Important Features Through Propagating Activation Differences", ICML 2017. For a product it
+is the gradient at the mean of both inputs, the Shapley value of the two factors. For softmax, normalisation and
+attention, for which the source has no rule, it is a sum over `POINTS` points. Splitting those three into exponentials,
+divisions and products instead also adds up, but to huge multipliers that cancel.
+
+captum's DeepLift knows modules such as nn.ReLU only. On a transformer, whose operations are functions or modules that
+it does not know, it gives gradient * difference, which does not sum to the difference of the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+
+Function = Callable[..., torch.Tensor]
+
+POINTS = 16  # of the Gauss-Legendre rule
+SAME = 1e-9  # a difference below which the slope is the derivative
+# By name: `x * y`, `x.mul(y)` and `torch.mul(x, y)` are different functions. An operation that is not listed is taken
+# as linear; if it is not, the multipliers explain too little or too much of the score, and the credit method says so.
+ONE_NUMBER = frozenset({
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish",
+    "hardsigmoid", "tanh", "sigmoid", "logsigmoid", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square",
+    "reciprocal", "pow", "__pow__", "__rtruediv__", "erf", "abs", "clamp", "clip", "sin", "cos",
+})  # fmt: skip
+PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
+JOINT = frozenset({
+    "div", "divide", "true_divide", "__truediv__", "softmax", "log_softmax", "prod", "layer_norm", "rms_norm",
+    "group_norm", "normalize", "scaled_dot_product_attention",
+})  # fmt: skip
+
+
+def rescale_multipliers(
+    score: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """``multipliers`` with ``sum (multipliers * (inputs - reference))[n] == score(inputs)[n] - score(reference)[n]``.
+
+    Equal but for rounding, for the quadrature of joint functions and for operations without a rule.
+
+    Args:
+        score: (N, ...) -> (N,), each row on its own, made of torch functions.
+        inputs: (N, ...) float.
+        reference: of the same shape.
+
+    Returns:
+        (N, ...).
+
+    >>> rescale_multipliers(lambda x: x.relu().sum(-1), torch.tensor([[3.0, 2.0]]), torch.tensor([[-1.0, 1.0]]))
+    tensor([[0.7500, 1.0000]])
+    """
+    with torch.enable_grad():
+        leaf = inputs.detach().clone().requires_grad_()
+        total = score(_pair(leaf, reference)).as_subclass(torch.Tensor).sum()
+        return torch.autograd.grad(total, leaf)[0]
+
+
+class Paired(torch.Tensor):
+    """A tensor that depends on the input, with its ``reference``: the same number for the reference input."""
+
+    reference: torch.Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` on the values and on the references, with the gradient that its rule says."""
+        call = (args, {key: value for key, value in (kwargs or {}).items() if key != "inplace"})  # x is needed later
+        with torch._C.DisableTorchFunctionSubclass():
+            with torch.no_grad():
+                others, options = tree_map_only(Paired, lambda paired: paired.reference, call)
+                reference = func(*others, **options)
+            return tree_map(_pair, _value(func, call), reference)
+
+
+def _pair(value: Any, reference: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    paired = value.as_subclass(Paired)
+    paired.reference = reference
+    return paired
+
+
+def _value(func: Any, call: tuple[Any, dict[str, Any]]) -> Any:
+    """``func`` of the values, with the multiplier for a gradient where there is a rule."""
+    name, (leaves, structure) = getattr(func, "__name__", ""), tree_flatten(call)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Paired) and leaf.requires_grad]
+    moving = [leaves[place] for place in places]
+    one_number, product = name in ONE_NUMBER and len(moving) == 1, name in PRODUCTS and len(moving) > 1
+    if not torch.is_grad_enabled() or not moving or not (one_number or product or name in JOINT):
+        return func(*call[0], **call[1])
+    fixed = [leaf.detach() if isinstance(leaf, Paired) else leaf for leaf in leaves]
+
+    def of_moving(*values: torch.Tensor) -> torch.Tensor:
+        filled = list(fixed)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        args, kwargs = tree_unflatten(filled, structure)
+        return func(*args, **kwargs)
+
+    points = 1 if product and len(moving) == 2 else POINTS
+    rule = _slope if one_number else partial(_averaged, points)
+    return _Explained.apply(of_moving, rule, [one.reference for one in moving], *moving)
+
+
+class _Explained(torch.autograd.Function):
+    """A function whose gradient is what ``rule`` makes of it; the points are visited in the backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, rule: Any, references: list[torch.Tensor], *values: Any) -> torch.Tensor:
+        ctx.function, ctx.rule, ctx.references = function, rule, references
+        ctx.values = [value.detach() for value in values]  # plain tensors, as __torch_function__ is off here
+        return function(*values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad():
+            return None, None, None, *ctx.rule(ctx.function, ctx.values, ctx.references, grads[0])
+
+
+def _slope(
+    function: Function, values: list[torch.Tensor], references: list[torch.Tensor], grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """``grad * (f(x) - f(x')) / (x - x')``, in float64, as both differences may be tiny."""
+    here, there = values[0].double(), references[0].double()
+    middle = ((here + there) / 2).requires_grad_()
+    derivative = torch.autograd.grad(function(middle).sum(), middle)[0]
+    apart = (here - there).abs() > SAME
+    slope = (function(here) - function(there)) / torch.where(apart, here - there, 1.0)
+    return [grad * torch.where(apart, slope, derivative).to(grad.dtype)]
+
+
+def _averaged(
+    points: int, function: Function, values: list[torch.Tensor], references: list[torch.Tensor], grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """The gradients on the straight line between the references and the values, averaged."""
+    pairs = list(zip(values, references, strict=True))
+    # Where both are -inf, as under a mask, their difference would be NaN.
+    apart = [torch.where(value == reference, 0.0, value - reference) for value, reference in pairs]
+    totals = [torch.zeros_like(value) for value in values]
+    nodes, weights = np.polynomial.legendre.leggauss(points)  # on [-1, 1]
+    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        back = (1 - node) / 2
+        between = [(value - back * step).requires_grad_() for value, step in zip(values, apart, strict=True)]
+        gradients = torch.autograd.grad(function(*between), between, grad)
+        totals = [total + weight / 2 * gradient for total, gradient in zip(totals, gradients, strict=True)]
+    return totals

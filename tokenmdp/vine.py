@@ -1,0 +1,83 @@
+"""What a prefix is worth, by playing it to the end many times."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium.vector import VectorEnv
+
+from tokenmdp.policy import CausalLMPolicy, DecodeState
+from tokenmdp.rollouts import check_envs
+from tokenmdp.types import Rollout
+from tokenmdp.vector_env import TextGenVectorEnv
+
+
+@torch.no_grad()
+def monte_carlo_values(
+    envs: VectorEnv,
+    policy: CausalLMPolicy,
+    rollout: Rollout,
+    num_rollouts: int,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """``values[t] = mean over num_rollouts continuations of y[<t] of their score``, sampled through the environment.
+
+    For every state of the rollout the environment is reset to its prompt, prefix and horizon, and the policy plays on.
+    That is ``num_rollouts`` episodes a response token, all of one t together: T reward-model calls on up to
+    ``N * num_rollouts`` texts each. The rows of ``envs`` are left alone; the reward model is shared.
+
+    Source: Kazemnejad et al., "VinePPO: Refining Credit Assignment in RL Training of LLMs", 2024.
+
+    Args:
+        envs: the environments that the rollout was collected in, since when they were not reset.
+        policy: continues the prefixes; for an advantage, the one that sampled the rollout.
+        rollout: N episodes.
+        num_rollouts: continuations of each prefix, at least 1.
+        generator: sampling noise, on the policy's device.
+
+    Returns:
+        (N, H) float32 on the rollout's device, zero outside the response; unbiased for ``E[score | y[<t]]``.
+    """
+    base = check_envs(envs)
+    if num_rollouts < 1:
+        raise ValueError(f"num_rollouts={num_rollouts}; a mean needs at least 1 continuation")
+    if len(rollout.scores) != envs.num_envs:
+        raise ValueError(
+            f"a rollout of {len(rollout.scores)} episodes was not collected in {envs.num_envs} rows; pass its envs"
+        )
+    ids, mask, prompt_slots = rollout.input_ids, rollout.attention_mask, rollout.prompt_slots
+    horizons = base.horizons.tolist()
+    values = torch.zeros_like(rollout.values)
+    with policy.autocast():
+        for t in range(rollout.response_mask.shape[1]):
+            rows = rollout.response_mask[:, t].nonzero()[:, 0]
+            branches = rows.repeat(num_rollouts)
+            seen = slice(prompt_slots + t)
+            options: dict[str, list[object]] = {"prompt": [], "response_prefix": []}
+            for text, shown in zip(ids[branches, seen].cpu(), mask[branches, seen].cpu(), strict=True):
+                options["prompt"].append(text[:prompt_slots][shown[:prompt_slots]].tolist())
+                options["response_prefix"].append(text[prompt_slots:].tolist())
+            if base.task.horizon_range is not None:
+                options["horizon"] = [horizons[row] for row in branches.tolist()]
+            continuations = TextGenVectorEnv(
+                len(branches), task=base.task, autoreset_mode="Disabled", score_when="all_done"
+            )
+            continuations.reset(options=options)
+            state = policy.prefill(ids[branches, seen], mask[branches, seen], step=t)
+            scores = _play_on(continuations, policy, state, generator)
+            values[rows, t] = scores.view(num_rollouts, -1).mean(0)
+    return values
+
+
+def _play_on(
+    envs: TextGenVectorEnv, policy: CausalLMPolicy, state: DecodeState, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Sample until every row has ended; the scores (N,), which all arrive in that step."""
+    running = torch.ones(envs.num_envs, dtype=torch.bool)
+    while True:
+        token, *_ = policy.act(state, generator)
+        with torch.autocast(token.device.type, enabled=False):  # the reward model keeps its own precision
+            _, rewards, terminated, *_ = envs.step(token.cpu().numpy())
+        running &= ~torch.from_numpy(terminated)
+        if not running.any():
+            return torch.as_tensor(rewards, dtype=torch.float32, device=token.device)
+        state = policy.append(state, token)
