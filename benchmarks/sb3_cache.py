@@ -20,7 +20,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from tokenmdp.interop.sb3_policy import CausalLMActorCriticPolicy
+from tokenmdp.interop.sb3.policy import CausalLMActorCriticPolicy
 
 
 class CollectOnly(PPO):

@@ -92,3 +92,55 @@ def test_torchrl_ppo(capsys):
 
     torchrl_ppo.main(["--updates", "6", "--num-steps", "16"])
     assert learned(capsys.readouterr().out)
+
+
+@pytest.fixture
+def sb3():
+    pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+
+
+def test_sb3_ppo(sb3, capsys):
+    import sb3_ppo
+
+    sb3_ppo.main(["--steps", "2048", "--num-envs", "16"])
+    assert learned(capsys.readouterr().out)
+
+
+def test_sb3_ppo_with_a_language_model(sb3, toy, capsys):
+    import sb3_ppo
+
+    sb3_ppo.main([*toy, "--steps", "1024", "--num-envs", "16", "--num-steps", "16", "--learning-rate", "2e-3"])
+    assert learned(capsys.readouterr().out)
+
+
+def test_sb3_maskable(sb3, capsys):
+    import sb3_maskable
+
+    sb3_maskable.main(["--steps", "2048", "--min-new-tokens", "4"])
+    output = capsys.readouterr().out
+    assert learned(output)
+    assert int(re.search(r"shortest text: (\d) tokens, and 5 is the least", output)[1]) >= 5
+
+
+def test_sb3_dqn(sb3, capsys):
+    import sb3_dqn
+
+    sb3_dqn.main(["--steps", "2000"])
+    assert learned(capsys.readouterr().out)
+
+
+def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_path, capsys):
+    import sb3_ablation
+
+    picture = tmp_path / "ablation.png"
+    sizes = ["--rollouts", "6", "--num-envs", "16", "--learning-rate", "5e-3", "--seeds", "1", "2"]
+    sb3_ablation.main([*toy, *sizes, "--out", str(picture)])
+    output = capsys.readouterr().out
+    highest_before = float(re.search(r"before: score \S+ \[\S+, (\S+)\]", output)[1])
+    runs = re.findall(r"(\w+) seed (\d), after: score \S+ \[(\S+), \S+\].* KL (\S+)", output)
+    assert [run[:2] for run in runs] == [
+        (name, seed) for name in ("SparseReward", "UniformReward", "AttentionCreditReward") for seed in ("1", "2")
+    ]
+    assert all(float(lowest_after) > highest_before and float(kl) > 0 for *_, lowest_after, kl in runs)
+    assert len(re.findall(r"Reward, after, 2 seeds: score ", output)) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")

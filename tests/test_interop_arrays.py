@@ -27,6 +27,7 @@ class Loop:
     """
 
     def __init__(self, envs, mode, patient=False):
+        mark_token_rewards_read(envs)
         self.envs, self.mode, self.patient = envs, mode, patient
         self.rng = np.random.default_rng(0)
         self.obs, _ = envs.reset(seed=0)
@@ -62,9 +63,7 @@ CASES += [(native, "Disabled", True), (sync, "SameStep", False), (sync, "NextSte
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize(("kind", "mode", "patient"), CASES)
 def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
-    envs = kind(mode)
-    mark_token_rewards_read(envs)
-    loop = Loop(envs, mode, patient)
+    loop = Loop(kind(mode), mode, patient)
     rewards, known = np.zeros((STEPS, ENVS)), np.zeros((STEPS, ENVS), dtype=bool)
     if as_tensor:
         rewards, known = torch.zeros(STEPS, ENVS), torch.zeros(STEPS, ENVS, dtype=torch.bool)

@@ -32,12 +32,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tokenmdp.interop.sb3_policy import (
+from tokenmdp.interop.sb3.policy import (
     CausalLMActorCriticPolicy,
     MaskableCausalLMActorCriticPolicy,
     causal_lm_kwargs,
 )  # fmt: skip
-from tokenmdp.interop.state_reader import StateReader, read_states
+from tokenmdp.state_reader import StateReader, read_states
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 V, EOS, P, H = 32, 30, 4, 8

@@ -9,6 +9,8 @@ import pytest
 from doubles import HashRewardModel
 
 pytest.importorskip("sb3_contrib")
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_masked
 from sb3_ledger import TOY
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
@@ -19,8 +21,16 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
+from tokenmdp.evaluation import evaluate
 from tokenmdp.interop.sb3 import GymVectorToSB3, TokenRewardCallback
-from tokenmdp.wrappers import AttentionCreditReward, OnlinePrefixReward, SparseReward, UniformReward, vector
+from tokenmdp.wrappers import (
+    AttentionCreditReward,
+    OnlinePrefixReward,
+    SparseReward,
+    UniformReward,
+    UnreadTokenRewards,
+    vector,
+)
 from tokenmdp.wrappers.base import CreditWrapper
 
 pytestmark = pytest.mark.filterwarnings("error:.*episodes ended unread", "ignore:.*already wrapped with a `Monitor`")
@@ -77,6 +87,17 @@ def test_evaluation_checkpoints_and_tensorboard_beside_the_callback(build, tmp_p
     mean, deviation = evaluate_policy(loaded, loaded.get_env(), 4)
     assert np.isfinite([mean, deviation]).all()
     loaded.learn(64, callback=TokenRewardCallback())
+
+
+@pytest.mark.parametrize("build", [singles, batch])
+def test_an_evaluation_alone_is_no_reason_to_warn_and_no_excuse_for_learning(build):
+    envs = build()
+    evaluate_policy(model_of(envs), envs, 40)
+    masked = MaskablePPO("MultiInputPolicy", envs, n_steps=32, batch_size=32, n_epochs=1, device="cpu")
+    evaluate_masked(masked, envs, 40)
+    evaluate(UniformReward(gym.make(TOY)), masked, 40)
+    with pytest.warns(UnreadTokenRewards):
+        masked.learn(256, callback=EvalCallback(build(), eval_freq=64, n_eval_episodes=20, verbose=0))
 
 
 def read_scalars(path):

@@ -1,11 +1,14 @@
 """Names, caches and the errors of a name that leads nowhere."""
 
 import json
+import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -188,3 +191,80 @@ def test_code_of_a_repository_is_refused_and_never_asked_about(policy_dir, monke
     with pytest.raises(CheckpointError, match="custom code"):
         from_pretrained(AutoConfig.from_pretrained, "reward_model", str(policy_dir))
     assert not (policy_dir / "ran").exists()
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """A process that was given three threads by PyTorch itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(loading, "_THREADS_AT_IMPORT", 3)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_worker(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True, name="Worker-7"))
+
+
+def test_loading_a_model_in_a_worker_leaves_the_cores_to_the_others(three_threads, policy_dir, monkeypatch, caplog):
+    in_worker(monkeypatch)
+    load_tokenizer(str(policy_dir))
+    load_reward_model("toy-lexicon")
+    assert torch.get_num_threads() == 3  # nothing that computes has been loaded
+    with caplog.at_level(logging.INFO, "tokenmdp.loading"):
+        load_causal_lm(str(policy_dir))
+    assert torch.get_num_threads() == 1
+    assert "Worker-7: PyTorch uses 1 thread instead of 3; set OMP_NUM_THREADS" in caplog.text
+    torch.set_num_threads(2)
+    load_causal_lm(str(policy_dir))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_a_number_of_threads_from_the_environment_stands(three_threads, policy_dir, monkeypatch, variable):
+    in_worker(monkeypatch)
+    monkeypatch.setenv(variable, "3")
+    load_causal_lm(str(policy_dir))
+    assert torch.get_num_threads() == 3
+
+
+def test_a_process_that_is_no_worker_keeps_its_threads(three_threads, policy_dir):
+    load_causal_lm(str(policy_dir))
+    assert torch.get_num_threads() == 3
+
+
+WORKERS = """
+import gymnasium as gym, numpy as np, torch
+
+class Threads(gym.Wrapper):
+    def threads(self):
+        return torch.get_num_threads()
+
+def make():
+    return Threads(gym.make("tokenmdp:TextGen-IMDb-v0", max_new_tokens=1))
+
+if __name__ == "__main__":
+    from stable_baselines3.common.vec_env import SubprocVecEnv
+
+    gymnasium_envs = gym.vector.AsyncVectorEnv([make], context="spawn")
+    sb3_envs = SubprocVecEnv([make], start_method="spawn")
+    for envs, call in ((gymnasium_envs, gymnasium_envs.call), (sb3_envs, sb3_envs.env_method)):
+        envs.reset()
+        fresh = call("threads")[0]
+        envs.step(np.array([5]))
+        print(fresh == torch.get_num_threads(), call("threads")[0])
+        envs.close()
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_gymnasium_and_sb3_score_with_one_thread(tmp_path):
+    pytest.importorskip("stable_baselines3", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=free)
+    assert done.stdout == "True 1\nTrue 1\n", done.stderr

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenmdp.interop.state_reader import StateReader
+from tokenmdp.state_reader import StateReader
 from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.policy import NEVER, CausalLMPolicy
 from tokenmdp.vector_env import TextGenVectorEnv
@@ -68,7 +68,7 @@ class EvaluationResult:
     @property
     def score(self) -> Interval:
         """The mean score with its 95% interval over episodes."""
-        return mean_interval(self.scores)
+        return mean_interval(self.scores.tolist())
 
     def __str__(self) -> str:
         """Such as ``score 1.25 [1.10, 1.40], 7.5 tokens, 64 episodes``."""

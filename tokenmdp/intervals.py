@@ -25,7 +25,7 @@ class Interval(NamedTuple):
         return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """``mean +- t(.975, n-1) * std / sqrt(n)``; a single value has an infinite interval.
 
     >>> print(mean_interval([1.0, 2.0, 3.0]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import multiprocessing
+import os
 import ssl
 import threading
 import urllib.error
@@ -39,6 +42,9 @@ TOY_WORDS = [
     "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
 ]  # fmt: skip
 HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
+_THREADS_AT_IMPORT = torch.get_num_threads()  # another number later: somebody has called torch.set_num_threads
+
+logger = logging.getLogger(__name__)
 
 _tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], PreTrainedTokenizerBase] = {}
 _lock = threading.RLock()
@@ -114,7 +120,11 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 
 def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """`from_pretrained` for models: safetensors only, every weight present, eval mode, in ``dtype``."""
+    """`from_pretrained` for models: safetensors only, every weight present, eval mode, in ``dtype``.
+
+    In a worker process of environments PyTorch gets one thread: see `use_one_thread_in_workers`.
+    """
+    use_one_thread_in_workers()
     model, report = from_pretrained(loader, kind, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = ", ".join(sorted(report["missing_keys"])[:5])
@@ -123,6 +133,24 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
             f"pass a {kind.replace('_', ' ')} that was saved with these weights"
         )
     return model.eval()
+
+
+def use_one_thread_in_workers() -> None:
+    """In a daemonic child process, give PyTorch one thread, unless somebody has chosen a number.
+
+    Gymnasium's AsyncVectorEnv and Stable-Baselines3's SubprocVecEnv start such a process for every environment. With
+    PyTorch's default, a thread for each core, 64 workers would run 64 times as many threads as there are cores. A
+    number counts as chosen if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or if `torch.set_num_threads` was called after
+    this package was imported; a later call stands, too.
+    """
+    chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() or torch.get_num_threads() != _THREADS_AT_IMPORT
+    if multiprocessing.current_process().daemon and not chosen:
+        torch.set_num_threads(1)
+        logger.info(
+            "worker process %s: PyTorch uses 1 thread instead of %d; set OMP_NUM_THREADS to choose another number",
+            multiprocessing.current_process().name,
+            _THREADS_AT_IMPORT,
+        )
 
 
 def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **options: Any) -> Loaded:

@@ -35,6 +35,8 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
     "Disabled" waits. Leave those rows out of the minibatches. GAE may run over them: all of them lie behind a terminal
     step or at the end of the rollout, so nothing of theirs flows into a known row.
 
+    Episodes that were reset with a ``response_prefix`` have more tokens than steps and cannot be placed; use none.
+
     Args:
         rewards: (num_steps, num_envs) float array or tensor, changed in place.
         t: the step that was just taken.

@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from tokenmdp.interop.reading import mark_token_rewards_read
-from tokenmdp.interop.state_reader import StateReader, read_states
+from tokenmdp.state_reader import StateReader, read_states
 from tokenmdp.policy import NEVER, CausalLMPolicy
 
 if TYPE_CHECKING:

@@ -254,6 +254,9 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     Names: the alias "imdb-tiny"; "lexicon" (sentiment words read with the bundled tokenizer), "lexicon:TOKENIZER" (the
     same words with another tokenizer), "toy-lexicon"; a directory with a sequence classifier; a hub repository.
 
+    In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
+    `torch.set_num_threads` has chosen another number; see `tokenmdp.loading.use_one_thread_in_workers`.
+
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
         CheckpointError: the directory is damaged or holds no trained sequence classifier.

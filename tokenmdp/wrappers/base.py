@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -15,7 +16,11 @@ from tokenmdp.env import TokenEpisodes
 from tokenmdp.types import Outcome
 
 UNREAD_EPISODES = 16  # more than a conformance check of any library plays, fewer than a first rollout
-
+EVALUATIONS = (  # modules whose functions play episodes and learn nothing
+    "tokenmdp.evaluation",
+    "stable_baselines3.common.evaluation",
+    "sb3_contrib.common.maskable.evaluation",
+)
 
 ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
 LEAST_LENGTH_JUDGED = 4  # tokens: shorter rows are uneven or even by chance
@@ -129,11 +134,16 @@ class CreditWrapper:
             )
 
     def _watch_readers(self, base: TokenEpisodes, ended: int) -> None:
-        """Warn once if Stable-Baselines3 is in use and nobody reads: it would train on `reward` alone."""
+        """Warn once if Stable-Baselines3 is in use and nobody reads: it would train on `reward` alone.
+
+        An evaluation in this process does not count. A worker process does not see who steps it.
+        """
         if base.token_rewards_read or CreditWrapper.readers or "stable_baselines3" not in sys.modules:
             return
+        if CreditWrapper._warned or _is_evaluation():
+            return
         self._unread += ended
-        if self._unread >= UNREAD_EPISODES and not CreditWrapper._warned:
+        if self._unread >= UNREAD_EPISODES:
             CreditWrapper._warned = True
             warnings.warn(
                 f"{self._unread} episodes ended unread: Stable-Baselines3 learns from `reward`, the score at the end, "
@@ -144,6 +154,16 @@ class CreditWrapper:
                 UnreadTokenRewards,
                 stacklevel=4,
             )
+
+
+def _is_evaluation() -> bool:
+    """Whether one of the callers evaluates. Nothing else tells an environment what it is stepped for."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in EVALUATIONS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def find_credit_wrapper(env: Any) -> CreditWrapper | None:

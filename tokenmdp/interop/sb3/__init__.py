@@ -26,7 +26,22 @@ except ModuleNotFoundError as error:
 
 from tokenmdp.interop.sb3.callback import TokenRewardCallback
 from tokenmdp.interop.sb3.checks import mark_token_rewards_read
+from tokenmdp.interop.sb3.policy import (
+    CausalLMActorCriticPolicy,
+    CausalLMMixin,
+    MaskableCausalLMActorCriticPolicy,
+    causal_lm_kwargs,
+)
 from tokenmdp.interop.sb3.replay_buffer import TokenRewardReplayBuffer
 from tokenmdp.interop.sb3.vec_env import GymVectorToSB3
 
-__all__ = ["GymVectorToSB3", "TokenRewardCallback", "TokenRewardReplayBuffer", "mark_token_rewards_read"]
+__all__ = [
+    "CausalLMActorCriticPolicy",
+    "CausalLMMixin",
+    "GymVectorToSB3",
+    "MaskableCausalLMActorCriticPolicy",
+    "TokenRewardCallback",
+    "TokenRewardReplayBuffer",
+    "causal_lm_kwargs",
+    "mark_token_rewards_read",
+]

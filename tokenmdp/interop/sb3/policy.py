@@ -5,7 +5,7 @@
 
 Both hold a `tokenmdp.policy.CausalLMPolicy`, so logits, positions, precision and value head are those of this
 package's own agent. One forward gives the policy and the value. During collection a step costs one token a row
-(`tokenmdp.interop.state_reader`); `evaluate_actions` always reads the whole texts.
+(`tokenmdp.state_reader`); `evaluate_actions` always reads the whole texts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmdp.interop.state_reader import StateReader, last_slots, read_states
+from tokenmdp.state_reader import StateReader, last_slots, read_states
 from tokenmdp.loading import holds_tokenizer, load_tokenizer, resolve
 from tokenmdp.policy import NEVER, CausalLMPolicy, check_vocabulary
 from tokenmdp.reward_models.base import VocabularyMismatch
