@@ -2,6 +2,7 @@
 
 import re
 
+import credit_ablation
 import gymnasium as gym
 import mdp_by_hand
 import pytest
@@ -10,7 +11,7 @@ import swap_wrappers
 import tune_on_preferences
 
 from tokenmdp.commands.settings import toy_policy
-from tokenmdp.credit import make_credit
+from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.wrappers import CreditReward
 
@@ -72,3 +73,15 @@ def test_tune_on_preferences_writes_a_policy_that_rto_reads(toy, tmp_path, capsy
     env.reset(seed=0)
     *_, info = env.step(env.unwrapped.eos_token_id)
     assert 0 < abs(info["credit_residual"]) <= 1
+
+
+@pytest.mark.slow
+def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys):
+    sizes = ["--updates", "1", "--num-envs", "4", "--out", str(tmp_path / "curves.png")]
+    credit_ablation.main([*sizes, "--tuned", "imdb-tiny"])
+    first = dict(re.findall(r"(\S+) seed 1: score (\S+)", capsys.readouterr().out))
+    assert list(first) == list(CREDIT_METHODS)
+    assert len(set(first.values())) == 1  # the first batch is the same: credit changes learning, not sampling
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    credit_ablation.main([*sizes, "--methods", "rto"])
+    assert "rto: left out, it needs --tuned" in capsys.readouterr().out
