@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tokenmdp.credit import CreditMethod, Resources, make_credit
+from tokenmdp.credit.weights import NEARLY_UNIFORM
 from tokenmdp.env import TokenEpisodes
 from tokenmdp.types import Outcome
 
@@ -19,7 +20,6 @@ UNREAD_EPISODES = 16  # more than a conformance check of any library plays, fewe
 
 ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
 LEAST_LENGTH_JUDGED = 4  # tokens: shorter rows are uneven or even by chance
-NEARLY_UNIFORM = 0.95  # of the largest entropy; rows of small untrained-for-it classifiers lie there
 
 
 class UninformativeAttention(UserWarning):
