@@ -75,7 +75,7 @@ class PPOConfig:
 
     estimator: Estimator = "reward_to_go"  # of advantages; README.md, details 10 to 12
     vine_rollouts: int = 4  # only for vine: continuations of each prefix
-    gamma: float = 1.0
+    gamma: float = 1.0  # below 1 credit that arrives early counts more, whatever the method
     gae_lambda: float = 0.95
     clip_coef: float = 0.2
     clip_coef_value: float | None = 1.0  # in units of the score; None: no clipping

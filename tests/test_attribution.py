@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -15,10 +16,12 @@ import tokenmdp.wrappers as single
 from tokenmdp.credit import (
     CREDIT_METHODS,
     DeepLiftCredit,
+    IncompleteAttribution,
     IntegratedGradientsCredit,
     MissingResource,
     Resources,
     SparseCredit,
+    attribution,
     make_credit,
 )
 from tokenmdp.loading import load_tokenizer
@@ -305,8 +308,11 @@ def test_captum_is_loaded_by_integrated_gradients_only(monkeypatch):
     ("options", "message"),
     [
         ({"credit_beta": 2}, "credit_beta is 2"),
-        ({"baseline": "median"}, "baseline is 'median'; choose mean, zero, pad or the id"),
+        ({"baseline": "median"}, "baseline is 'median'; choose 'mean', 'zero', 'pad' or a whole number, at least 0"),
         ({"baseline": -1}, "baseline is -1"),
+        ({"baseline": 1.5}, "baseline is 1.5; choose 'mean', 'zero', 'pad' or a whole number"),
+        ({"rows_per_forward": "8"}, "rows_per_forward is '8'; choose a whole number, at least 1"),
+        ({"credit_beta": "1"}, "credit_beta is '1'; it must be a number"),
         ({"baseline": True}, "baseline is True"),
         ({"rows_per_forward": 0}, "rows_per_forward is 0"),
     ],
@@ -318,6 +324,8 @@ def test_bad_arguments(method, options, message):
 
 
 def test_bad_steps_and_impossible_baselines():
+    with pytest.raises(ValueError, match=r"steps is 1\.5; choose a whole number, at least 1"):
+        IntegratedGradientsCredit(steps=1.5)
     with pytest.raises(ValueError, match="steps is 0"):
         IntegratedGradientsCredit(steps=0)
     texts, tokenizer = of_bundle(TEXTS[1]), load_reward_model("imdb-tiny").tokenizer
@@ -327,3 +335,34 @@ def test_bad_steps_and_impossible_baselines():
         credit(DeepLiftCredit(baseline=9999), load_reward_model("imdb-tiny"), texts, tokenizer)
     with pytest.raises(ValueError, match="knows no mean over a vocabulary; use 'zero'"):
         credit(DeepLiftCredit(), LinearRewardModel(knows_average=False), episode(([1], [2])))
+
+
+def bloom():
+    from transformers import BloomConfig, BloomForSequenceClassification
+
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0)
+    return BloomForSequenceClassification(config)
+
+
+def test_attributions_that_miss_part_of_the_score_warn_once(monkeypatch):
+    """Bloom's GELU has a gradient written by hand, which no rule replaces."""
+    monkeypatch.setattr(attribution, "_warned", set())
+    model, _ = build(bloom)
+    texts = padded(*random_texts(6))
+    with pytest.warns(IncompleteAttribution, match=r"deeplift .* The last token gets .* use integrated-gradients"):
+        credit(DeepLiftCredit(), model, texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncompleteAttribution)
+        credit(DeepLiftCredit(), model, texts)
+    with pytest.warns(IncompleteAttribution, match="raise steps"):
+        credit(IntegratedGradientsCredit(steps=1), model, texts)
+
+
+@pytest.mark.parametrize("make", [gpt2, bert, llama])
+@each_method
+def test_complete_attributions_do_not_warn(method, make, monkeypatch):
+    monkeypatch.setattr(attribution, "_warned", set())
+    model, _ = build(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncompleteAttribution)
+        credit(method(), model, padded(*random_texts(6)))

@@ -203,8 +203,12 @@ def test_layer_and_heads_choose_the_row():
         AttentionCredit(layer=3)(finished, resources)
     with pytest.raises(ValueError, match=r"heads is 2 and the layer has 2; choose 0\.\.1"):
         AttentionCredit(heads=2)(finished, resources)
-    with pytest.raises(ValueError, match="heads is 'median'; choose 'mean', 'max' or the index"):
+    with pytest.raises(ValueError, match="heads is 'median'; choose 'mean', 'max' or a whole number"):
         AttentionCredit(heads="median")
+    for options in ({"heads": 1.5}, {"heads": None}, {"heads": True}, {"layer": "last"}, {"layer": 1.5}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; choose .*a whole number"):
+            AttentionCredit(**options)
 
 
 def test_prefix_differences_by_hand():

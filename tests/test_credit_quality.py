@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokenmdp.credit import MissingResource, make_credit
+from tokenmdp.credit import MissingResource, SparseCredit, make_credit
 from tokenmdp.intervals import Interval, bootstrap_interval
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.quality import (
@@ -31,6 +31,7 @@ from tokenmdp.quality import (
 from tokenmdp.quality.ablation import AblatedScores, curve_areas, leave_one_out
 from tokenmdp.quality.counting import CountingRewardModel
 from tokenmdp.quality.texts import Text, encode, episodes_of, text_of
+from tokenmdp.report.quality import markdown, notes
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, load_lexicon, toy_lexicon
 
@@ -335,7 +336,8 @@ def test_other_reward_models_and_policies_count(texts):
 
     tokenizer, episodes = texts
     model = load_reward_model("imdb-tiny")
-    lent = lend("imdb-tiny", tokenizer, episodes.prompt_slots, episodes.response_mask.shape[1], "cpu")
+    needs = frozenset({"policy_attention", "tuned_policy"})
+    lent = lend("imdb-tiny", tokenizer, episodes.prompt_slots, episodes.response_mask.shape[1], "cpu", needs)
     counted = run_counted(make_credit("abc-d"), episodes, model, tokenizer, lent)
     assert (counted.reward_forwards, counted.policy_forwards) == (2, 2)
     counted = run_counted(make_credit("rto", tuned="imdb-tiny"), episodes, model, tokenizer, lent)
@@ -383,3 +385,39 @@ def test_verdict(low, entropy, mass, level, words):
         assert part in str(verdict)
     assert "0.3" in str(verdict)
     assert "0.1" in str(verdict)
+
+
+class FailsAtLength(SparseCredit):
+    """Refuses texts of many tokens, as a game beyond its budget does."""
+
+    name, longest = "fails", 3
+
+    def __call__(self, outcome, resources):
+        if outcome.episode.response_mask.sum(-1).max() > self.longest:
+            raise ValueError("budget is 6")
+        return super().__call__(outcome, resources)
+
+
+class Lost(SparseCredit):
+    """Needs what nobody attached."""
+
+    def __call__(self, outcome, resources):
+        raise MissingResource("nobody is here")
+
+
+def test_a_failure_is_not_called_unavailable_and_what_was_measured_stays():
+    tokenizer = load_tokenizer("toy")
+    texts = [Text([], words("great but dull"))] * 20 + [Text([], words("a very dull film"))] * 5
+    world = model_world(LexiconRewardModel(tokenizer, {"dull": -1.0, "great": 2.0}), tokenizer, episodes_of(texts), "x")
+    methods = {"fails": FailsAtLength(), "lost": Lost(), "sparse": SparseCredit(), "deeplift": make_credit("deeplift")}
+    result = measure(world, methods, max_forwards=22)
+    rows = {method.name: method for method in result.methods}
+    assert (rows["fails"].unavailable, rows["fails"].texts) == (None, 20)
+    assert rows["fails"].stopped == "it failed in texts 21 to 25: budget is 6"
+    assert (rows["lost"].unavailable, rows["lost"].stopped) == ("nobody is here", None)
+    assert rows["deeplift"].unavailable.endswith("does not provide gradients")
+    assert (rows["sparse"].texts, rows["sparse"].stopped) == (25, None)
+    assert "fails: the first texts only, because it failed in texts 21 to 25: budget is 6" in notes(result)
+    assert "| fails | 20 of 25 |" in markdown([result], {}, "")
+    spent = measure(world, {"sparse": SparseCredit()}, max_forwards=5).methods[-1]
+    assert (spent.texts, spent.stopped) == (20, "it has spent its 5 reward-model forwards (--max-forwards)")

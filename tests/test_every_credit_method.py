@@ -1,5 +1,7 @@
 """What holds for every method of the registry: single == vector, zero outside the response, sums as declared."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.credit.fine_grained import FineReward
+from tokenmdp.loading import load_tokenizer
 from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.policy_attention import ForwardAttention
 from tokenmdp.wrappers import CreditReward, vector
@@ -17,7 +20,6 @@ OPTIONS = {
     "owen": {"budget": 40},
     "integrated-gradients": {"steps": 4},
     "fine-grained": {"parts": (FineReward("lexicon", density="token"), FineReward(None, "sentence", weight=0.5))},
-    "rto": {"tuned": "imdb-tiny", "reference": "imdb-tiny"},
 }  # fmt: skip
 TEXTS = [
     ("The acting is", " great. I hated the ending, though."),
@@ -33,6 +35,34 @@ def policy():
     return CausalLMPolicy.for_task("imdb-tiny", task)
 
 
+@pytest.fixture(scope="module")
+def tuned(policy, tmp_path_factory):
+    """The directory of a policy that is not the reference: rto credit of equal policies is sparse."""
+    directory = tmp_path_factory.mktemp("tuned")
+    moved, generator = copy.deepcopy(policy), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.lm.parameters():
+            parameter += parameter.std() * torch.randn(parameter.shape, generator=generator)
+    moved.save_pretrained(directory)
+    load_tokenizer("imdb-tiny").save_pretrained(directory)
+    return str(directory)
+
+
+def make(name, tuned):
+    options = {"tuned": tuned, "clip": 9.0} if name == "rto" else OPTIONS.get(name, {})
+    return make_credit(name, **options)
+
+
+def test_rto_is_not_sparse_here(tuned):
+    env = CreditReward(gym.make(IMDB), make("rto", tuned))
+    env.reset(options={"prompt": "I saw it."})
+    for token in responses(env.unwrapped.tokenizer, env.unwrapped.task.max_new_tokens)[0]:
+        *_, terminated, _, info = env.step(token)
+        if terminated:
+            break
+    assert (np.abs(info["token_rewards"][info["token_mask"]]) > 0.01).mean() > 0.8
+
+
 def responses(tokenizer, horizon):
     """Token ids (4, H): each text and its end-of-text, cut at the horizon; what follows the end is ignored."""
     rows = [[*tokenizer.encode(text), *[tokenizer.eos_token_id] * horizon][:horizon] for _, text in TEXTS]
@@ -40,8 +70,8 @@ def responses(tokenizer, horizon):
 
 
 @pytest.mark.parametrize("name", CREDIT_METHODS)
-def test_single_equals_vector_and_sums_are_as_declared(name, policy):
-    method = make_credit(name, **OPTIONS.get(name, {}))
+def test_single_equals_vector_and_sums_are_as_declared(name, policy, tuned):
+    method = make(name, tuned)
     envs = vector.CreditReward(gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled"), method)
     env = CreditReward(gym.make(IMDB), method)
     envs.unwrapped.policy_attention = env.unwrapped.policy_attention = ForwardAttention(policy)
@@ -74,9 +104,9 @@ def test_single_equals_vector_and_sums_are_as_declared(name, policy):
 
 
 @pytest.mark.parametrize("name", [name for name, method in CREDIT_METHODS.items() if method.causal])
-def test_causal_methods_do_not_look_ahead(name, policy):
+def test_causal_methods_do_not_look_ahead(name, policy, tuned):
     """The same first tokens get the same rewards whatever follows."""
-    method = make_credit(name, **OPTIONS.get(name, {}))
+    method = make(name, tuned)
     env = CreditReward(gym.make(IMDB), method)
     env.unwrapped.policy_attention = ForwardAttention(policy)
     tokenizer, seen = env.unwrapped.tokenizer, []

@@ -3,6 +3,7 @@
 import re
 
 import cleanrl_style
+import credit_ablation
 import gymnasium as gym
 import mdp_by_hand
 import pytest
@@ -11,7 +12,7 @@ import swap_wrappers
 import tune_on_preferences
 
 from tokenmdp.commands.settings import toy_policy
-from tokenmdp.credit import make_credit
+from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.wrappers import CreditReward
 
@@ -144,3 +145,15 @@ def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_pa
     assert all(float(lowest_after) > highest_before and float(kl) > 0 for *_, lowest_after, kl in runs)
     assert len(re.findall(r"Reward, after, 2 seeds: score ", output)) == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys):
+    sizes = ["--updates", "1", "--num-envs", "4", "--out", str(tmp_path / "curves.png")]
+    credit_ablation.main([*sizes, "--tuned", "imdb-tiny"])
+    first = dict(re.findall(r"(\S+) seed 1: score (\S+)", capsys.readouterr().out))
+    assert list(first) == list(CREDIT_METHODS)
+    assert len(set(first.values())) == 1  # the first batch is the same: credit changes learning, not sampling
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    credit_ablation.main([*sizes, "--methods", "rto"])
+    assert "rto: left out, it needs --tuned" in capsys.readouterr().out

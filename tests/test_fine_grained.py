@@ -12,6 +12,7 @@ from tokenmdp.credit import FineGrainedCredit, FineReward, MissingResource, Reso
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel, VocabularyMismatch, load_reward_model
 from tokenmdp.reward_models.lexicon import TOY_WEIGHTS, toy_lexicon
+from tokenmdp.reward_models.retokenized import RetokenizedRewardModel
 from tokenmdp.types import Outcome
 from tokenmdp.wrappers import CreditReward
 
@@ -162,6 +163,14 @@ def test_bad_input_is_refused_with_the_remedy():
         make_credit("fine-grained")
     with pytest.raises(ValueError, match="parts is empty"):
         FineGrainedCredit([])
+    with pytest.raises(ValueError, match="parts is 3; give a list of FineReward"):
+        FineGrainedCredit(3)
+    with pytest.raises(ValueError, match="reward_model is 3; pass a RewardModel, the name of one"):
+        FineReward(reward_model=3)
+    with pytest.raises(ValueError, match="weight is 'x'"):
+        FineReward(weight="x")
+    with pytest.raises(ValueError, match="rows_per_forward is 0"):
+        FineGrainedCredit([FineReward()], rows_per_forward=0)
     with pytest.raises(TypeError, match="parts holds 'imdb-tiny'; each part is a FineReward"):
         FineGrainedCredit(["imdb-tiny"])
     with pytest.raises(ValueError, match="density is 'word'; choose one of token, sentence, text"):
@@ -174,7 +183,27 @@ def test_bad_input_is_refused_with_the_remedy():
         FineGrainedCredit([FineReward()])(outcome, Resources())
     with pytest.raises(MissingResource, match=r"pass load_reward_model\('lexicon'\) as part"):
         FineGrainedCredit([FineReward("lexicon")])(outcome, Resources(HashRewardModel(), TOY))
-    with pytest.raises(VocabularyMismatch):
+    with pytest.raises(VocabularyMismatch, match=r"pass RetokenizedRewardModel\(reward_model, env\.unwrapped"):
         FineGrainedCredit([FineReward(load_reward_model("lexicon"))])(outcome, Resources(HashRewardModel(), TOY))
     with pytest.raises(VocabularyMismatch):
         gym.make("tokenmdp:TextGen-Toy-v0").unwrapped.resources().load_reward_model("lexicon")
+
+
+def test_the_remedy_for_a_model_of_other_tokens_works():
+    """In an environment that aligns, a part given as an object and wrapped reads what a named part reads."""
+    env = gym.make("tokenmdp:TextGen-Toy-v0", reward_model="lexicon", align="offsets")
+    wrapped = RetokenizedRewardModel(load_reward_model("lexicon"), env.unwrapped.tokenizer)
+    seen = []
+    for part in ("lexicon", wrapped, load_reward_model("lexicon")):
+        env = CreditReward(gym.make("tokenmdp:TextGen-Toy-v0", reward_model="lexicon", align="offsets"),
+                           make_credit("fine-grained", parts=[FineReward(part, "token")]))  # fmt: skip
+        env.reset(options={"prompt": "the film was"})
+        env.step(TOY.convert_tokens_to_ids("great"))
+        if part is wrapped or isinstance(part, str):
+            *_, info = env.step(TOY.eos_token_id)
+            seen.append(info["token_rewards"].tolist())
+        else:
+            with pytest.raises(VocabularyMismatch, match="pass RetokenizedRewardModel"):
+                env.step(TOY.eos_token_id)
+    assert seen[0] == seen[1]
+    assert any(seen[0])

@@ -80,11 +80,14 @@ def test_imports_go_one_way():
         wrong = (
             (layer in PURE and theirs is not None and theirs not in PURE)
             or (layer in PURE and root in ("gymnasium", "transformers"))
-            or (layer in (*ADAPTERS, "reward_models", "policy") and theirs in ("rollouts", "agents", "commands", "cli"))
-            or (layer in ("reward_models", "policy", "policy_attention") and theirs in ADAPTERS)
+            or (
+                layer in (*ADAPTERS, "reward_models", "policy", "state_reader")
+                and theirs in ("rollouts", "agents", "commands", "cli")
+            )
+            or (layer in ("reward_models", "policy", "policy_attention", "state_reader") and theirs in ADAPTERS)
             or (layer not in ("commands", "cli") and theirs in ("commands", "cli"))
             or (layer not in ("agents", "commands", "cli") and theirs == "agents")
-            or (layer not in ("interop", "evaluation", "commands", "cli") and theirs == "interop")
+            or (layer not in ("interop", "commands", "cli") and theirs == "interop")
             or (layer == "agents" and root in ("transformers", "safetensors", "agents"))
             or (layer != "interop" and root in ("stable_baselines3", "sb3_contrib", "torchrl", "tensordict"))
             or (root == "datasets" and at_import)

@@ -116,3 +116,21 @@ def test_the_price_is_one_forward_a_step():
     assert [len(texts) for texts, _ in model.asked] == [4]  # the prompts
     envs.step(np.array([20, 20, 20, envs.unwrapped.eos_token_id]))
     assert sorted(len(texts) for texts, _ in model.asked[1:]) == [1, 3]  # the row that ended, and those that go on
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_given_response_prefix_is_where_the_differences_start(batched):
+    if batched:
+        envs = vector.OnlinePrefixReward(gym.make_vec(TOY, num_envs=1, autoreset_mode="Disabled"))
+    else:
+        envs = single.OnlinePrefixReward(gym.make(TOY))
+    tokenizer = envs.unwrapped.tokenizer
+    envs.reset(options={"prompt": "the film was", "response_prefix": "dull but"})
+    rewards = []
+    for token in tokenizer("brilliant <eos>")["input_ids"]:
+        *_, reward, _, _, info = envs.step(np.array([token]) if batched else token)
+        rewards.append(float(np.squeeze(reward)))
+    # The prefix has earned its -1 before: what is left of the score of 2 when brilliant has its 3 comes last.
+    assert rewards == [3.0, -1.0]
+    assert np.squeeze(info["score"]) == sum(rewards)
+    assert np.squeeze(info["token_rewards"])[:4].tolist() == [0.0, 0.0, 3.0, -1.0]

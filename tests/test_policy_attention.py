@@ -1,6 +1,7 @@
 """The live policy's attention: rows kept while sampling against one eager forward over the finished texts."""
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -53,22 +54,27 @@ def eager_attention(model, outcome):
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 @torch.no_grad()
-def test_sampled_rows_equal_an_eager_forward(make):
+def test_sampled_rows_equal_an_eager_forward(make, monkeypatch):
     model, eager = build(make), build(make)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
     envs = vector.CreditReward(gym.make_vec(TOY, num_envs=16, autoreset_mode="Disabled"), make_credit("abc-d"))
     policy = CausalLMPolicy.for_task(model, envs.unwrapped.task)
     plain = CausalLMPolicy.for_task(build(make), envs.unwrapped.task)
-    outcomes = []
-    score = envs.unwrapped._score
-    envs.unwrapped._score = lambda rows: (score(rows), outcomes.append(envs.unwrapped.outcome))[0]
+    seen = []
+    credit = type(envs.credit).__call__
+    monkeypatch.setattr(
+        type(envs.credit), "__call__",
+        lambda method, outcome, resources: (
+            seen.append((outcome, resources.policy_attention(outcome))), credit(method, outcome, resources),
+        )[1],
+    )  # fmt: skip
     rollout, metrics = collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)
     assert {"attention_mass", "attention_entropy", "credit_fallback"} <= metrics.keys()
 
     lengths = set()
-    for outcome in outcomes:
-        sampled = envs.unwrapped.policy_attention(outcome)
+    monkeypatch.undo()
+    for outcome, sampled in seen:
         expected = eager_attention(eager, outcome)
         mask = outcome.episode.response_mask
         for row, length in enumerate(mask.sum(-1).tolist()):
@@ -122,3 +128,15 @@ def test_without_an_agent_the_first_ending_says_what_to_attach():
     env.step(4)
     *_, info = env.step(env.unwrapped.eos_token_id)
     assert info["token_rewards"].sum() == pytest.approx(info["score"])
+
+
+def test_a_rollouts_rows_credit_no_later_episode():
+    envs = vector.CreditReward(gym.make_vec(TOY, num_envs=2, autoreset_mode="Disabled"), make_credit("abc-d"))
+    policy = CausalLMPolicy.for_task(build(gpt2), envs.unwrapped.task)
+    collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)
+    envs.reset(seed=2)
+    with pytest.raises(MissingResource, match="no agent has attached one"):
+        envs.step(np.full(2, envs.unwrapped.eos_token_id))
+    attached = envs.unwrapped.policy_attention = ForwardAttention(policy)
+    collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)
+    assert envs.unwrapped.policy_attention is attached

@@ -1,12 +1,20 @@
 """`tokenmdp credits`, `quality` and `score --credit all`: what they print, write and refuse."""
 
 import json
+import re
 import typing
 
 import pytest
 
 from tokenmdp import cli
-from tokenmdp.commands.settings import parse_options, settings_from, settings_from_record, settings_record
+from tokenmdp.commands.settings import (
+    absolute_options,
+    make_envs,
+    parse_options,
+    settings_from,
+    settings_from_record,
+    settings_record,
+)
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 
 CPU = ["--device", "cpu"]
@@ -172,7 +180,7 @@ def test_score_all_with_another_vocabulary_says_what_is_missing(run):
 def test_score_by_the_policys_attention_and_by_a_tuned_policy(run):
     output = run(*TEXT, "--credit", "abc-d", *CPU)
     assert "= sum of the credits" in output
-    assert "attention mass on the text" not in output  # the mean of columns is no share of a row
+    assert re.search(r"attention mass on the text: 0\.\d+\n", output)  # the mean of columns is no share of a row
     output = run(*TEXT, "--credit", "rto", "--credit-option", "tuned=imdb-tiny", *CPU)
     assert "; the credits sum to" in output
 
@@ -184,11 +192,47 @@ def test_score_by_the_policys_attention_and_by_a_tuned_policy(run):
         (["--credit", "shapley", "--credit-option", "budget=1"], "budget is 1"),
         (["--credit", "sparse", "--credit-option", "x=1"], "sparse credit has no option x"),
         (["--credit", "abc-d", "--reward-model", "toy-lexicon"], "choose one with --policy"),
+        (["--credit", "abc-d", "--policy", "no/such"], "no/such"),
+        (["--credit-option", "heads=null"], "heads is None; choose 'mean', 'max' or a whole number, at least 0"),
+        (["--credit-option", "layer=last"], "layer is 'last'; choose a whole number"),
+        (["--credit-option", "attention_floor=low"], "attention_floor is 'low'; it must be a number"),
+        (["--credit", "shapley", "--credit-option", 'budget="64"'], "budget is '64'; choose a whole number"),
+        (
+            ["--credit", "deeplift", "--credit-option", "baseline=1.5"],
+            "baseline is 1.5; choose 'mean', 'zero', ",
+        ),
+        (["--credit", "integrated-gradients", "--credit-option", "steps=2.5"], "steps is 2.5; choose a whole number"),
+        (["--credit", "fine-grained", "--credit-option", "parts=3"], "parts is 3; give a list such as [{"),
+        (
+            ["--credit", "fine-grained", "--credit-option", 'parts={"density": "token"}'],
+            "parts is {'density': ",
+        ),
+        (["--credit", "fine-grained", "--credit-option", 'parts=[{"reward_model": 3}]'], "reward_model is 3; pass"),
+        (["--credit", "fine-grained", "--credit-option", 'parts=[{"size": 3}]'], "with some of context, density"),
+        (["--credit", "rto", "--credit-option", "tuned=3"], "tuned is 3; give the name or directory of a policy"),
         (["--credit", "all", "--credit-option", "tuned=x"], "--credit-option 'tuned' does not name a method"),
     ],
 )
 def test_score_refuses(run, arguments, message):
     assert message in run("score", "great fun", *arguments, *CPU, status=2)
+
+
+@pytest.mark.parametrize("option", ["layer=0", "heads=max", "attention_floor=2"])
+def test_score_shows_the_mass_of_every_row_and_the_floor_after_it(run, option):
+    lines = run(*TEXT, "--credit-option", option, *CPU).splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith("attention mass on the text: "))
+    default_row = option == "attention_floor=2"  # and a mass that is always below it
+    assert ("of the row (the rest is on the prompt)" in lines[place]) == default_row
+    assert (lines[place + 1] == "that is below the floor, so the credit is uniform") == default_row
+
+
+def test_score_loads_a_policy_only_for_methods_that_read_one(run):
+    assert "score " in run(*TEXT, "--policy", "no/such/policy", *CPU)
+    options = ("--credit-option", "rto.tuned=imdb-tiny", "--credit-option", "shapley.budget=16")
+    output = run(*TEXT, "--credit", "all", "--policy", "no/such/policy", *options, *CPU)
+    assert "abc-d, abc-d2: not available: " in output
+    assert "rto: not available" not in output
+    assert "no/such/policy" in output
 
 
 # --- settings of a run ------------------------------------------------------------------------------------------------
@@ -206,6 +250,44 @@ def test_a_runs_credit_options_are_kept_and_beta_is_the_methods_own(tmp_path, mo
     rto = settings_from(cli.Train(preset="smoke", credit="rto", credit_option=options, device="cpu"))
     assert rto.credit_options == {"tuned": str(tmp_path / "dpo"), "clip": 2}
     assert settings_from_record(settings_record(rto)) == rto
+
+
+def test_reward_models_of_parts_are_kept_as_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge").mkdir()
+    parts = [{"reward_model": "judge"}, {"reward_model": "lexicon"}, {"density": "token"}, {"reward_model": 3}, 4]
+    kept = absolute_options({"parts": parts, "tuned": 3})
+    assert kept == {"parts": [{"reward_model": str(tmp_path / "judge")}, *parts[1:]], "tuned": 3}
+    assert absolute_options({"parts": 3}) == {"parts": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--credit-option", "heads=null"], "heads is None"),
+        (["--credit", "rto"], "rto credit has no default for tuned"),
+        (["--credit", "rto", "--credit-option", "tuned=3"], "tuned is 3"),
+        (["--reward-template", "{prompt} {response}"], "--reward-template '{prompt} {response}' needs --align offsets"),
+        (["--reward-template", "{prompt}", "--align", "offsets"], "must have {response} once"),
+    ],
+)
+def test_train_refuses_options_before_it_makes_a_directory(run, tmp_path, options, message):
+    error = run("train", "--preset", "smoke", *options, "--out", tmp_path / "run", *CPU, status=2)
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_with_a_template_keeps_it(run, tmp_path):
+    template, out = "Q: {prompt} A: {response}", tmp_path / "run"
+    small = ("--updates", 1, "--num-envs", 4, "--eval-samples", 2)
+    aligned = ("--reward-model", "lexicon", "--align", "offsets", "--credit", "uniform")
+    run("train", "--preset", "smoke", *aligned, "--reward-template", template, *small, "--out", out, *CPU)
+    settings = settings_from_record(json.loads((out / "run.json").read_text())["settings"])
+    assert settings.reward_template == template
+    envs = make_envs(settings, 1, None)
+    assert envs.unwrapped.task.reward_model.template == template
+    plain = settings_from(cli.Train(preset="smoke", device="cpu"))
+    assert "reward_template" not in settings_record(plain)  # as earlier versions wrote it
 
 
 def test_options_need_a_name_and_a_value():

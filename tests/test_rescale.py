@@ -81,6 +81,14 @@ def by_hand(x):
     return logits.masked_fill(~MASK, -torch.inf).softmax(-1) @ x
 
 
+def in_place(x, factor):
+    x *= factor
+    x.add_(1.0).mul_(x)
+    x /= 3 + factor.square()
+    F.silu(torch.relu_(x), inplace=True)
+    return x.exp_() + x
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -95,11 +103,46 @@ def by_hand(x):
         lambda x: x / (1 + x.square().sum(-1, keepdim=True)),
         lambda x: torch.einsum("nlc,nkc->nlk", x, x),
         lambda x: torch.cat([x.relu(), x.chunk(2, -1)[1].tanh()], -1),
+        lambda x: 1 / (2 + x.square()),
+        lambda x: (2**x).exp2() * 1e-2,
+        lambda x: F.glu(x),
+        lambda x: F.softmin(x, -1) + x.logsumexp(-1, keepdim=True),
+        lambda x: torch.addcmul(x, x, x) + torch.baddbmm(x, x, x.transpose(1, 2) @ x),
+        lambda x: x.std(-1, keepdim=True) + x.var(-1, keepdim=True) + x.norm(dim=-1, keepdim=True),
+        lambda x: x.exp() ** x.sigmoid() / 100,
+        lambda x: in_place(x.tanh(), x.sigmoid()),
     ],
 )
 def test_what_transformers_do_is_complete(function):
     inputs, reference = draw(3, 4, 6)
     assert_complete(lambda x: (function(x) * torch.arange(4.0)[:, None]).flatten(1).sum(-1), inputs, reference, 1e-6)
+
+
+def test_a_trained_slope_is_explained_in_single_precision():
+    inputs, reference = (side.float() for side in draw(5, 4))
+    assert_complete(lambda x: F.prelu(x, torch.tensor([0.3])).sum(-1), inputs, reference, 1e-5)
+
+
+def test_operations_in_place_keep_the_value_and_the_callers_tensors():
+    inputs, reference = draw(3, 6)
+    given = inputs.clone(), reference.clone()
+    seen = []
+
+    def score(x):
+        result = in_place(x, x.sigmoid()).sum(-1)
+        seen.append((result.detach().as_subclass(torch.Tensor), result.reference))
+        return result
+
+    rescale_multipliers(score, inputs, reference)
+    torch.testing.assert_close((inputs, reference), given, atol=0, rtol=0)
+    torch.testing.assert_close(seen[0][0], in_place(inputs.clone(), inputs.sigmoid()).sum(-1))
+    torch.testing.assert_close(seen[0][1], in_place(reference.clone(), reference.sigmoid()).sum(-1))
+
+
+def test_an_operation_in_place_on_a_constant_is_refused():
+    inputs, reference = draw(3, 6)
+    with pytest.raises(ValueError, match="calls add_ on a tensor that has no reference"):
+        rescale_multipliers(lambda x: torch.zeros(3, 6).double().add_(x).sum(-1), inputs, reference)
 
 
 def test_an_operation_without_a_rule_is_taken_as_linear():

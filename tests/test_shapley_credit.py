@@ -1,5 +1,7 @@
 """Shapley and Owen credit: the value of units of text to a reward model."""
 
+import re
+
 import pytest
 import torch
 from doubles import HashRewardModel, ScoreOnly, of_words
@@ -155,7 +157,11 @@ def test_bad_input_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="larger blocks are: none; choose smaller units"):
         OwenCredit(units="sentences")
     with pytest.raises(ValueError, match="rows_per_forward is 0"):
-        credit_of(ShapleyCredit(rows_per_forward=0), episode, model)
+        ShapleyCredit(rows_per_forward=0)
+    for options in ({"budget": 64.5}, {"budget": "64"}, {"seed": "x"}, {"seed": 1.5}, {"rows_per_forward": None}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; choose a whole number")):
+            ShapleyCredit(**options)
     with pytest.raises(MissingResource, match="shapley credit scores changed texts and there is no reward model"):
         ShapleyCredit()(outcome_of(episode, model), Resources())
     with pytest.raises(MissingResource, match="to find clauses in the response"):

@@ -7,6 +7,7 @@ import gymnasium as gym
 import gymnasium.utils.env_checker
 import numpy as np
 import pytest
+import torch
 from doubles import ConstantAttention, HashRewardModel, ScoreOnly, SinkAttention
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -435,6 +436,44 @@ def test_credit_reward_binds_any_method():
     for word in ("so", "very", "great"):
         *_, info = env.step(env.unwrapped.tokenizer.convert_tokens_to_ids(word))
     np.testing.assert_allclose(info["token_rewards"], [0.0, info["score"] / 2, info["score"] / 2])
+
+
+@pytest.mark.parametrize("build", [make, make_vec])
+def test_credit_reward_takes_a_name_and_its_spec_keeps_it(build):
+    module, base = (single, gym.make(TOY)) if build is make else (vector, gym.make_vec(TOY, num_envs=2))
+    wrapped = module.CreditReward(base, "red", credit_beta=0.5)
+    assert wrapped.credit == make_credit("red", credit_beta=0.5)
+    if build is make:
+        again = gym.make(EnvSpec.from_json(wrapped.spec.to_json()))
+        assert again.credit == wrapped.credit
+        assert same(episode(again, [20, 4, 30], seed=1), episode(wrapped, [20, 4, 30], seed=1))
+    with pytest.raises(ValueError, match="has its options already; credit_beta can be given with a name only"):
+        module.CreditReward(base, SparseCredit(), credit_beta=0.5)
+    with pytest.raises(TypeError, match=r"credit is \{'credit_beta': 0\.5\}; pass the name of a method"):
+        module.CreditReward(base, {"credit_beta": 0.5})
+
+
+class Broken:
+    """Returns whatever it was made with."""
+
+    name, conserves_return, needs = "broken", True, frozenset()
+
+    def __init__(self, token_rewards):
+        self.token_rewards = token_rewards
+
+    def __call__(self, outcome, resources):
+        return Credit(self.token_rewards, {})
+
+
+@pytest.mark.parametrize(("token_rewards", "message"), [
+    (torch.full((1, 8), torch.nan), r"broken credit of the text with token ids \[.*\] is \[nan, .*look for NaN"),
+    (torch.zeros(1, 5), r"broken credit returned token_rewards of shape \(1, 5\); .* shape \(1, 8\)"),
+])  # fmt: skip
+def test_credit_that_no_learner_could_use_is_refused(token_rewards, message):
+    env = single.CreditReward(gym.make(TOY), Broken(token_rewards))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(env.unwrapped.eos_token_id)
 
 
 def test_make_credit_knows_its_names():

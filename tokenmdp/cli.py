@@ -66,6 +66,8 @@ class Train:
     """Bundled name, directory or hub name of a sequence classifier; None takes the preset's."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
+    reward_template: str | None = None
+    """With --align offsets, the text that the reward model reads, such as "Q: {prompt} A: {response}"."""
     prompts: str | None = None
     """File, directory or data-set name; None takes the preset's."""
     eval_prompts: str | None = None
@@ -185,7 +187,7 @@ class Quality:
     """The dense share of the credit, for methods that have one; 1 measures the method alone."""
     policy: str = "imdb-tiny"
     """Writes the texts; its attention is what abc-d and abc-d2 follow; its tokens are what credit goes to."""
-    max_forwards: int = 20_000
+    max_forwards: int = 65_000
     """Reward-model forwards after which a method gets no further texts."""
     seed: int = 0
     """Seeds texts, resampling and the random control."""

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenmdp.state_reader import StateReader
 from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.policy import NEVER, CausalLMPolicy
+from tokenmdp.state_reader import StateReader
 from tokenmdp.vector_env import TextGenVectorEnv
 
 Observation = dict[str, np.ndarray]

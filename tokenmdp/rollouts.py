@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -82,13 +83,8 @@ def collect(
     values: list[torch.Tensor] = []
     supports: list[torch.Tensor] = []
     running = np.ones(envs.num_envs, dtype=bool)
-    reading: Any = contextlib.nullcontext
-    wrapper = find_credit_wrapper(envs)
-    if wrapper is not None and "policy_attention" in wrapper.credit.needs:
-        recorder = SampledAttention(policy, prompt.stop - prompt.start, envs.num_envs, task.max_new_tokens)
-        base.policy_attention, reading = recorder, recorder.reading
 
-    with policy.autocast():
+    with policy.autocast(), _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
         state = policy.prefill(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
@@ -128,6 +124,25 @@ def collect(
     )
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     return rollout, _metrics(rollout, last_infos, policy.eos_token_id)
+
+
+@contextlib.contextmanager
+def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Any]:
+    """Lend the environment the policy's attention for one rollout, if its credit needs it.
+
+    Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
+    finished rollout must not credit the next episode.
+    """
+    base, wrapper = check_envs(envs), find_credit_wrapper(envs)
+    if wrapper is None or "policy_attention" not in wrapper.credit.needs:
+        yield contextlib.nullcontext
+        return
+    recorder = SampledAttention(policy, prompt_columns, envs.num_envs, base.task.max_new_tokens)
+    before, base.policy_attention = base.policy_attention, recorder
+    try:
+        yield recorder.reading
+    finally:
+        base.policy_attention = before
 
 
 @torch.no_grad()

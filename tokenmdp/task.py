@@ -75,18 +75,25 @@ class TextGenTask:
             )
 
     def load_policy(self, name: str) -> CausalLMPolicy:
-        """The policy of this name for this task; loaded once a process and task, frozen."""
+        """The policy of this name for this task; loaded once a process and task, frozen, where the reward model is."""
         from tokenmdp.policy import CausalLMPolicy  # the only use of a policy here: making an env must not need one
 
         path = resolve("policy", name)
         key = (path, fingerprint(path))
         if key not in self.policies:
-            self.policies[key] = CausalLMPolicy.for_task(name, self).requires_grad_(False)
+            source = self.reward_source
+            device = self.reward_options["device"] if isinstance(source, str) else source.device
+            self.policies[key] = CausalLMPolicy.for_task(name, self).requires_grad_(False).to(device)
         return self.policies[key]
 
     def load_reward_model(self, name: str) -> RewardModel:
-        """A further reward model of this task's texts; loaded once a process, where and as the task's own."""
-        options = {key: self.reward_options[key] for key in ("device", "dtype")}
+        """A further reward model of this task's texts; loaded once a process, where and as the task's own.
+
+        The task's ``score`` says which number of the task's own model to take, so it counts for that name only.
+        """
+        source, options = self.reward_source, dict(self.reward_options)
+        if not isinstance(source, str) or resolve("reward_model", name) != resolve("reward_model", source):
+            del options["score"]
         return self._readable(load_reward_model(name, **options))
 
     def _readable(self, model: RewardModel) -> RewardModel:

@@ -18,10 +18,10 @@ Index t means *response token t* in every per-token array:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class Episode(NamedTuple):
@@ -80,12 +80,28 @@ class Rollout(NamedTuple):
         return self.input_ids.shape[-1] - self.response_mask.shape[-1]
 
 
+def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Episode:
+    """N prompts and responses in tokens as finished episodes; at least one prompt slot, empty slots hold id 0.
+
+    >>> episodes = lay_out([[5, 6], []], [[7], [8, 9]])
+    >>> episodes.input_ids.tolist(), episodes.response_mask.int().tolist()
+    ([[5, 6, 7, 0], [0, 0, 8, 9]], [[1, 0], [1, 1]])
+    """
+    prompt_slots = max(1, max(map(len, prompts)))  # a policy reads the slot before the response
+    ids = torch.zeros(len(prompts), prompt_slots + max(map(len, responses)), dtype=torch.long)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        for first, tokens in ((prompt_slots - len(prompt), prompt), (prompt_slots, response)):
+            ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, first : first + len(tokens)] = True
+    return Episode(ids, mask, mask[:, prompt_slots:])
+
+
 def response_rows(per_slot: torch.Tensor, prompt_slots: int) -> torch.Tensor:
     """The rows of a full forward that predict (or value the state before) response tokens 0 .. H-1.
 
     Slot P+t-1 has seen everything up to token t-1, so it speaks about token t.
 
-    >>> import torch
     >>> response_rows(torch.arange(5)[None, :, None], prompt_slots=2)[0, :, 0].tolist()   # P=2, H=3
     [1, 2, 3]
     """

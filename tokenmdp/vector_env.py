@@ -244,7 +244,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
     def _row_values(self, name: str, value: Any) -> list[Any]:
         """One entry of a reset option for each row."""
-        if value is None or isinstance(value, (str, int)):
+        if value is None or isinstance(value, (str, int, np.integer)):
             return [value] * self.num_envs
         if not isinstance(value, (Sequence, np.ndarray)) or len(value) != self.num_envs:
             raise ValueError(

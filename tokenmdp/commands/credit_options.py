@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod, FineReward, make_credit
+from tokenmdp.credit.options import required_options
 from tokenmdp.quality import Lent
+from tokenmdp.quality.counting import NOTHING_LENT
 from tokenmdp.reward_models.base import VocabularyMismatch
 from tokenmdp.reward_models.lexicon import LexiconRewardModel
 from tokenmdp.task import make_task
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from tokenmdp.policy import CausalLMPolicy
 
 PAPER_BETA = 0.8
+POLICIES = frozenset({"tuned", "reference"})  # the options that name one
 EXAMPLES = {"tuned": "DIR", "parts": '[{"reward_model": "lexicon", "density": "token"}]'}
 
 
@@ -31,22 +34,12 @@ def credit_method(name: str, options: Mapping[str, Any]) -> CreditMethod:
     if name in CREDIT_METHODS and (missing := _missing(name, options)):
         raise ValueError(f"{name} credit has no default for {missing[0]}; pass --credit-option {_example(missing[0])}")
     given = dict(options)
-    if name == "fine-grained" and isinstance(given.get("parts"), Sequence):
-        given["parts"] = [_part(part) for part in given["parts"]]
+    if name == "fine-grained" and "parts" in given:
+        given["parts"] = _parts(given["parts"])
+    for option in POLICIES & given.keys():
+        if name == "rto" and not isinstance(given[option], str):
+            raise ValueError(f"{option} is {given[option]!r}; give the name or directory of a policy")
     return make_credit(name, **given)
-
-
-def required_options(name: str) -> list[str]:
-    """The options without a default.
-
-    >>> required_options("attention"), required_options("rto")
-    ([], ['tuned'])
-    """
-    return [
-        field.name
-        for field in fields(CREDIT_METHODS[name])
-        if field.default is MISSING and field.default_factory is MISSING
-    ]
 
 
 def needs_of(name: str) -> list[str]:
@@ -101,8 +94,15 @@ def credit_methods(
     return methods, refused
 
 
-def lend(name: str, tokenizer: PreTrainedTokenizerBase, prompt_slots: int, horizon: int, device: str) -> Lent:
-    """The policy called ``name`` as the live one, where it reads these tokens, and a loader of others."""
+def lend(
+    name: str, tokenizer: PreTrainedTokenizerBase, prompt_slots: int, horizon: int, device: str, needs: frozenset[str]
+) -> Lent:
+    """The policy called ``name`` as the live one, where it reads these tokens, and a loader of others.
+
+    Nothing is loaded that ``needs``, those of all methods together, do not name.
+    """
+    if not needs & {"policy_attention", "tuned_policy"}:
+        return NOTHING_LENT
     try:
         task = make_task(
             tokenizer=tokenizer,
@@ -117,16 +117,18 @@ def lend(name: str, tokenizer: PreTrainedTokenizerBase, prompt_slots: int, horiz
     def load(name: str) -> CausalLMPolicy:
         return task.load_policy(name).to(device)
 
+    if "policy_attention" not in needs:
+        return Lent(None, load)
     try:
         return Lent(load(name), load)
     except VocabularyMismatch:
         return Lent(None, load, f"the policy {name!r} writes other tokens; choose one with --policy")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return Lent(None, load, str(error))
 
 
 def _missing(name: str, options: Mapping[str, Any]) -> list[str]:
-    return [option for option in required_options(name) if option not in options]
+    return [option for option in required_options(CREDIT_METHODS[name]) if option not in options]
 
 
 def _example(option: str) -> str:
@@ -151,11 +153,15 @@ def declared(name: str, cost: str) -> tuple[str, ...]:
     return (*(fact for holds, fact in facts if holds), f"cost {cost}")
 
 
-def _part(part: Any) -> FineReward:
-    try:
-        return FineReward(**part)
-    except TypeError as error:
-        raise ValueError(
-            f"{part!r} is no part of fine-grained credit ({error}); a part is an object such as "
-            '{"reward_model": "lexicon", "density": "sentence", "weight": 0.5}'
-        ) from error
+def _parts(parts: Any) -> list[FineReward]:
+    if not isinstance(parts, list):
+        raise ValueError(f"parts is {parts!r}; give a list such as {EXAMPLES['parts']}")
+    known = {field.name for field in fields(FineReward)}
+    for part in parts:
+        if not isinstance(part, dict) or part.keys() - known:
+            raise ValueError(
+                f"{part!r} is no part of fine-grained credit; a part is an object with some of "
+                f"{', '.join(sorted(known))}, such as "
+                '{"reward_model": "lexicon", "density": "sentence", "weight": 0.5}'
+            )
+    return [FineReward(**part) for part in parts]

@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.credit_options import credit_methods, declared, grouped_options, lend, needs_of, required_options
+from tokenmdp.commands.credit_options import credit_methods, declared, grouped_options, lend, needs_of
 from tokenmdp.commands.display import make_console
 from tokenmdp.commands.inspection import load_policy
 from tokenmdp.commands.settings import PRESETS, make_envs, parse_options, resolve_device, split_prompts
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
+from tokenmdp.credit.options import required_options
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.pieces import token_pieces
 from tokenmdp.prompts import read_prompt_file
@@ -58,7 +59,7 @@ def list_credits() -> int:
         method: Any = CREDIT_METHODS[name]
         declares = (method.conserves_return, method.causal, method.potential_based)
         first_line = (inspect.getdoc(method) or "").partition("\n")[0].replace("``", "").replace("`", "")
-        needs = ", ".join([*needs_of(name), *(f"option {option}" for option in required_options(name))])
+        needs = ", ".join([*needs_of(name), *(f"option {option}" for option in required_options(method))])
         does = Text.assemble(first_line, (f"\nneeds {needs}", "dim") if needs else "")
         table.add_row(name.replace("integrated-", "integrated-\n"), does, *("yes" if yes else "no" for yes in declares))
     console.print(table)
@@ -91,6 +92,7 @@ def measure_quality(arguments: cli.Quality) -> int:
             world.episodes.prompt_slots,
             world.episodes.response_mask.shape[1],
             device,
+            frozenset().union(*(method.needs for method in methods.values())),
         )
         with _progress(console) as progress:
             bar = progress.add_task(f"{world.name} world", total=len(world.episodes.input_ids))

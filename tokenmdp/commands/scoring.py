@@ -56,9 +56,10 @@ def score(arguments: cli.Score) -> int:
     if arguments.credit == ALL:
         options = grouped_options(given, "--credit-option")
         methods, missing = credit_methods(tuple(CREDIT_METHODS), options, arguments.credit_beta, "--credit-option")
-        return _score_all(console, arguments, _read(arguments, device), methods, missing)
+        scored = _read(arguments, device, frozenset().union(*(method.needs for method in methods.values())))
+        return _score_all(console, arguments, scored, methods, missing)
     method = credit_method(arguments.credit, {"credit_beta": arguments.credit_beta, **given})
-    scored = _read(arguments, device)
+    scored = _read(arguments, device, method.needs)
     counted = scored.run(method)
     credits = counted.credit.token_rewards[0].tolist()
     item = Sample(scored.prompt, scored.tokens, credits, counted.score.item())
@@ -67,14 +68,15 @@ def score(arguments: cli.Score) -> int:
     relation = " = sum of the credits" if method.conserves_return else "; the credits sum to"
     console.print(f"score {item.score:+.4f}{relation} {sum(credits):+.4f}", highlight=False)
     report = counted.credit.report
-    if "attention" in method.needs:
-        rest = " (the rest is on the prompt)" if arguments.prompt else ""
-        mass = report["attention_mass"].item()
-        console.print(f"attention mass on the text: {mass:.3f} of the row{rest}", highlight=False)
     if "attention_mass" in report:
-        console.print("attention credit has the score's sign: how much a token mattered, not which way", style="dim")
+        # A share of one row only where the method reads one: abc-d averages columns, heads="max" takes maxima.
+        rest = " (the rest is on the prompt)" if arguments.prompt else ""
+        share = f" of the row{rest}" if "attention" in method.needs else ""
+        mass = report["attention_mass"].item()
+        console.print(f"attention mass on the text: {mass:.3f}{share}", highlight=False)
         if report["credit_fallback"].item():
             console.print("that is below the floor, so the credit is uniform", style="bold")
+        console.print("attention credit has the score's sign: how much a token mattered, not which way", style="dim")
     if arguments.html is not None:
         title = f"Token credit: {arguments.credit}"
         page = heatmap.html({arguments.reward_model: [item]}, arguments.html, title=title)
@@ -82,8 +84,8 @@ def score(arguments: cli.Score) -> int:
     return 0
 
 
-def _read(arguments: cli.Score, device: str) -> Scored:
-    """The text in tokens, the reward model and the policies.
+def _read(arguments: cli.Score, device: str, needs: frozenset[str]) -> Scored:
+    """The text in tokens, the reward model and the policies that ``needs`` name.
 
     Raises:
         ValueError: the text has no tokens, or the reward model no tokenizer.
@@ -95,7 +97,7 @@ def _read(arguments: cli.Score, device: str) -> Scored:
         raise ValueError(f"the reward model {name!r} has no tokenizer files; pass --tokenizer")
     text = encode(tokenizer, arguments.text, arguments.prompt)
     episode = episodes_of([text])
-    lent = lend(arguments.policy, tokenizer, episode.prompt_slots, len(text.ids), device)
+    lent = lend(arguments.policy, tokenizer, episode.prompt_slots, len(text.ids), device, needs)
     prompt, tokens = token_pieces(tokenizer, text.ids, text.prompt_ids)
     return Scored(episode, prompt, tokens, model, tokenizer, lent)
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gymnasium as gym
 import torch
 
-from tokenmdp.commands.credit_options import credit_method, default_beta
+from tokenmdp.commands.credit_options import POLICIES, credit_method, default_beta
+from tokenmdp.credit import CreditMethod
 from tokenmdp.loading import ALIASES, load_tokenizer, resolve
 from tokenmdp.prompts import FILE_SUFFIXES, read_prompt_file
+from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.wrappers import vector
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class RunSettings:
     credit_beta: float = 0.8
     credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
     align: str | None = None  # "offsets": the reward model has a tokenizer of its own
+    reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
     num_envs: int = 64
     seed: int = 1
     device: str = "cpu"
@@ -104,6 +107,7 @@ def settings_from(arguments: Train) -> RunSettings:
         **{key: _absolute(name) for key, name in names.items()},
         "max_new_tokens": arguments.max_new_tokens,
         "align": arguments.align,
+        "reward_template": arguments.reward_template,
         "num_envs": arguments.num_envs,
         "eval_samples": arguments.eval_samples,
     }
@@ -111,6 +115,10 @@ def settings_from(arguments: Train) -> RunSettings:
     for key, least in (("num_envs", 1), ("max_new_tokens", 1), ("eval_samples", 2)):  # an interval needs two
         if changed.get(key, least) < least:
             raise ValueError(f"--{key.replace('_', '-')} is {changed[key]}; it must be at least {least}")
+    if arguments.reward_template is not None:
+        if arguments.align is None:
+            raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
+        check_template(arguments.reward_template)
     return replace(
         base,
         **changed,
@@ -131,8 +139,20 @@ def _absolute(name: str | None) -> str | None:
 
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Credit options with the policies among them as absolute paths, where they are paths."""
-    return {key: _absolute(value) if key in ("tuned", "reference") else value for key, value in options.items()}
+    """Credit options with the policies and reward models among them as absolute paths, where they are paths."""
+
+    def absolute(value: Any) -> Any:
+        return _absolute(value) if isinstance(value, str) else value
+
+    found = {key: absolute(value) if key in POLICIES else value for key, value in options.items()}
+    if isinstance(parts := found.get("parts"), list):
+        found["parts"] = [
+            {**part, "reward_model": absolute(part["reward_model"])}
+            if isinstance(part, dict) and "reward_model" in part
+            else part
+            for part in parts
+        ]
+    return found
 
 
 def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
@@ -158,7 +178,9 @@ def settings_record(settings: RunSettings) -> dict[str, Any]:
 
     Later additions are left out where they are unset, so that the runs of earlier versions go on.
     """
-    without = {"device"} | {name for name in ("credit_options", "align") if not getattr(settings, name)}
+    without = {"device"} | {
+        name for name in ("credit_options", "align", "reward_template") if not getattr(settings, name)
+    }
     return {key: value for key, value in asdict(settings).items() if key not in without}
 
 
@@ -220,9 +242,18 @@ def split_prompts(settings: RunSettings) -> PromptSplit:
     )
 
 
+def credit_of(settings: RunSettings) -> CreditMethod:
+    """The run's credit method.
+
+    Raises:
+        ValueError: an option that the method does not take.
+    """
+    return credit_method(settings.credit, {"credit_beta": settings.credit_beta, **settings.credit_options})
+
+
 def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any] | None) -> gym.vector.VectorEnv:
     """The vector environment of a run under its credit wrapper, with its reward model loaded and checked."""
-    given: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
+    given: dict[str, Any] = {"prompts": prompts, "reward_template": settings.reward_template}
     envs = gym.make_vec(
         f"tokenmdp:{settings.env}",
         num_envs=num_envs,
@@ -232,10 +263,9 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         max_new_tokens=settings.max_new_tokens,
         reward_device=settings.device,
         align=settings.align,
-        **given,
+        **{key: value for key, value in given.items() if value is not None},
     )
-    options = {"credit_beta": settings.credit_beta, **settings.credit_options}
-    wrapped = vector.CreditReward(envs, credit_method(settings.credit, options))
+    wrapped = vector.CreditReward(envs, credit_of(settings))
     _ = wrapped.unwrapped.task.reward_model  # type: ignore[attr-defined]  # loads it: errors belong before the work
     return wrapped
 

@@ -31,6 +31,7 @@ from tokenmdp.commands.settings import (
     TOY_POLICY,
     PromptSplit,
     RunSettings,
+    credit_of,
     make_envs,
     settings_from,
     settings_record,
@@ -59,7 +60,8 @@ def train(arguments: Train) -> int:
     updates = preset.updates if arguments.updates is None else arguments.updates
     if updates < 1:
         raise ValueError(f"--updates is {updates}; it must be at least 1")
-    ppo_config(settings, updates)  # raises for a wrong field before a directory is made
+    ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
+    credit_of(settings)
     run = RunDirectory(arguments.out or Path("runs") / f"{arguments.preset}-{settings.credit}-seed{settings.seed}")
     has_checkpoint = run.check(settings_record(settings), resume=arguments.resume)
     console.print(f"run directory: {run.path}", highlight=False)

@@ -6,14 +6,15 @@ each declares. A method of your own needs no registration: bind it with ``Credit
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from tokenmdp.credit.attention import AttentionCredit, LastPolicyAttentionCredit, PolicyAttentionCredit
-from tokenmdp.credit.attribution import DeepLiftCredit, IntegratedGradientsCredit
+from tokenmdp.credit.attribution import DeepLiftCredit, IncompleteAttribution, IntegratedGradientsCredit
 from tokenmdp.credit.base import NEEDS, REWARD_MODEL_NEEDS, CreditMethod, MissingResource, Resources
 from tokenmdp.credit.fine_grained import FineGrainedCredit, FineReward
 from tokenmdp.credit.implicit import ImplicitRewardCredit
+from tokenmdp.credit.options import required_options
 from tokenmdp.credit.prefix import PrefixDifferenceCredit, prefix_differences
 from tokenmdp.credit.score_only import SparseCredit, UniformCredit
 from tokenmdp.credit.shapley import OwenCredit, ShapleyCredit
@@ -39,6 +40,7 @@ __all__ = [
     "FineGrainedCredit",
     "FineReward",
     "ImplicitRewardCredit",
+    "IncompleteAttribution",
     "IntegratedGradientsCredit",
     "LastPolicyAttentionCredit",
     "MissingResource",
@@ -96,7 +98,6 @@ def make_credit(name: str, **options: Any) -> CreditMethod:
         options = {key: value for key, value in options.items() if key != "credit_beta"}
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"{name} credit has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    required = {field.name for field in fields(method) if field.default is MISSING and field.default_factory is MISSING}
-    if missing := sorted(required - options.keys()):
+    if missing := sorted(set(required_options(method)) - options.keys()):
         raise ValueError(f"{name} credit needs {', '.join(missing)}: make_credit({name!r}, {missing[0]}=...)")
     return method(**options)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
+from tokenmdp.credit.options import check_number, check_whole
 from tokenmdp.credit.weights import (
     ATTENTION_FLOOR,
     attention_weights,
@@ -53,8 +54,8 @@ class AttentionCredit:
     def __post_init__(self) -> None:
         check_credit_beta(self.credit_beta)
         _check_floor(self.attention_floor)
-        if self.heads not in HEADS and (isinstance(self.heads, (str, bool)) or self.heads < 0):
-            raise ValueError(f"heads is {self.heads!r}; choose 'mean', 'max' or the index of one head")
+        check_whole("layer", self.layer)
+        check_whole("heads", self.heads, 0, HEADS)
         if not self.reads_default_row:
             # An instance's own entry: only a row other than the paper's costs the capture of every layer.
             object.__setattr__(self, "needs", frozenset({"attention_layers"}))
@@ -211,5 +212,6 @@ def last_row(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _check_floor(attention_floor: float) -> None:
+    check_number("attention_floor", attention_floor)
     if not attention_floor > 0.0:
         raise ValueError(f"attention_floor is {attention_floor}; it must be positive (default 1e-3)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
+from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.rescale import rescale_multipliers
 from tokenmdp.credit.weights import check_credit_beta, settle
 from tokenmdp.types import Credit, Episode, Outcome
@@ -21,6 +23,16 @@ BASELINES = ("mean", "zero", "pad")
 # (score (M, L, C), (M,) -> (M,), embeddings, baseline (M, L, C), index (M,)) -> attribution of every channel (M, L, C)
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Attribute = Callable[[Score, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# An attribution is incomplete for a text where it misses more than this share of the difference it explains, and more
+# than `SMALL`; it is worth a word where that is so for `MANY` of the texts.
+INCOMPLETE, SMALL, MANY = 0.05, 0.02, 0.1
+_warned: set[tuple[str, str]] = set()  # of which method and model, once a process: a batch has many episodes
+
+
+class IncompleteAttribution(UserWarning):
+    """Attributions do not sum to the difference of the scores that they explain."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class IntegratedGradientsCredit:
     baseline: str | int = "mean"
     rows_per_forward: int = 64
     name: ClassVar[str] = "integrated-gradients"
+    remedy: ClassVar[str] = "raise steps"
     conserves_return: ClassVar[bool] = True
     causal: ClassVar[bool] = False
     potential_based: ClassVar[bool] = False
@@ -66,8 +79,7 @@ class IntegratedGradientsCredit:
     def __post_init__(self) -> None:
         check_credit_beta(self.credit_beta)
         _check(self.baseline, self.rows_per_forward)
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; the integral takes at least 1")
+        check_whole("steps", self.steps, 1)
         _captum()  # missing it should not wait for the first episode's end
 
     def __call__(self, outcome: Outcome, resources: Resources) -> Credit:
@@ -120,6 +132,10 @@ class DeepLiftCredit:
     baseline: str | int = "mean"
     rows_per_forward: int = 64
     name: ClassVar[str] = "deeplift"
+    remedy: ClassVar[str] = (
+        "use integrated-gradients, whose error falls with its steps: an operation of the model has no rule in "
+        "tokenmdp.credit.rescale"
+    )
     conserves_return: ClassVar[bool] = True
     causal: ClassVar[bool] = False
     potential_based: ClassVar[bool] = False
@@ -151,10 +167,8 @@ def _captum() -> Any:
 
 
 def _check(baseline: str | int, rows_per_forward: int) -> None:
-    if baseline not in BASELINES and (isinstance(baseline, (str, bool)) or baseline < 0):
-        raise ValueError(f"baseline is {baseline!r}; choose {', '.join(BASELINES)} or the id of a token")
-    if rows_per_forward < 1:
-        raise ValueError(f"rows_per_forward is {rows_per_forward}; it must be at least 1")
+    check_whole("baseline", baseline, 0, BASELINES)  # the number is the id of a token
+    check_whole("rows_per_forward", rows_per_forward, 1)
 
 
 def _credit(
@@ -185,9 +199,31 @@ def _credit(
         baseline_score = torch.cat(baseline_scores).float().cpu()
     mask, final = outcome.episode.response_mask, outcome.reward.score
     explained = torch.where(mask, attribution.double(), 0.0).sum(-1)
-    error = explained - (final.double() - baseline_score.double())
+    difference = final.double() - baseline_score.double()
+    error = explained - difference
+    _judge(method, model, error, difference)
     report = {"baseline_score": baseline_score, "completeness_error": error.float()}
     return Credit(settle(attribution, final, mask, method.credit_beta), report)
+
+
+def _judge(
+    method: IntegratedGradientsCredit | DeepLiftCredit,
+    model: RewardModel,
+    error: torch.Tensor,
+    difference: torch.Tensor,
+) -> None:
+    """Warn once if ``error`` (N,) is more than a rounding of ``difference`` (N,): the last token gets what is left."""
+    incomplete = error.abs() > INCOMPLETE * difference.abs() + SMALL
+    if incomplete.double().mean() > MANY and (key := (method.name, repr(model))) not in _warned:
+        _warned.add(key)
+        row = int(error.abs().argmax())
+        warnings.warn(
+            f"{method.name} attributions of {model} are incomplete in {int(incomplete.sum())} of {len(error)} texts: "
+            f"in the worst they sum to {(difference + error)[row]:.3f} where the score differs from the baseline's by "
+            f"{difference[row]:.3f}. The last token gets what is left. To explain it, {method.remedy}",
+            IncompleteAttribution,
+            stacklevel=4,
+        )
 
 
 def _baseline_embeddings(
@@ -201,8 +237,8 @@ def _baseline_embeddings(
             raise ValueError(f"baseline='mean', and {model} knows no mean over a vocabulary; use 'zero'")
         return torch.where(texts.response[..., None], texts.average().to(texts.embeddings), texts.embeddings)
     tokenizer = resources.tokenizer
-    if isinstance(baseline, int):
-        token = baseline
+    if not isinstance(baseline, str):
+        token = int(baseline)
     elif tokenizer is None or tokenizer.pad_token_id is None:
         raise ValueError("baseline='pad', and there is no padding token; use 'mean' or the id of a token")
     else:

@@ -30,8 +30,6 @@ def scores_of_kept(
     Returns:
         (M,) float32.
     """
-    if rows_per_forward < 1:
-        raise ValueError(f"rows_per_forward is {rows_per_forward}; it must be at least 1")
     if not len(rows):
         return torch.zeros(0)
     scores = []

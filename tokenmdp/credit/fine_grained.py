@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.deletion import scores_of_kept
+from tokenmdp.credit.options import check_number, check_whole
 from tokenmdp.credit.spans import sentence_ends
 from tokenmdp.credit.weights import sparse_weights
 from tokenmdp.types import Credit, Episode, Outcome
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
 DENSITIES = ("token", "sentence", "text")
 CONTEXTS = ("prefix", "segment")
+
+
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """What tells a `RewardModel` from another object here; its class belongs to a later layer."""
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer whose ids name other tokens."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,12 @@ class FineReward:
         for name, value, choices in (("density", self.density, DENSITIES), ("context", self.context, CONTEXTS)):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_number("weight", self.weight)
+        if not (self.reward_model is None or isinstance(self.reward_model, (str, ReadsTokens))):
+            raise ValueError(
+                f"reward_model is {self.reward_model!r}; pass a RewardModel, the name of one, or None for the "
+                "environment's own"
+            )
         if not abs(self.weight) < float("inf"):
             raise ValueError(f"weight is {self.weight}; it must be a finite number")
 
@@ -78,6 +94,9 @@ class FineGrainedCredit:
     needs: ClassVar[frozenset[str]] = frozenset({"reward_calls"})
 
     def __post_init__(self) -> None:
+        check_whole("rows_per_forward", self.rows_per_forward, 1)
+        if not isinstance(self.parts, Sequence) or isinstance(self.parts, str):
+            raise ValueError(f"parts is {self.parts!r}; give a list of FineReward(reward_model, density, weight)")
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
             raise ValueError("parts is empty; give at least one FineReward")
@@ -142,5 +161,13 @@ class FineGrainedCredit:
                 )
             return resources.load_reward_model(part.reward_model)
         if resources.tokenizer is not None:
-            part.reward_model.check_tokenizer(resources.tokenizer)
+            try:
+                part.reward_model.check_tokenizer(resources.tokenizer)
+            except ValueError as error:
+                # Of the same type: the alignment that the model's own message recommends is only for named parts.
+                raise type(error)(
+                    f"{part.reward_model} reads other tokens than the environment writes; pass "
+                    "RetokenizedRewardModel(reward_model, env.unwrapped.tokenizer) as part, or in an environment with "
+                    f"align='offsets' the reward model's name ({error})"
+                ) from error
         return part.reward_model

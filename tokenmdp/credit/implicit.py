@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
+from tokenmdp.credit.options import check_number, check_whole
 from tokenmdp.credit.weights import redistribute, sparse_weights
 from tokenmdp.types import Credit, Episode, Outcome
 
@@ -70,12 +71,13 @@ class ImplicitRewardCredit:
     needs: ClassVar[frozenset[str]] = frozenset({"tuned_policy"})
 
     def __post_init__(self) -> None:
+        check_number("rto_beta", self.rto_beta)
+        check_number("clip", self.clip)
+        check_whole("rows_per_forward", self.rows_per_forward, 1)
         if not 0.0 <= self.rto_beta < float("inf"):
             raise ValueError(f"rto_beta is {self.rto_beta}; it scales a log-ratio and must be 0 or more")
         if not self.clip > 0.0:
             raise ValueError(f"clip is {self.clip}; it must be positive (infinity does not clip)")
-        if self.rows_per_forward < 1:
-            raise ValueError(f"rows_per_forward is {self.rows_per_forward}; it must be at least 1")
         for name, policy in (("tuned", self.tuned), ("reference", self.reference)):
             if not isinstance(policy, (str, TokenScorer)):
                 raise TypeError(

@@ -30,18 +30,25 @@ Function = Callable[..., torch.Tensor]
 
 POINTS = 16  # of the Gauss-Legendre rule
 SAME = 1e-9  # a difference below which the slope is the derivative
-# By name: `x * y`, `x.mul(y)` and `torch.mul(x, y)` are different functions. An operation that is not listed is taken
-# as linear; if it is not, the multipliers explain too little or too much of the score, and the credit method says so.
+# By name: `x * y`, `x.mul(y)` and `torch.mul(x, y)` are different functions, and `x *= y` is "mul_", which takes the
+# rule of "mul". An operation that is not listed is taken as linear; if it is not, such as a mask that the input decides
+# or a gradient written by hand, the multipliers explain too little or too much, and the credit method says so.
 ONE_NUMBER = frozenset({
-    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish",
-    "hardsigmoid", "tanh", "sigmoid", "logsigmoid", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square",
-    "reciprocal", "pow", "__pow__", "__rtruediv__", "erf", "abs", "clamp", "clip", "sin", "cos",
+    "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign",
+    "hardtanh", "hardswish", "hardsigmoid", "tanh", "sigmoid", "special_expit", "logsigmoid", "exp", "exp2", "expm1",
+    "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "pow", "__pow__", "__rpow__", "__rdiv__",
+    "__rtruediv__", "erf", "special_erf", "abs", "clamp", "clip", "sin", "cos",
 })  # fmt: skip
-PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
+PRODUCTS = frozenset({
+    "mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "dot", "bmm", "addmm",
+    "addbmm", "addcmul", "baddbmm", "einsum",
+})  # fmt: skip
 JOINT = frozenset({
-    "div", "divide", "true_divide", "__truediv__", "softmax", "log_softmax", "prod", "layer_norm", "rms_norm",
-    "group_norm", "normalize", "scaled_dot_product_attention",
+    "div", "divide", "true_divide", "__truediv__", "addcdiv", "softmax", "softmin", "log_softmax", "logsumexp",
+    "special_logsumexp", "prod", "glu", "std", "var", "norm", "linalg_norm", "linalg_vector_norm", "layer_norm",
+    "rms_norm", "group_norm", "normalize", "scaled_dot_product_attention",
 })  # fmt: skip
+RULES = ONE_NUMBER | PRODUCTS | JOINT
 
 
 def rescale_multipliers(
@@ -64,7 +71,8 @@ def rescale_multipliers(
     """
     with torch.enable_grad():
         leaf = inputs.detach().clone().requires_grad_()
-        total = score(_pair(leaf, reference)).as_subclass(torch.Tensor).sum()
+        # Clones, because a score may begin with an operation in place.
+        total = score(_pair(leaf.clone(), reference.clone())).as_subclass(torch.Tensor).sum()
         return torch.autograd.grad(total, leaf)[0]
 
 
@@ -76,12 +84,30 @@ class Paired(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` on the values and on the references, with the gradient that its rule says."""
-        call = (args, {key: value for key, value in (kwargs or {}).items() if key != "inplace"})  # x is needed later
+        name, options = getattr(func, "__name__", ""), dict(kwargs or {})
+        if options.pop("inplace", False):
+            return _in_place(func, types, args, options)
+        if name.endswith("_") and not name.endswith("__"):
+            if not isinstance(args[0], Paired):
+                raise ValueError(f"the score calls {name} on a tensor that has no reference; write it out of place")
+            if name[:-1] in RULES:
+                return _in_place(getattr(torch.Tensor, name[:-1]), types, args, options)
+        call = (args, options)
         with torch._C.DisableTorchFunctionSubclass():
             with torch.no_grad():
-                others, options = tree_map_only(Paired, lambda paired: paired.reference, call)
-                reference = func(*others, **options)
+                others, named = tree_map_only(Paired, lambda paired: paired.reference, call)
+                reference = func(*others, **named)
             return tree_map(_pair, _value(func, call), reference)
+
+
+def _in_place(func: Any, types: Any, args: Any, options: dict[str, Any]) -> Paired:
+    """``args[0]`` filled with what ``func``, which is out of place, makes of it."""
+    target, result = args[0], Paired.__torch_function__(func, types, args, options)
+    with torch._C.DisableTorchFunctionSubclass():
+        target.copy_(result)
+        with torch.no_grad():
+            target.reference.copy_(result.reference)
+    return target
 
 
 def _pair(value: Any, reference: Any) -> Any:
@@ -98,12 +124,14 @@ def _value(func: Any, call: tuple[Any, dict[str, Any]]) -> Any:
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Paired) and leaf.requires_grad]
     moving = [leaves[place] for place in places]
     one_number, product = name in ONE_NUMBER and len(moving) == 1, name in PRODUCTS and len(moving) > 1
-    if not torch.is_grad_enabled() or not moving or not (one_number or product or name in JOINT):
+    joint = name in JOINT or name in ONE_NUMBER  # a power may have a moving exponent too
+    if not torch.is_grad_enabled() or not moving or not (product or joint):
         return func(*call[0], **call[1])
     fixed = [leaf.detach() if isinstance(leaf, Paired) else leaf for leaf in leaves]
 
     def of_moving(*values: torch.Tensor) -> torch.Tensor:
-        filled = list(fixed)
+        exact = values[0].dtype == torch.float64  # as `_slope` asks; the weight of prelu must follow
+        filled = [leaf.double() if exact and _is_float(leaf) else leaf for leaf in fixed]
         for place, value in zip(places, values, strict=True):
             filled[place] = value
         args, kwargs = tree_unflatten(filled, structure)
@@ -114,13 +142,19 @@ def _value(func: Any, call: tuple[Any, dict[str, Any]]) -> Any:
     return _Explained.apply(of_moving, rule, [one.reference for one in moving], *moving)
 
 
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
 class _Explained(torch.autograd.Function):
     """A function whose gradient is what ``rule`` makes of it; the points are visited in the backward, not kept."""
 
     @staticmethod
     def forward(ctx: Any, function: Function, rule: Any, references: list[torch.Tensor], *values: Any) -> torch.Tensor:
-        ctx.function, ctx.rule, ctx.references = function, rule, references
-        ctx.values = [value.detach() for value in values]  # plain tensors, as __torch_function__ is off here
+        ctx.function, ctx.rule = function, rule
+        # Clones, which what the score does in place later does not reach; plain, as __torch_function__ is off here.
+        ctx.values = [value.detach().clone() for value in values]
+        ctx.references = [reference.clone() for reference in references]
         return function(*values)
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.deletion import scores_of_kept
 from tokenmdp.credit.games import Plan, make_plan
+from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.spans import UNITS, unit_ids
 from tokenmdp.credit.weights import check_credit_beta, settle
 from tokenmdp.types import Credit, Episode, Outcome
@@ -54,6 +55,9 @@ class ShapleyCredit:
         check_credit_beta(self.credit_beta)
         if self.units not in UNITS:
             raise ValueError(f"units is {self.units!r}; choose one of {', '.join(UNITS)}")
+        check_whole("seed", self.seed)
+        check_whole("rows_per_forward", self.rows_per_forward, 1)
+        check_whole("budget", self.budget)
         if self.budget < 2:
             raise ValueError(
                 f"budget is {self.budget}; a response of one unit takes 2 evaluations and one of n units "

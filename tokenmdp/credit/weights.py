@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from tokenmdp.credit.options import check_number
+
 ATTENTION_FLOOR = 1e-3  # below this response mass, dividing by it amplifies noise
+NEARLY_UNIFORM = 0.95  # of the largest entropy; rows of small untrained-for-it classifiers lie there
 
 
 def redistribute(score: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -131,5 +134,6 @@ def check_credit_beta(credit_beta: float) -> None:
     Raises:
         ValueError: with the value.
     """
+    check_number("credit_beta", credit_beta)
     if not 0.0 <= credit_beta <= 1.0:
         raise ValueError(f"credit_beta is {credit_beta}; it mixes two weightings and must lie in [0, 1]")

@@ -22,8 +22,8 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from tokenmdp.interop.reading import mark_token_rewards_read
-from tokenmdp.state_reader import StateReader, read_states
 from tokenmdp.policy import NEVER, CausalLMPolicy
+from tokenmdp.state_reader import StateReader, read_states
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from tokenmdp.credit import (
+    REWARD_MODEL_NEEDS,
     CreditMethod,
+    MissingResource,
     attention_weights,
     row_entropy,
 )
@@ -26,7 +28,7 @@ METRICS = ("spearman", "spearman_abs", "auc", "deletion", "insertion")
 CONTROLS = ("reference", "random")  # the ceiling and the floor of each column
 TEXTS_AT_ONCE = 20
 EXAMPLES = 4
-MAX_FORWARDS = 20_000
+MAX_FORWARDS = 65_000  # 500 texts of a Shapley game with a budget of 128
 
 
 @dataclass
@@ -36,6 +38,7 @@ class MethodQuality:
     name: str
     needs: list[str]
     unavailable: str | None = None  # the reason
+    stopped: str | None = None  # why it covers fewer texts than there are, if it does
     texts: int = 0
     reward_forwards: float = 0.0  # a text, the forward that scores included
     policy_forwards: float = 0.0  # a text
@@ -60,6 +63,7 @@ class _Tally:
         self.examples: torch.Tensor | None = None
         self.texts = self.reward_forwards = self.policy_forwards = 0
         self.unavailable: str | None = None
+        self.stopped: str | None = None
 
     def add(self, credit: torch.Tensor, metrics: Mapping[str, torch.Tensor]) -> None:
         if self.examples is None:
@@ -71,6 +75,8 @@ class _Tally:
     def quality(self, name: str, needs: frozenset[str], seed: int) -> MethodQuality:
         if self.unavailable is not None:
             return MethodQuality(name, sorted(needs), self.unavailable)
+        if not self.texts:
+            return MethodQuality(name, sorted(needs), self.stopped)
         intervals = {}
         for metric, parts in self.columns.items():
             column = np.concatenate(parts)
@@ -78,7 +84,9 @@ class _Tally:
             if len(defined) > 1:
                 intervals[metric] = bootstrap_interval(defined, seed)
         reward_forwards, policy_forwards = self.reward_forwards / self.texts, self.policy_forwards / self.texts
-        return MethodQuality(name, sorted(needs), None, self.texts, reward_forwards, policy_forwards, intervals)
+        return MethodQuality(
+            name, sorted(needs), None, self.stopped, self.texts, reward_forwards, policy_forwards, intervals
+        )
 
 
 def measure(
@@ -100,7 +108,8 @@ def measure(
     The credit is taken as the method delivers it, with what it adds to the last token so that the sum is the score.
     Costs are counted, not estimated, see `run_counted`; the forwards that measure are not among them. A method
     stops after the batch of texts in which it has spent ``max_forwards``, so an expensive one is measured on the first
-    texts only. A method that cannot run here is reported with its reason.
+    texts only, and so does one that refuses a text; `MethodQuality.stopped` says why. A method that needs what is not
+    here is reported with its reason.
 
     Args:
         world: texts, reward model and reference.
@@ -127,11 +136,20 @@ def measure(
         tallies["reference"].reward_forwards += int(mask.sum()) + len(mask) if world.known is None else 0
         for name, method in methods.items():
             tally = tallies[name]
-            if tally.unavailable is None and tally.reward_forwards < max_forwards:
+            if tally.unavailable is None and tally.stopped is None:
+                if tally.reward_forwards >= max_forwards:
+                    tally.stopped = f"it has spent its {max_forwards} reward-model forwards (--max-forwards)"
+                    continue
+                if lacking := (method.needs & REWARD_MODEL_NEEDS) - plain.provides:
+                    tally.unavailable = f"{plain} does not provide {', '.join(sorted(lacking))}"
+                    continue
                 try:
                     counted = run_counted(method, episodes, world.model, world.tokenizer, lent)
-                except ValueError as error:  # MissingResource, or what the reward model does not provide
+                except MissingResource as error:
                     tally.unavailable = str(error)
+                    continue
+                except ValueError as error:
+                    tally.stopped = f"it failed in texts {start + 1} to {start + len(mask)}: {error}"
                     continue
                 credits[name] = counted.credit.token_rewards.detach()
                 tally.reward_forwards += counted.reward_forwards

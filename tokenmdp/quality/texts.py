@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from tokenmdp.types import Episode
+from tokenmdp.types import Episode, lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,21 +33,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "") -> T
 
 
 def episodes_of(texts: Sequence[Text]) -> Episode:
-    """The texts as episodes, laid out as in `tokenmdp.types`; at least one prompt slot, empty slots hold id 0.
-
-    >>> episodes = episodes_of([Text([5, 6], [7]), Text([], [8, 9])])
-    >>> episodes.input_ids.tolist(), episodes.response_mask.int().tolist()
-    ([[5, 6, 7, 0], [0, 0, 8, 9]], [[1, 0], [1, 1]])
-    """
-    prompt_slots = max(1, *(len(text.prompt_ids) for text in texts))  # a policy reads the slot before the response
-    horizon = max(len(text.ids) for text in texts)
-    ids = torch.zeros(len(texts), prompt_slots + horizon, dtype=torch.long)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        for first, tokens in ((prompt_slots - len(text.prompt_ids), text.prompt_ids), (prompt_slots, text.ids)):
-            ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, first : first + len(tokens)] = True
-    return Episode(ids, mask, mask[:, prompt_slots:])
+    """The texts as episodes; see `tokenmdp.types.lay_out`."""
+    return lay_out([text.prompt_ids for text in texts], [text.ids for text in texts])
 
 
 def text_of(episodes: Episode, row: int) -> Text:

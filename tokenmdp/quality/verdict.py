@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenmdp.credit.weights import NEARLY_UNIFORM
 from tokenmdp.intervals import Interval
-from tokenmdp.wrappers.base import NEARLY_UNIFORM
 
 # Of the mean Spearman correlation with |leave-one-out|. Small models trained from scratch have means of .0 to .2 by
 # themselves; a model whose row was trained to follow leave-one-out reaches .57.

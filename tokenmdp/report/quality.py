@@ -34,7 +34,7 @@ LEGEND = (
     f"{BACKWARD}; policy: forwards of policies, such as the one that computes the live policy's attention.",
     "reference: the reference itself as credit; random: noise. Credit is taken as delivered, with what a method adds "
     "to the last token so that the sum is the score.",
-    "texts: an expensive method stops once it has spent its forwards, so it saw the first texts only.",
+    "texts: where a method stopped before the last text, how many it covers of how many.",
 )
 
 
@@ -76,15 +76,15 @@ def _table(
 ) -> Table:
     """The given metrics; ``between`` stands between a mean and its interval, and where a name may break."""
     table = Table(title=title, title_justify="left")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold", max_width=22 if between == "\n" else None)
     for heading in ("texts", "cost", *(HEADINGS[metric] for metric in metrics)):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for method in result.methods:
         if method.unavailable is None:
             name = labels.get(method.name, method.name).replace(" (", f"{between}(")
             if between == "\n":
                 name = name.replace("integrated-", "integrated-\n")
-            numbers = [str(method.texts), cost(method).replace(" policy", f"{between}policy")]
+            numbers = [_texts(method, result, between), cost(method).replace(" policy", f"{between}policy")]
             cells = (_interval(method, metric).replace(" ", between, 1) for metric in metrics)
             style = "dim" if method.name in CONTROLS else None
             table.add_row(name, *numbers, *cells, style=style)
@@ -92,9 +92,15 @@ def _table(
 
 
 def notes(result: WorldQuality) -> list[str]:
-    """Below the table: what could not run and why, and the verdict on the attention."""
+    """Below the table: what could not run or not on all texts, and why; and the verdict on the attention."""
     refused = refusals({method.name: method.unavailable for method in result.methods if method.unavailable})
-    return [*refused, "The reward model shows no attention." if result.attention is None else str(result.attention)]
+    reasons = {method.name: method.stopped for method in result.methods if method.stopped and method.texts}
+    stopped = [f"{name}: the first texts only, because {reason}" for name, reason in reasons.items()]
+    return [
+        *refused,
+        *stopped,
+        "The reward model shows no attention." if result.attention is None else str(result.attention),
+    ]
 
 
 def markdown(results: Sequence[WorldQuality], labels: Mapping[str, str], command: str) -> str:
@@ -107,7 +113,8 @@ def markdown(results: Sequence[WorldQuality], labels: Mapping[str, str], command
         for method in result.methods:
             if method.unavailable is None:
                 cells = " | ".join(_interval(method, metric) for metric in METRICS)
-                lines.append(f"| {labels.get(method.name, method.name)} | {method.texts} | {cost(method)} | {cells} |")
+                first = (labels.get(method.name, method.name), _texts(method, result, " "), cost(method))
+                lines.append(f"| {' | '.join(first)} | {cells} |")
         lines += ["", *(f"* {note}" for note in notes(result)), ""]
     return "\n".join([*lines, *(f"* {line}" for line in LEGEND), ""])
 
@@ -131,6 +138,12 @@ def record(results: Sequence[WorldQuality], arguments: Mapping[str, Any]) -> dic
             for result in results
         ],
     }
+
+
+def _texts(method: MethodQuality, result: WorldQuality, between: str) -> str:
+    """On how many texts the row's means are."""
+    every = len(result.world.episodes.input_ids)
+    return str(method.texts) if method.texts == every else f"{method.texts}{between}of {every}"
 
 
 def _title(result: WorldQuality) -> str:

@@ -200,6 +200,11 @@ class RewardModel(ABC):
                 "credit by characters; or tokenizer= with the reward model's own and a policy trained with it"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the CPU unless a subclass says otherwise."""
+        return torch.device("cpu")
+
     def to_json(self) -> dict[str, Any]:
         """The arguments of `load_reward_model` that rebuild this model.
 

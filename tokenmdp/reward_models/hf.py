@@ -235,6 +235,11 @@ class HFRewardModel(RewardModel):
             )
         self._check_rows(tokenizer)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
     def remedy(self) -> str:
         """How to get a named model instead of this object."""
         return (

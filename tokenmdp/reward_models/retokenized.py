@@ -10,7 +10,7 @@ import torch
 
 from tokenmdp.credit.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, VocabularyMismatch
-from tokenmdp.types import Episode, RewardOutput
+from tokenmdp.types import Episode, RewardOutput, lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +136,11 @@ class RetokenizedRewardModel(RewardModel):
             average=inner.average,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where ``inner`` computes."""
+        return self.inner.device
+
     def remedy(self) -> str:
         """How to get a named model instead of this object."""
         return "Give the environment the inner model's name with align='offsets' and reward_template="
@@ -198,7 +203,7 @@ class RetokenizedRewardModel(RewardModel):
             owned.append(token_spans(ranges)[first:])
         theirs = torch.nn.utils.rnn.pad_sequence(owned, batch_first=True)  # (N, J, 2)
         silent = torch.tensor([not ids for ids in encoded["input_ids"]])
-        return _Reading(_lay_out(heads, tails), theirs, silent)
+        return _Reading(lay_out(heads, tails), theirs, silent)
 
     def _ask(self, reading: _Reading, needs: frozenset[str] = frozenset()) -> RewardOutput:
         """What ``inner`` says; a text without any token scores 0."""
@@ -270,15 +275,3 @@ def check_template(template: str) -> None:
             f"the template {template!r} must have {{response}} once and nothing else in braces but {{prompt}}, for "
             f"example {PLAIN!r}; double literal braces"
         )
-
-
-def _lay_out(heads: Sequence[list[int]], tails: Sequence[list[int]]) -> Episode:
-    """Prompts and responses of several lengths as one batch of episodes."""
-    prompt_slots, horizon = max(map(len, heads)), max(map(len, tails))
-    ids = torch.zeros(len(heads), prompt_slots + horizon, dtype=torch.long)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        for first, tokens in ((prompt_slots - len(head), head), (prompt_slots, tail)):
-            ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, first : first + len(tokens)] = True
-    return Episode(ids, mask, mask[:, prompt_slots:])

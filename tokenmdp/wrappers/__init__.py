@@ -26,6 +26,7 @@ from tokenmdp.wrappers.base import (
     UninformativeAttention,
     UnreadTokenRewards,
     find_credit_wrapper,
+    method_of,
 )
 from tokenmdp.wrappers.online import PrefixLedger
 
@@ -47,13 +48,14 @@ class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
 
     Args:
         env: an environment with `outcome`.
-        credit: the method, such as ``AttentionCredit(credit_beta=0.5)`` or one of your own.
+        credit: a name of `tokenmdp.credit.CREDIT_METHODS`, or a method object, such as one of your own.
+        **options: of the named method. A spec keeps name and options as JSON, an object it cannot.
     """
 
-    def __init__(self, env: gym.Env, credit: CreditMethod) -> None:
-        RecordConstructorArgs.__init__(self, credit=credit)  # ignored after a subclass has recorded its own
+    def __init__(self, env: gym.Env, credit: str | CreditMethod, **options: Any) -> None:
+        RecordConstructorArgs.__init__(self, credit=credit, **options)  # ignored if a subclass has recorded its own
         gym.Wrapper.__init__(self, env)
-        self._bind(credit)
+        self._bind(method_of(credit, options))
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment; the terminal info gains ``token_rewards`` and the credit method's report."""
@@ -90,8 +92,9 @@ class AttentionCreditReward(CreditReward):
     """``token_rewards[t] = score * (credit_beta * alpha[t] + (1 - credit_beta) * 1[t = last])``.
 
     alpha is the reward model's last-layer attention row of the token it pools, averaged over heads, restricted to the
-    response and renormalised. The terminal info also says ``attention_mass`` (the response's share of the row) and
-    ``credit_fallback`` (True where that is below ``attention_floor`` and alpha is uniform).
+    response and renormalised. The terminal info also says ``attention_mass`` (the response's share of the row),
+    ``attention_entropy`` (of alpha, as a share of its maximum) and ``credit_fallback`` (True where the mass is below
+    ``attention_floor`` and alpha is uniform). If the first rows are close to uniform, `UninformativeAttention` warns.
 
     Source: Chan et al., "Dense Reward for Free in RLHF", ICML 2024.
 
@@ -110,9 +113,10 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
     """``reward[t] = credit_beta * (score of y[<=t] - score of y[<t])`` in the step of token t; the rest at the end.
 
     The causal form of `tokenmdp.credit.PrefixDifferenceCredit` (RED): the same numbers, but `reward` itself is dense,
-    so any tool trains on it without an adapter and nothing is buffered. The rewards of an episode sum to its score.
-    Any reward model will do, also an encoder; the price is one more forward a step, on the text so far. The terminal
-    info holds ``token_rewards``, the same rewards once more: a learner uses one or the other.
+    so any tool trains on it without an adapter and nothing is buffered. The rewards of an episode sum to its score:
+    learn with gamma = 1 (the default of many tools is .99). Any reward model will do, also an encoder; the price is one
+    more forward a step, on the text so far. With a ``response_prefix`` the first difference starts from it. The
+    terminal info holds ``token_rewards``, the same rewards once more: a learner uses one or the other.
 
     Args:
         env: a TextGen environment.

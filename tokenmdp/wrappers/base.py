@@ -10,8 +10,10 @@ from weakref import WeakSet
 
 import gymnasium as gym
 import numpy as np
+import torch
 
-from tokenmdp.credit import CreditMethod, Resources
+from tokenmdp.credit import CreditMethod, Resources, make_credit
+from tokenmdp.credit.weights import NEARLY_UNIFORM
 from tokenmdp.env import TokenEpisodes
 from tokenmdp.types import Outcome
 
@@ -24,7 +26,6 @@ EVALUATIONS = (  # modules whose functions play episodes and learn nothing
 
 ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
 LEAST_LENGTH_JUDGED = 4  # tokens: shorter rows are uneven or even by chance
-NEARLY_UNIFORM = 0.95  # of the largest entropy; rows of small untrained-for-it classifiers lie there
 
 
 class UninformativeAttention(UserWarning):
@@ -58,6 +59,11 @@ class CreditWrapper:
 
     def _bind(self, credit: CreditMethod, needs: frozenset[str] | None = None) -> None:
         """Attach ``credit``; it needs ``credit.needs`` unless told otherwise. Called once the wrapper has its env."""
+        if not callable(credit) or not hasattr(credit, "needs"):
+            raise TypeError(
+                f"credit is {credit!r}; pass the name of a method with its options, as in "
+                'CreditReward(env, "red", credit_beta=0.5), or a method object (which a spec cannot keep as JSON)'
+            )
         needs = credit.needs if needs is None else needs
         inner = find_credit_wrapper(self.env)
         if inner is not None:
@@ -92,7 +98,8 @@ class CreditWrapper:
         """
         base = self.env.unwrapped
         credit = self.credit(outcome, base.resources() if isinstance(base, TokenEpisodes) else Resources())
-        columns = {"token_rewards": credit.token_rewards.numpy().copy()}
+        self._check_credit(credit.token_rewards, outcome)
+        columns = {"token_rewards": credit.token_rewards.float().numpy().copy()}
         columns |= {key: values.numpy().copy() for key, values in credit.report.items()}
         if not self.credit.conserves_return:
             columns["credit_residual"] = outcome.reward.score.numpy() - columns["token_rewards"].sum(-1)
@@ -102,6 +109,23 @@ class CreditWrapper:
             self._show(outcome.rows.numpy(), columns["token_rewards"])
             self._watch_readers(base, len(outcome.rows))
         return columns
+
+    def _check_credit(self, token_rewards: torch.Tensor, outcome: Outcome) -> None:
+        """Refuse credit that learners could not use; what a method computes is not checked anywhere else."""
+        shape = tuple(outcome.episode.response_mask.shape)
+        if tuple(token_rewards.shape) != shape:
+            raise ValueError(
+                f"{self.credit.name} credit returned token_rewards of shape {tuple(token_rewards.shape)}; one reward "
+                f"a response slot is needed, shape {shape}"
+            )
+        bad = (~torch.isfinite(token_rewards)).any(-1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            ids = outcome.episode.input_ids[row][outcome.episode.attention_mask[row]].tolist()
+            raise ValueError(
+                f"{self.credit.name} credit of the text with token ids {ids} is {token_rewards[row].tolist()}; look "
+                "for NaN in what the method reads (attention, gradients, log-probabilities), and use float32"
+            )
 
     def _attending_model(self) -> str:
         """Whose attention the credit follows, for a message."""
@@ -174,3 +198,16 @@ def find_credit_wrapper(env: Any) -> CreditWrapper | None:
         if not isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper)):
             return None
         env = env.env
+
+
+def method_of(credit: str | CreditMethod, options: dict[str, Any]) -> CreditMethod:
+    """The method that ``credit`` names, with ``options``; a method object as it is.
+
+    Raises:
+        ValueError: no such name or option, or options for an object, which has its own.
+    """
+    if isinstance(credit, str):
+        return make_credit(credit, **options)
+    if options:
+        raise ValueError(f"{credit!r} has its options already; {', '.join(options)} can be given with a name only")
+    return credit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from tokenmdp.env import TokenEpisodes
 
@@ -23,17 +22,10 @@ class PrefixLedger:
         self._paid = np.zeros((num_rows, base.task.max_new_tokens), dtype=np.float64)
 
     def start(self, rows: np.ndarray) -> None:
-        """New episodes in ``rows`` (n,) int64. A given ``response_prefix`` is paid for, on its last token."""
+        """New episodes in ``rows`` (n,) int64, which begin after their prompt or their ``response_prefix``."""
         episodes = self._base.episodes_so_far(rows)
-        silent = torch.zeros_like(episodes.response_mask)
-        asked = torch.cat([episodes.attention_mask[:, : episodes.prompt_slots], silent], dim=1)
-        alone = self._base.task.reward_model(
-            episodes._replace(attention_mask=asked, response_mask=silent), empty_responses=True
-        ).score.double()
-        self._score[rows], self._paid[rows] = alone.numpy(), 0.0
-        given = rows[episodes.response_mask.any(-1).numpy()]
-        if given.size:
-            self.pay(given)
+        self._score[rows] = self._base.task.reward_model(episodes, empty_responses=True).score.double().numpy()
+        self._paid[rows] = 0.0
 
     def pay(self, rows: np.ndarray) -> np.ndarray:
         """The rewards (n,) float64 of the tokens that the running ``rows`` have just got; one reward-model call."""

@@ -18,7 +18,7 @@ from tokenmdp.credit import (
     UniformCredit,
 )
 from tokenmdp.vector_env import spread_columns
-from tokenmdp.wrappers.base import CreditWrapper, find_credit_wrapper
+from tokenmdp.wrappers.base import CreditWrapper, find_credit_wrapper, method_of
 from tokenmdp.wrappers.online import PrefixLedger
 
 __all__ = [
@@ -36,13 +36,14 @@ class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArg
 
     Args:
         env: an environment with `outcome`.
-        credit: the method, such as ``AttentionCredit(credit_beta=0.5)`` or one of your own.
+        credit: a name of `tokenmdp.credit.CREDIT_METHODS`, or a method object, such as one of your own.
+        **options: of the named method. A spec keeps name and options as JSON, an object it cannot.
     """
 
-    def __init__(self, env: gym.vector.VectorEnv, credit: CreditMethod) -> None:
-        RecordConstructorArgs.__init__(self, credit=credit)  # ignored after a subclass has recorded its own
+    def __init__(self, env: gym.vector.VectorEnv, credit: str | CreditMethod, **options: Any) -> None:
+        RecordConstructorArgs.__init__(self, credit=credit, **options)  # ignored if a subclass has recorded its own
         gym.vector.VectorWrapper.__init__(self, env)
-        self._bind(credit)
+        self._bind(method_of(credit, options))
 
     @property
     def autoreset_mode(self) -> AutoresetMode:

@@ -20,10 +20,10 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmdp.state_reader import StateReader, last_slots, read_states
 from tokenmdp.loading import holds_tokenizer, load_tokenizer, resolve
 from tokenmdp.policy import NEVER, CausalLMPolicy, check_vocabulary
 from tokenmdp.reward_models.base import VocabularyMismatch
+from tokenmdp.state_reader import StateReader, last_slots, read_states
 
 try:
     from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
