@@ -46,7 +46,8 @@ def sample(policy, ids, mask, seed=0, deterministic=False):
     generator = torch.Generator(ids.device).manual_seed(seed)
     state, logprobs, values, supports = policy.prefill(ids, mask), [], [], []
     for t in range(H):
-        token, logprob, value = policy.act(state, generator, deterministic)
+        uniform = torch.rand(len(ids), dtype=torch.float64, device=ids.device, generator=generator)
+        token, logprob, value = policy.act(state, uniform, deterministic)
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         logprobs.append(logprob)
         values.append(value)
@@ -103,7 +104,9 @@ def test_tokens_are_drawn_from_the_processed_distribution(options):
     expected = raw.softmax(-1)
     draws = 20_000
     state = policy.prefill(ids[:1].expand(draws, -1), mask[:1].expand(draws, -1))
-    token, logprob, _ = policy.act(state, torch.Generator().manual_seed(0))
+    token, logprob, _ = policy.act(
+        state, torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     frequencies = torch.bincount(token, minlength=V) / draws
     assert ((frequencies - expected).abs() <= 4.5 * (expected * (1 - expected) / draws).sqrt()).all()
     torch.testing.assert_close(logprob, expected.log()[token], rtol=0, atol=1e-4)

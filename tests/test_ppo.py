@@ -245,7 +245,9 @@ def test_bfloat16_learns_too():
     assert agent.policy.lm.dtype == torch.float32
     assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"]
     still = make_agent(make_envs(32), dtype="bfloat16", learning_rate=1e-12).learn(1).history[0]
-    assert 0 < still["approx_kl"] < 1e-4  # rounding alone: sampling with the cache against the full forward
+    assert 0 <= still["approx_kl"] < 1e-4  # rounding alone: sampling with the cache against the full forward
+    exact = make_agent(make_envs(32), dtype="float32", learning_rate=1e-12).learn(1).history[0]
+    assert 0 < abs(still["entropy"] - exact["entropy"]) < 1e-2
     assert still["clip_fraction"] == 0
 
 

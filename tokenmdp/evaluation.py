@@ -240,6 +240,7 @@ class _LanguageModel:
         if policy.top_k:
             least = logits.topk(policy.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, NEVER)
-        token, _, _ = policy.act(state._replace(logits=logits), self._generator, self._deterministic)
+        uniform = torch.rand(len(logits), dtype=torch.float64, device=device, generator=self._generator)
+        token, _, _ = policy.act(state._replace(logits=logits), uniform, self._deterministic)
         actions = token.cpu().numpy()
         return actions[0] if single else actions

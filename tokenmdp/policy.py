@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenmdp.checkpoints import CheckpointError
+from tokenmdp.kv_cache import make_cache
 from tokenmdp.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
 from tokenmdp.reward_models.base import VocabularyMismatch
 from tokenmdp.types import response_rows
@@ -151,26 +152,48 @@ class CausalLMPolicy(nn.Module):
         With ``step`` every row's last ``step`` tokens are its response so far: the state before response token
         ``step``.
         """
-        return self._advance(DynamicCache(config=self.lm.config), input_ids, attention_mask.long(), step)
+        return self._advance(make_cache(self.lm.config), input_ids, attention_mask.long(), step)
 
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
         """Append one token (N,) to every row; the cache of ``state`` is used up."""
         attention_mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(token), 1)], dim=1)
         return self._advance(state.cache, token[:, None], attention_mask, state.step + 1)
 
+    def select(self, state: DecodeState, rows: torch.Tensor) -> DecodeState:
+        """The state of some ``rows`` (n,) int64 alone; the cache of ``state`` is used up.
+
+        Raises:
+            NotImplementedError: the model's cache has layers whose rows cannot be selected.
+        """
+        state.cache.batch_select_indices(rows)
+        support = None if state.support is None else state.support[rows]
+        return DecodeState(
+            state.cache, state.attention_mask[rows], state.step, state.logits[rows], support, state.value[rows]
+        )
+
     def act(
-        self, state: DecodeState, generator: torch.Generator | None = None, deterministic: bool = False
+        self, state: DecodeState, uniform: torch.Tensor | None = None, deterministic: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose response token ``state.step``: (token int64, logprob float32, value float32), each (N,).
 
-        ``deterministic`` takes the most likely token; its logprob is still the one under the distribution.
+        Token c is drawn where ``CDF[c-1] <= uniform < CDF[c]``: one random number a row, so what a row draws does not
+        depend on which other rows are there.
+
+        Args:
+            state: before the token.
+            uniform: (N,) float64 in [0, 1); None draws from PyTorch's own generator.
+            deterministic: takes the most likely token; its logprob is still the one under the distribution.
         """
-        noisy = state.logits
-        if not deterministic:  # argmax(logits - log Exp(1)) samples softmax(logits), without a transfer to the host
-            noise = torch.empty_like(noisy).exponential_(generator=generator).clamp_(min=1e-20)
-            noisy = noisy - noise.log()
-        column = noisy.argmax(-1, keepdim=True)  # (N, 1)
-        logprob = state.logits.log_softmax(-1).gather(-1, column)
+        every_logprob = state.logits.log_softmax(-1)  # (N, C)
+        if deterministic:
+            column = every_logprob.argmax(-1, keepdim=True)  # (N, 1)
+        else:
+            if uniform is None:
+                uniform = torch.rand(len(every_logprob), dtype=torch.float64, device=every_logprob.device)
+            cdf = every_logprob.exp().double().cumsum(-1)  # in float32 the rare tokens of 50,000 would vanish
+            column = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+            column = column.clamp(max=cdf.shape[1] - 1)  # a product rounded up to the last sum
+        logprob = every_logprob.gather(-1, column)
         token = column if state.support is None else state.support.gather(-1, column)
         return token.squeeze(-1), logprob.squeeze(-1), state.value
 

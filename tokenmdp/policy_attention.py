@@ -30,17 +30,16 @@ class SampledAttention:
     def __init__(self, policy: CausalLMPolicy, prompt_columns: int, num_rows: int, max_new_tokens: int) -> None:
         _prepare(policy)
         self._prompt_columns = prompt_columns
-        self._index = torch.zeros(num_rows, 1, dtype=torch.long, device=policy.lm.device)  # the only query of a step
         self._attention = torch.zeros(num_rows, max_new_tokens, max_new_tokens, device=policy.lm.device)
         self._step = 0
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Around the policy's `append` of the next response token: keep its row."""
-        with capture_rows(self._index) as capture:
+    def reading(self, rows: torch.Tensor) -> Iterator[None]:
+        """Around the policy's `append` of the next response token to the episodes ``rows`` (n,): keep their rows."""
+        with capture_rows(torch.zeros_like(rows)[:, None]) as capture:  # the only query of a step
             yield
-        row = capture.rows()[:, 0, self._prompt_columns :]  # (N, step + 1)
-        self._attention[:, self._step, : row.shape[-1]] = row
+        row = capture.rows()[:, 0, self._prompt_columns :].float()  # (n, step + 1)
+        self._attention[rows, self._step, : row.shape[-1]] = row
         self._step += 1
 
     def __call__(self, outcome: Outcome) -> torch.Tensor:

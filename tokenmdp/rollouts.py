@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from tokenmdp.decoding import SHARE_ENDED, Reading, decode, uniforms_for
 from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.policy_attention import SampledAttention
 from tokenmdp.types import Rollout
@@ -56,6 +57,7 @@ def collect(
     *,
     seed: int | None = None,
     rows_per_forward: int = 64,
+    share_ended: float = SHARE_ENDED,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference.
 
@@ -66,6 +68,7 @@ def collect(
         generator: Sampling noise, on the policy's device.
         seed: For ``envs.reset``; None goes on with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
+        share_ended: See `tokenmdp.decoding.decode`; it changes the time alone.
 
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
@@ -79,55 +82,43 @@ def collect(
     first_slot = int(observation["attention_mask"].any(0).argmax())
     prompt = slice(first_slot, task.max_prompt_tokens)
     last_infos: dict[str, np.ndarray] = {}
-    logprobs: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    supports: list[torch.Tensor] = []
-    running = np.ones(envs.num_envs, dtype=bool)
+    logprobs = torch.zeros(envs.num_envs, task.max_new_tokens, device=device)
+    values = torch.zeros_like(logprobs)
+    support = torch.zeros(*logprobs.shape, policy.top_k, dtype=torch.long, device=device) if policy.top_k else None
+    uniforms = uniforms_for(task.max_new_tokens, envs.num_envs, device, generator)
 
+    length = 0  # no response is longer
     with policy.autocast(), _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
         state = policy.prefill(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
         )
-        for _ in range(task.max_new_tokens):
-            token, logprob, value = policy.act(state, generator)
-            logprobs.append(logprob)
-            values.append(value)
-            if state.support is not None:
-                supports.append(state.support)
-            with torch.autocast(device.type, enabled=False):  # the reward model keeps its own precision
-                observation, _, terminated, _, info = envs.step(token.cpu().numpy())
-            _keep(last_infos, info)
-            running &= ~terminated
-            if not running.any():
-                break
-            with reading():
-                state = policy.append(state, token)
-    if running.any():
-        raise gym.error.Error(
-            f"{running.sum()} rows did not end within {task.max_new_tokens} tokens; is a wrapper hiding it?"
-        )
+        for step in decode(envs, policy, state, uniforms, reading, share_ended):
+            logprobs[step.rows, length], values[step.rows, length] = step.logprob, step.value
+            if support is not None and step.support is not None:
+                support[step.rows, length] = step.support
+            _keep(last_infos, step.info)
+            observation, length = step.observation, length + 1
 
-    length = len(logprobs)  # no response is longer
     seen = slice(first_slot, task.max_prompt_tokens + length)
     mask = torch.as_tensor(last_infos["token_mask"][:, :length], device=device)
     rollout = Rollout(
         input_ids=torch.as_tensor(observation["input_ids"][:, seen], device=device),
         attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
         response_mask=mask,
-        logprobs=torch.stack(logprobs, 1) * mask,  # (N, H); rows that ended early sampled on in vain
+        logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have sampled on in vain
         ref_logprobs=torch.zeros(mask.shape, device=device),
-        values=torch.stack(values, 1) * mask,
+        values=values[:, :length] * mask,
         token_rewards=torch.as_tensor(last_infos["token_rewards"][:, :length], dtype=torch.float32, device=device),
         scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),
-        support=torch.stack(supports, 1) if supports else None,  # (N, H, k)
+        support=None if support is None else support[:, :length],
     )
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     return rollout, _metrics(rollout, last_infos, policy.eos_token_id)
 
 
 @contextlib.contextmanager
-def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Any]:
+def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Reading]:
     """Lend the environment the policy's attention for one rollout, if its credit needs it.
 
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
@@ -135,7 +126,7 @@ def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns:
     """
     base, wrapper = check_envs(envs), find_credit_wrapper(envs)
     if wrapper is None or "policy_attention" not in wrapper.credit.needs:
-        yield contextlib.nullcontext
+        yield lambda rows: contextlib.nullcontext()
         return
     recorder = SampledAttention(policy, prompt_columns, envs.num_envs, base.task.max_new_tokens)
     before, base.policy_attention = base.policy_attention, recorder

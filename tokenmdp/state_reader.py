@@ -15,14 +15,17 @@ Both then grow by the same one column. Positions come from the mask, so a row's 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
 
+from tokenmdp.kv_cache import RoomyLayer, make_cache
 from tokenmdp.policy import CausalLMPolicy, DecodeState
 
 logger = logging.getLogger(__name__)
 
+LEAST_ELEMENTS = 256  # of a tensor's, looked at for changes
 EMPTY = -1  # stands in slots without a token
 
 
@@ -55,21 +58,17 @@ class StateReader:
     """`read_states` for successive observations of the same environments, through one key-value cache.
 
     A row whose text is that of the last call and one more token costs that token; any other row is read anew; where no
-    text changed, the last answer stands. Changed weights (any change made in place or by a new storage) empty the
-    cache, because keys and values of older weights would mix two policies. A write through ``parameter.data`` in place
-    leaves no trace in PyTorch: call `forget` after one.
+    text changed, the last answer stands. Changed weights empty the cache, because keys and values of older weights
+    would mix two policies; `WeightSample` says which changes are seen. After any other call `forget`.
 
     Pickles and copies leave the cache behind.
     """
 
     def __init__(self, policy: CausalLMPolicy) -> None:
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
         self._policy = policy
-        layers = DynamicCache(config=policy.lm.config).layers
+        layers = make_cache(policy.lm.config).layers
         # Others drop or fold in what they have read, so no row of theirs can be replaced alone.
-        self._reuses = all(type(layer) is DynamicLayer for layer in layers)
+        self._reuses = all(type(layer) is RoomyLayer for layer in layers)
         if not self._reuses:
             logger.warning(
                 "%s has sliding-window or recurrent layers, whose cache cannot be kept row by row; every step reads "
@@ -81,10 +80,10 @@ class StateReader:
         """Drop the cache; the next call reads whole texts."""
         self._state: DecodeState | None = None
         self._texts = torch.empty(0)  # (N, S) the ids last read, EMPTY outside the text
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._weights: WeightSample | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_state": None, "_texts": torch.empty(0), "_weights": ()}
+        return self.__dict__ | {"_state": None, "_texts": torch.empty(0), "_weights": None}
 
     @torch.no_grad()
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DecodeState:
@@ -92,15 +91,17 @@ class StateReader:
         if not self._reuses:
             return read_states(self._policy, input_ids, attention_mask)
         texts = input_ids.where(attention_mask, EMPTY)
-        weights = tuple((weight.data_ptr(), weight._version) for weight in self._policy.parameters())
+        weights = list(self._policy.parameters())
+        if self._weights is None or not self._weights.still_that_of(weights):
+            self._state, self._weights = None, WeightSample(weights)
         # The cache changes in place: after an exception half way nothing of it may be used.
         state, self._state = self._state, None
-        if state is None or weights != self._weights or texts.shape != self._texts.shape:
+        if state is None or texts.shape != self._texts.shape:
             state = read_states(self._policy, input_ids, attention_mask)
         elif not torch.equal(texts, self._texts):
             went_on = (texts.scatter(1, last_slots(attention_mask), EMPTY) == self._texts).all(1)
             state = self._advance(state, input_ids, attention_mask, went_on)
-        self._state, self._texts, self._weights = state, texts, weights
+        self._state, self._texts = state, texts
         return state
 
     def _advance(
@@ -115,6 +116,41 @@ class StateReader:
             fresh = read_states(self._policy, input_ids[~went_on], attention_mask[~went_on])
             state = _put(state, fresh, ~went_on)
         return state
+
+
+class WeightSample:
+    """What some weights are now, to notice later that they have changed.
+
+    Seen are weights in other memory, whatever PyTorch counts as written, and any change of the elements that are looked
+    at: of each tensor all up to 511 and of larger ones every k-th, at least 256 (k odd, so that all columns have their
+    turn). PyTorch does not count what is written through ``parameter.data``, as TorchRL's `update_policy_weights_`
+    does, or by fused optimizers; those change nearly all elements. Not seen is an uncounted write that leaves every
+    element looked at as it was, for instance to a single row of an embedding.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._marks = _marks(weights)
+        self._views = [_every_kth(weight.detach()) for weight in weights]  # keep the memory, so its address is no other's
+        self._elements = torch.cat(self._views)
+
+    def still_that_of(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing has been seen to change."""
+        return _marks(weights) == self._marks and torch.equal(torch.cat(self._views), self._elements)
+
+
+def _marks(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(weight.data_ptr(), weight._version) for weight in weights]
+
+
+def _every_kth(weight: torch.Tensor) -> torch.Tensor:
+    """A view (n,) of evenly spread elements, in the order of memory.
+
+    >>> _every_kth(torch.arange(6).reshape(2, 3)).tolist(), len(_every_kth(torch.zeros(300, 300)))
+    ([0, 1, 2, 3, 4, 5], 257)
+    """
+    span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    k = span // LEAST_ELEMENTS - 1 | 1
+    return weight.as_strided(((span - 1) // k + 1,), (k,))
 
 
 def _hide(state: DecodeState, rows: torch.Tensor) -> DecodeState:

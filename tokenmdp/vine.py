@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.policy import CausalLMPolicy, DecodeState
+from tokenmdp.decoding import decode, uniforms_for
+from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.rollouts import check_envs
 from tokenmdp.types import Rollout
 from tokenmdp.vector_env import TextGenVectorEnv
@@ -63,21 +64,8 @@ def monte_carlo_values(
             )
             continuations.reset(options=options)
             state = policy.prefill(ids[branches, seen], mask[branches, seen], step=t)
-            scores = _play_on(continuations, policy, state, generator)
+            uniforms = uniforms_for(base.task.max_new_tokens - t, len(branches), values.device, generator)
+            *_, last = decode(continuations, policy, state, uniforms)  # all scores arrive in the last step
+            scores = torch.as_tensor(last.rewards, dtype=torch.float32, device=values.device)
             values[rows, t] = scores.view(num_rollouts, -1).mean(0)
     return values
-
-
-def _play_on(
-    envs: TextGenVectorEnv, policy: CausalLMPolicy, state: DecodeState, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Sample until every row has ended; the scores (N,), which all arrive in that step."""
-    running = torch.ones(envs.num_envs, dtype=torch.bool)
-    while True:
-        token, *_ = policy.act(state, generator)
-        with torch.autocast(token.device.type, enabled=False):  # the reward model keeps its own precision
-            _, rewards, terminated, *_ = envs.step(token.cpu().numpy())
-        running &= ~torch.from_numpy(terminated)
-        if not running.any():
-            return torch.as_tensor(rewards, dtype=torch.float32, device=token.device)
-        state = policy.append(state, token)

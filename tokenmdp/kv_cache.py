@@ -1,0 +1,66 @@
+"""The keys and values of texts in progress, kept so that a further token does not copy those before it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+LEAST_ROOM = 32  # columns
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new columns into spare ones instead of concatenating.
+
+    ``keys`` and ``values`` (N, heads, L, d) are views of the written columns of a buffer that grows by half whenever it
+    is full: T tokens cost O(T) columns of copying, where concatenation costs O(T^2). Replacing them, by a slice or a
+    selection of rows, is allowed and costs at most one copy.
+    """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty, with the dtype and device of what will come."""
+        super().lazy_initialization(key_states, value_states)
+        self._buffers: list[torch.Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (N, heads, l, d); all keys and values so far. Under autograd it concatenates: writing would not do."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None  # since the layer is initialized
+        if torch.is_grad_enabled() and (key_states.requires_grad or keys.requires_grad):
+            return super().update(key_states, value_states)
+        self.keys, self.values = self._append(0, keys, key_states), self._append(1, values, value_states)
+        return self.keys, self.values
+
+    def _append(self, which: int, written: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """``cat([written, new], -2)``, in place where the columns behind ``written`` are free."""
+        buffer = self._buffers[which]
+        length, added = written.shape[-2], new.shape[-2]
+        first = written.storage_offset() // written.shape[-1]  # a slice may have dropped the columns before it
+        inside = (
+            buffer is not None
+            and written.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            and written.shape[0] == buffer.shape[0]
+            and first + length + added <= buffer.shape[-2]
+        )
+        if buffer is None or not inside:
+            spare = max((length + added) // 2, LEAST_ROOM)
+            buffer = written.new_empty(*written.shape[:2], length + added + spare, written.shape[-1])
+            buffer[:, :, :length], first = written, 0
+            self._buffers[which] = buffer
+        buffer[:, :, first + length : first + length + added] = new
+        return buffer[:, :, first : first + length + added]
+
+
+def make_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model: `RoomyLayer` where transformers takes `DynamicLayer`; other kinds stay theirs."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = RoomyLayer
+    return cache
