@@ -21,42 +21,36 @@ Details of RLHF with PPO", 2023; Chan et al., "Dense Reward for Free in RLHF", I
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import nn
 
-from tokenmdp.checkpoints import (
-    CheckpointError,
-    atomic_directory,
-    load_state,
-    read_json,
-    recover_directory,
-    save_state,
-    write_text,
-)
+from tokenmdp.agents import ppo_checkpoint
+from tokenmdp.batching import FORWARD_SLOTS, by_length, row_lengths
+from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.divergences import kl_k1
+from tokenmdp.lora import WithoutAdapters, add_adapters
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, resolve_dtype
+from tokenmdp.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.processes import processes_of
 from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
 from tokenmdp.rollouts import check_envs, collect
 from tokenmdp.types import Rollout
 from tokenmdp.vine import monte_carlo_values
 from tokenmdp.wrappers import find_credit_wrapper
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Metrics = dict[str, float]
 Estimator = Literal["reward_to_go", "full_return", "vine"]
-FORMAT = "tokenmdp-ppo-1"
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,10 @@ class PPOConfig:
     top_k: int = 0  # 0: every token
     dtype: str = "auto"  # of the forwards: "auto", "float32", "bfloat16"; weights stay float32
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    gradient_checkpointing: bool = False  # computes activations again in the backward: less memory, more time
+    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.lora`
+    lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
+    lora_target_modules: str = "all-linear"  # or a regular expression for names of layers
 
     def __post_init__(self) -> None:
         if self.estimator not in get_args(Estimator):
@@ -97,16 +95,16 @@ class PPOConfig:
         if self.estimator != "reward_to_go" and self.gamma != 1:
             raise ValueError(f"gamma is {self.gamma}; estimator={self.estimator!r} does not discount: set gamma=1")
         positive = ("learning_rate", "update_epochs", "num_minibatches", "max_grad_norm", "clip_coef", "kl_horizon")
-        for name in (*positive, "vine_rollouts"):
+        for name in (*positive, "vine_rollouts", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        for name in ("update_epochs", "num_minibatches", "vine_rollouts"):
+        for name in ("update_epochs", "num_minibatches", "vine_rollouts", "lora_rank"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
-        for name in ("kl_coef", "vf_coef", "ent_coef"):
+        for name in ("kl_coef", "vf_coef", "ent_coef", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("kl_target", "target_kl", "clip_coef_value"):
@@ -126,10 +124,13 @@ class PPO:
         envs: Vector environment with ``autoreset_mode="Disabled"`` under a credit wrapper. One update plays one
             episode in each row.
         config: The run's numbers.
-        reference: Name or model that the KL is measured to; default a frozen copy of ``policy`` as it starts.
+        reference: Name or model that the KL is measured to; default ``policy`` as it starts: a frozen copy, or, with
+            LoRA, the policy with its adapters off.
+        accelerator: Of a run in several processes, each of which passes its own rows as ``envs``.
 
     Attributes:
         policy, reference: `CausalLMPolicy`.
+        num_episodes: Of an update, in all processes.
         num_updates_done: Updates so far, over all calls of `learn` and all resumed runs.
         history: One dict of metrics an update.
         kl_coef: The coefficient of the next update.
@@ -141,12 +142,14 @@ class PPO:
         envs: VectorEnv,
         config: PPOConfig | None = None,
         reference: str | Any | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        self.envs, self.config = envs, config or PPOConfig()
+        self.envs, self.config, self.processes = envs, config or PPOConfig(), processes_of(accelerator)
         cfg, task = self.config, check_envs(envs).task
-        if envs.num_envs < cfg.num_minibatches:
+        self.num_episodes = envs.num_envs * self.processes.size
+        if self.num_episodes < cfg.num_minibatches:
             raise ValueError(
-                f"{envs.num_envs} episodes do not fill num_minibatches={cfg.num_minibatches}; "
+                f"{self.num_episodes} episodes do not fill num_minibatches={cfg.num_minibatches}; "
                 "raise num_envs or lower num_minibatches"
             )
         credit = find_credit_wrapper(envs)
@@ -155,25 +158,32 @@ class PPO:
                 f"estimator='vine' values prefixes by the score alone and {credit.credit.name} credit adds other "
                 "rewards; choose a credit method that conserves the return, or another estimator"
             )
-        fastest = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(fastest if cfg.device == "auto" else cfg.device)
+        device = self.processes.device(cfg.device)
         options = {
             "temperature": cfg.temperature,
             "top_k": cfg.top_k,
             "compute_dtype": resolve_dtype(cfg.dtype, device),
+            "gradient_checkpointing": cfg.gradient_checkpointing,
         }
         if reference is policy and not isinstance(policy, str):
             raise ValueError(
                 "policy and reference are one model object, which freezing the reference would keep from learning; "
                 "leave out reference, which then is a copy, or pass copy.deepcopy(model)"
             )
-        self.policy = CausalLMPolicy.for_task(policy, task, **options).to(device)
-        if reference is None:
-            self.reference = copy.deepcopy(self.policy)
-        else:
+        self.policy = CausalLMPolicy.for_task(policy, task, **options)
+        if cfg.lora_rank:
+            add_adapters(self.policy, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target_modules, cfg.seed)
+        self.policy.to(device)
+        if reference is not None:
             self.reference = CausalLMPolicy.for_task(reference, task, **options).to(device)
+        elif cfg.lora_rank:
+            self.reference = WithoutAdapters(self.policy)
+        else:
+            self.reference = copy.deepcopy(self.policy)
         self.reference.requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=True)
+        learned = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=cfg.learning_rate, eps=cfg.adam_eps, fused=True)
+        self.learner = self.processes.prepare(self.policy, self.reference, self.optimizer)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)  # sampling and minibatches
         self.kl_coef = cfg.kl_coef
         self.num_updates_done = 0
@@ -203,6 +213,7 @@ class PPO:
                 self.generator,
                 seed=environment_seed(cfg.seed) if self.num_updates_done == 0 else None,
                 rows_per_forward=math.ceil(self.envs.num_envs / cfg.num_minibatches),
+                processes=self.processes,
             )
             mask = rollout.response_mask
 
@@ -228,7 +239,7 @@ class PPO:
             }
             if cfg.kl_target is not None:
                 self.kl_coef = adapt_kl_coef(
-                    self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.envs.num_envs
+                    self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.num_episodes
                 )
             self.history.append(metrics)
             if callback is not None:
@@ -250,35 +261,43 @@ class PPO:
             return full_return(rollout.token_rewards + penalties, values, mask)
         if cfg.estimator == "reward_to_go":
             return gae(rollout.token_rewards + penalties, values, mask, cfg.gamma, cfg.gae_lambda)
-        prefix_values = monte_carlo_values(self.envs, self.policy, rollout, cfg.vine_rollouts, self.generator)
+        prefix_values = monte_carlo_values(
+            self.envs, self.policy, rollout, cfg.vine_rollouts, self.generator, self.processes
+        )
         advantages, returns = gae(penalties, values, mask, cfg.gamma, cfg.gae_lambda)  # the critic knows the KL alone
         return advantages + vine_advantages(rollout.scores, prefix_values, mask), returns
 
     def _optimise(self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Metrics:
         """``update_epochs`` passes over the rollout in ``num_minibatches`` random parts of its episodes."""
         cfg, records = self.config, []
-        for rows in self._minibatches(len(rollout.scores)):
-            mask = rollout.response_mask[rows]
-            new = self.policy.evaluate(
-                rollout.input_ids[rows],
-                rollout.attention_mask[rows],
-                rollout.prompt_slots,
-                None if rollout.support is None else rollout.support[rows],
-            )
-            policy = clipped_policy_loss(new.logprobs, rollout.logprobs[rows], advantages[rows], mask, cfg.clip_coef)
-            value_loss = clipped_value_loss(new.values, rollout.values[rows], returns[rows], mask, cfg.clip_coef_value)
-            entropy = entropy_bonus(new.entropy, mask)
-            loss = policy.loss + cfg.vf_coef * value_loss - cfg.ent_coef * entropy
-
+        lengths = row_lengths(rollout)
+        # Processes wait for each other in every backward, so all must have the same number of them.
+        forward_slots = FORWARD_SLOTS if self.processes.size == 1 else math.inf
+        for minibatch in self._minibatches(len(rollout.scores)):
             self.optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)
-            losses = (loss, policy.loss, value_loss, entropy, policy.approx_kl, policy.clip_fraction, grad_norm)
-            records.append(torch.stack([number.detach() for number in losses]))
-            if cfg.target_kl is not None and policy.approx_kl > cfg.target_kl:
+            numbers = torch.zeros(6, device=rollout.scores.device)
+            rows, weight = self.processes.part(minibatch, rollout.response_mask)
+            tokens = lengths[rows.cpu(), 1].sum()
+            for members, old in by_length(rollout, rows, lengths, forward_slots):
+                mask = old.response_mask
+                share = weight * mask.sum() / tokens  # losses are means over tokens
+                responses = slice(mask.shape[1])
+                adv, targets = advantages[members, responses], returns[members, responses]
+                new = self.learner(old.input_ids, old.attention_mask, old.prompt_slots, old.support)
+                policy = clipped_policy_loss(new.logprobs, old.logprobs, adv, mask, cfg.clip_coef)
+                value_loss = clipped_value_loss(new.values, old.values, targets, mask, cfg.clip_coef_value)
+                entropy = entropy_bonus(new.entropy, mask)
+                loss = policy.loss + cfg.vf_coef * value_loss - cfg.ent_coef * entropy
+                (loss * share).backward()  # the gradients are averaged over processes
+                losses = (policy.approx_kl, loss, policy.loss, value_loss, entropy, policy.clip_fraction)
+                numbers += torch.stack([number.detach() for number in losses]) * share
+            grad_norm = self.processes.clip_grad_norm(list(self.policy.parameters()), cfg.max_grad_norm)
+            numbers = self.processes.mean(numbers)
+            records.append(torch.cat([numbers, grad_norm[None]]))
+            if cfg.target_kl is not None and numbers[0] > cfg.target_kl:
                 break  # before the step: it would go further in the direction that is already too far
             self.optimizer.step()
-        names = ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+        names = ("approx_kl", "loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "grad_norm")
         metrics = dict(zip(names, torch.stack(records).mean(0).tolist(), strict=True))  # one transfer an update
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
@@ -293,86 +312,44 @@ class PPO:
             yield from order.tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
 
     def save(self, directory: str | Path) -> None:
-        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from.
+        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from. Its files: ppo_checkpoint.py.
 
-        The directory appears whole or not at all: an interrupted save leaves the previous checkpoint.
-
-            config.json, model.safetensors, tokenizer files     the policy
-            value_head.safetensors, ppo_config.json
-            state/trainer.safetensors                           optimizer, random numbers, kl_coef, updates done
-            state/envs.json, state/history.json                 the environments' random numbers; metrics
-            state/reference/                                    the frozen reference
+        The directory appears whole or not at all: an interrupted save leaves the previous checkpoint. Of several
+        processes all call this and the first writes.
 
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
         """
-        path, envs = Path(directory), check_envs(self.envs)
-        if path.exists() and not (path / "ppo_config.json").exists() and (path.is_file() or any(path.iterdir())):
-            raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
-        record = {"format": FORMAT, "config": asdict(self.config)}
-        trainer = {
-            "num_updates_done": self.num_updates_done,
-            "kl_coef": self.kl_coef,
-            "device": self.generator.device.type,
-            "generator": self.generator.get_state(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        try:
-            with atomic_directory(path) as new:
-                self.policy.save_pretrained(new)
-                envs.tokenizer.save_pretrained(new)
-                write_text(new / "ppo_config.json", json.dumps(record, indent=2) + "\n")
-                save_state(new / "state" / "trainer.safetensors", trainer)
-                write_text(new / "state" / "envs.json", json.dumps(envs.get_rng_state()))
-                write_text(new / "state" / "history.json", json.dumps(self.history))
-                self.reference.save_pretrained(new / "state" / "reference")
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write the checkpoint {path} ({error}); save to a writable directory"
-            ) from error
+        ppo_checkpoint.save(self, directory)
 
     @classmethod
-    def load(cls, directory: str | Path, envs: VectorEnv, **overrides: Any) -> PPO:
+    def load(
+        cls, directory: str | Path, envs: VectorEnv, *, accelerator: Accelerator | None = None, **overrides: Any
+    ) -> PPO:
         """Go on from `save`: on the same machine in float32, ``learn(n)`` continues bit for bit.
 
         Args:
             directory: What `save` wrote.
-            envs: The same environments: same arguments, same num_envs.
+            envs: The same environments: same arguments, same num_envs (over all processes, whose number may change).
+            accelerator: As in the constructor.
             **overrides: Fields of `PPOConfig` to change, such as ``device="cpu"`` (not those that are saved state).
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or of another program, or ``envs`` has other rows.
         """
-        if fixed := sorted({"seed", "kl_coef", "adam_eps"} & overrides.keys()):
+        saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
+        if fixed := sorted(saved_state & overrides.keys()):
             raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
-        path = recover_directory(directory)
-        record = read_json(path / "ppo_config.json")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise CheckpointError(f"{path / 'ppo_config.json'} is not of format {FORMAT}: another program wrote it")
+        checkpoint = ppo_checkpoint.read(directory)
         try:
-            config = PPOConfig(**record["config"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path / 'ppo_config.json'} does not fit this version ({error}); edit it") from error
-        if not (path / VALUE_HEAD_FILE).exists():
-            raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
-        agent = cls(str(path), envs, replace(config, **overrides), reference=str(path / "state" / "reference"))
-        trainer = load_state(path / "state" / "trainer.safetensors")
-        rng_state = read_json(path / "state" / "envs.json")
-        try:
-            agent.num_updates_done, agent.kl_coef = trainer["num_updates_done"], trainer["kl_coef"]
-            if trainer["device"] == agent.generator.device.type:
-                agent.generator.set_state(trainer["generator"])
-            else:
-                agent.generator.manual_seed(config.seed + agent.num_updates_done)
-                logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
-            agent.optimizer.load_state_dict(trainer["optimizer"])
-            check_envs(envs).set_rng_state(rng_state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            config = PPOConfig(**checkpoint.config)
+        except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path / 'state'} does not fit ({error}); pass environments like those it was saved with, "
-                f"or start a new run from the weights: PPO(policy={str(path)!r}, ...)"
+                f"{checkpoint.path / 'ppo_config.json'} does not fit this version ({error})"
             ) from error
-        agent.history = read_json(path / "state" / "history.json")
+        reference = None if checkpoint.reference is None else str(checkpoint.reference)
+        agent = cls(str(checkpoint.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
+        ppo_checkpoint.restore(agent, checkpoint)
         return agent
 
 
@@ -395,3 +372,13 @@ def environment_seed(seed: int) -> int:
     (True, True)
     """
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+if (
+    __name__ == "__main__"
+):  # accelerate launch -m tokenmdp.agents.ppo ARGUMENTS: `tokenmdp train ARGUMENTS` in each process
+    import sys
+
+    from tokenmdp.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -7,6 +7,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from doubles import HashRewardModel
+from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper
@@ -17,6 +19,23 @@ from tokenmdp.wrappers import AttentionCreditReward, vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 PROMPT_SLOTS, BETA = 4, 0.8
+N_STEPS, N_ENVS = 53, 4  # 53 cuts most rollouts off in mid-episode
+GAMMA, LAMBDA = 0.97, 0.9
+ALGORITHMS = {
+    PPO: {"batch_size": 64, "n_epochs": 1},
+    A2C: {},
+    TRPO: {"batch_size": 64, "n_critic_updates": 1},
+    MaskablePPO: {"batch_size": 64, "n_epochs": 1},
+    RecurrentPPO: {"batch_size": 64, "n_epochs": 1, "policy_kwargs": {"lstm_hidden_size": 8}},
+}
+
+
+def on_policy(algorithm, envs, **arguments):
+    """A small model of one of the ALGORITHMS."""
+    policy = "MultiInputLstmPolicy" if algorithm is RecurrentPPO else "MultiInputPolicy"
+    arguments = {"n_steps": N_STEPS, "gamma": GAMMA, "gae_lambda": LAMBDA} | ALGORITHMS[algorithm] | arguments
+    arguments["policy_kwargs"] = {"net_arch": [16]} | arguments.get("policy_kwargs", {})
+    return algorithm(policy, envs, seed=1, device="cpu", **arguments)
 
 
 def credited(obs):
@@ -59,7 +78,8 @@ class Ledger(VecEnvWrapper):
             steps.append(step)
             if dones[env]:
                 earned = credited(infos[env]["terminal_observation"])
-                for where, reward in zip(reversed(steps), reversed(earned), strict=True):
+                prefix = self.obs[steps[0]]["attention_mask"][env, PROMPT_SLOTS:].sum()  # in place before the first
+                for where, reward in zip(steps, earned[prefix:], strict=True):
                     self.rewards[where][env] = reward
                 steps.clear()
         self._obs = {key: rows.copy() for key, rows in after.items()}
@@ -126,8 +146,21 @@ class After(BaseCallback):
             self.look(self.model, now)
 
 
-def vec_env(kind, n_envs=4, seed=0, **arguments):
-    """The same environments as a "dummy", "fork" (worker processes) or "bridge" VecEnv, inside a Ledger."""
+class InMidText(gym.Wrapper):
+    """Every episode begins with up to three tokens in place."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.draw = np.random.default_rng(seed)
+        prefix = self.draw.integers(28, size=self.draw.integers(4)).tolist()
+        return self.env.reset(seed=seed, options={"response_prefix": prefix})
+
+
+def vec_env(kind, n_envs=N_ENVS, seed=0, around=None, **arguments):
+    """The same environments as a "dummy", "fork", "spawn" (worker processes) or "bridge" VecEnv, inside a Ledger.
+
+    ``around``: a wrapper around each single environment.
+    """
     arguments = {"reward_model": HashRewardModel(), "horizon_range": (2, 8)} | arguments
     if kind == "bridge":
         envs = gym.make_vec(TOY, num_envs=n_envs, autoreset_mode="SameStep", **arguments)
@@ -139,8 +172,7 @@ def vec_env(kind, n_envs=4, seed=0, **arguments):
             n_envs,
             seed,
             env_kwargs=arguments,
-            wrapper_class=AttentionCreditReward,
-            wrapper_kwargs={"credit_beta": BETA},
+            wrapper_class=lambda env: (around or (lambda env: env))(AttentionCreditReward(env, credit_beta=BETA)),
             vec_env_cls=DummyVecEnv if kind == "dummy" else SubprocVecEnv,
             vec_env_kwargs=None if kind == "dummy" else {"start_method": kind},
         )

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("datasets")
-pytest.importorskip("pyarrow")
+pytest.importorskip("datasets", reason="needs the datasets extra: pip install 'tokenmdp[datasets]'")
 import pyarrow as pa
 import pyarrow.parquet
 from imdb_recipe import corpus, quality, reward_model

@@ -23,7 +23,9 @@ def make_policy(kind, **options):
     torch.manual_seed(0)
     if kind == "gpt2":
         shape = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-        return CausalLMPolicy(GPT2LMHeadModel(GPT2Config(vocab_size=32, bos_token_id=30, eos_token_id=30, **shape)), 32, 30, **options)
+        return CausalLMPolicy(
+            GPT2LMHeadModel(GPT2Config(vocab_size=32, bos_token_id=30, eos_token_id=30, **shape)), 32, 30, **options
+        )
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"num_hidden_layers": 2, "max_position_embeddings": 32, "initializer_range": 0.3}
     return CausalLMPolicy(LlamaForCausalLM(LlamaConfig(vocab_size=32, eos_token_id=30, **shape)), 32, 30, **options)

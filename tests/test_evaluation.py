@@ -1,3 +1,5 @@
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -143,8 +145,8 @@ def test_masks_of_gymnasiums_vector_environment():
 
 @pytest.mark.parametrize("num_envs", [None, 3])
 def test_models_of_stable_baselines3(num_envs):
-    sb3 = pytest.importorskip("stable_baselines3", reason="needs the sb3 extra")
-    contrib = pytest.importorskip("sb3_contrib", reason="needs the sb3 extra")
+    sb3 = pytest.importorskip("stable_baselines3", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    contrib = pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
     from stable_baselines3.common.evaluation import evaluate_policy
 
     small = {"n_steps": 8, "batch_size": 8, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
@@ -170,6 +172,28 @@ def test_models_of_stable_baselines3(num_envs):
     for mode in MODES:
         together = evaluate(make(3, mode), recurrent, 6, seed=0, deterministic=True)
         np.testing.assert_array_equal(together.scores.reshape(2, 3), np.transpose(by_row))
+
+
+@pytest.mark.parametrize("name", ["DQN", "QRDQN"])
+@pytest.mark.parametrize("num_envs", [None, 3])
+def test_a_model_that_explores_repeats_with_the_seed(name, num_envs):
+    """SB3's off-policy models explore with NumPy's global generator and that of their action space."""
+    library = "stable_baselines3" if name == "DQN" else "sb3_contrib"
+    models = pytest.importorskip(library, reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    model = getattr(models, name)("MultiInputPolicy", make_single(), seed=0, buffer_size=10, device="cpu")
+    model.exploration_rate = 0.7
+    played = make_single() if num_envs is None else make(num_envs)
+    first = evaluate(played, model, episodes=12, seed=3)
+    np.random.seed(5)  # noqa: NPY002  # what others draw meanwhile changes nothing, and the other way round
+    model.action_space.seed(5)
+    before = np.random.get_state()[1].copy(), copy.deepcopy(model.action_space.np_random).random(4)  # noqa: NPY002
+    np.testing.assert_array_equal(first.scores, evaluate(played, model, episodes=12, seed=3).scores)
+    after = np.random.get_state()[1], model.action_space.np_random.random(4)  # noqa: NPY002
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1], after[1])
+    greedy = evaluate(played, model, episodes=12, seed=3, deterministic=True)
+    assert (first.scores != greedy.scores).any()
+    assert (first.scores != evaluate(played, model, episodes=12, seed=4).scores).any()
 
 
 def test_misuse_is_explained():

@@ -10,7 +10,16 @@ import tokenmdp
 
 PACKAGE = Path(tokenmdp.__file__).parent
 PURE = ("types", "pieces", "mdp", "credit", "returns", "divergences", "losses")
-MODELS = ("reward_models", "policy", "policy_attention", "state_reader", "kv_cache")
+MODELS = (
+    "reward_models",
+    "policy",
+    "policy_attention",
+    "state_reader",
+    "kv_cache",
+    "attention",
+    "cpu_attention",
+    "fused",
+)
 ADAPTERS = ("task", "env", "vector_env", "rendering", "wrappers")
 
 

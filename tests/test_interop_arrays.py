@@ -20,6 +20,10 @@ def sync(mode):
     return gym.vector.SyncVectorEnv([single] * ENVS, autoreset_mode=mode)
 
 
+def workers(mode):
+    return gym.vector.AsyncVectorEnv([single] * ENVS, autoreset_mode=mode)
+
+
 class Loop:
     """A hand-written loop that keeps, beside what a learner keeps, the truth about every row as it happens.
 
@@ -58,6 +62,7 @@ class Loop:
 
 CASES = [(native, mode, False) for mode in ("SameStep", "NextStep", "Disabled")]
 CASES += [(native, "Disabled", True), (sync, "SameStep", False), (sync, "NextStep", False), (sync, "Disabled", False)]
+CASES += [(workers, "SameStep", False), (workers, "NextStep", False)]
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -85,6 +90,7 @@ def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
     assert begun_earlier > 50  # tokens of episodes that straddle two rollouts
     assert unfinished > 50
     assert (idle > 0) == (mode == "NextStep" or patient)
+    loop.envs.close()
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
@@ -125,26 +131,39 @@ def test_misuse_is_explained():
             relabel(np.zeros((4, 2)), 0, infos)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_tokens_that_took_no_step_are_not_written_over_the_episode_before(as_tensor):
+    envs = native("SameStep")
+    mark_token_rewards_read(envs)
+    rewards, known = np.zeros((STEPS, ENVS)), np.zeros((STEPS, ENVS), dtype=bool)
+    if as_tensor:
+        rewards, known = torch.zeros(STEPS, ENVS), torch.zeros(STEPS, ENVS, dtype=torch.bool)
+    end, word = np.full(ENVS, envs.unwrapped.eos_token_id), np.ones(ENVS, dtype=np.int64)
+
+    def step(t, actions):
+        *_, infos = envs.step(actions)
+        relabel(rewards, t, infos, known)
+
+    for rollout in range(2):  # with the last one's marks in the arrays
+        envs.reset(options={"response_prefix": [[3, 4]] * ENVS})
+        step(0, end)  # 3 tokens, and the arrays begin with the last
+        assert np.asarray(known).any(1).tolist() == [True, *[bool(rollout)] * 2, *[False] * (STEPS - 3)]
+        np.testing.assert_allclose(rewards[0], true_reward(end, np.full(ENVS, 2)), rtol=1e-6)
+        envs.reset(options={"response_prefix": [*[None] * (ENVS - 1), [3, 4]]})
+        step(1, word)
+        with pytest.raises(gym.error.Error, match=r"row 4 ended an episode of 4 tokens in step 2.*response_prefix"):
+            step(2, end)
+        np.testing.assert_allclose(rewards[0], true_reward(end, np.full(ENVS, 2)), rtol=1e-6)
+
+
 def test_marking_reaches_environments_in_gymnasiums_vector_environment():
     envs = sync("NextStep")
     mark_token_rewards_read(envs)
     assert all(env.unwrapped.token_rewards_read for env in envs.envs)
+    envs = workers("NextStep")
+    mark_token_rewards_read(envs)
+    assert all(envs.get_attr("token_rewards_read"))
+    envs.close()
     envs = native("SameStep")
     mark_token_rewards_read(envs)
     assert envs.unwrapped.token_rewards_read
-
-
-def test_an_async_vector_environment_relabels_alike():
-    rewards = {}
-    for kind in (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv):
-        envs = kind([single] * 2)
-        mark_token_rewards_read(envs)
-        envs.reset(seed=0)
-        rewards[kind], rng = np.zeros((30, 2)), np.random.default_rng(0)
-        for t in range(30):
-            _, rewards[kind][t], _, _, infos = envs.step(often_ending(rng, 2))
-            relabel(rewards[kind], t, infos)
-        envs.close()
-    one, other = rewards.values()
-    np.testing.assert_array_equal(one, other)
-    assert (one != 0).sum() > 30

@@ -3,34 +3,36 @@
 from collections import Counter
 from itertools import pairwise
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("sb3_contrib")
-from sb3_contrib import ARS, TRPO, MaskablePPO, RecurrentPPO
-from sb3_ledger import TOY, After, Before, Ledger, vec_env
-from stable_baselines3 import A2C, DQN, PPO
-from stable_baselines3.common.env_util import make_vec_env
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_ledger import (
+    ALGORITHMS,
+    GAMMA,
+    LAMBDA,
+    N_ENVS,
+    N_STEPS,
+    PROMPT_SLOTS,
+    After,
+    Before,
+    InMidText,
+    on_policy,
+    vec_env,
+)
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tokenmdp.interop.sb3 import GymVectorToSB3, TokenRewardCallback
-from tokenmdp.wrappers import SparseReward, UniformReward, UnreadTokenRewards, vector
+from tokenmdp.interop.sb3 import TokenRewardCallback
+from tokenmdp.wrappers import UnreadTokenRewards
 from tokenmdp.wrappers.base import CreditWrapper
 
 pytestmark = pytest.mark.filterwarnings(
     "error:.*episodes ended unread", "ignore:.*truncated mini-batch", "ignore:You have specified a mini-batch size"
 )
-ALGORITHMS = {
-    PPO: {"batch_size": 64, "n_epochs": 1},
-    A2C: {},
-    TRPO: {"batch_size": 64, "n_critic_updates": 1},
-    MaskablePPO: {"batch_size": 64, "n_epochs": 1},
-    RecurrentPPO: {"batch_size": 64, "n_epochs": 1, "policy_kwargs": {"lstm_hidden_size": 8}},
-}
-N_STEPS, ROLLOUTS, N_ENVS = 53, 5, 4  # 1060 rows; 53 cuts most rollouts off in mid-episode
-GAMMA, LAMBDA, BATCH = 0.97, 0.9, 50
+ROLLOUTS, BATCH = 5, 50  # 1060 rows in all
 
 
 @pytest.fixture(autouse=True)
@@ -39,19 +41,12 @@ def nobody_was_warned(monkeypatch):
     monkeypatch.setattr(CreditWrapper, "readers", set())
 
 
-def make_model(algorithm, envs, **arguments):
-    policy = "MultiInputLstmPolicy" if algorithm is RecurrentPPO else "MultiInputPolicy"
-    arguments = {"n_steps": N_STEPS, "gamma": GAMMA, "gae_lambda": LAMBDA} | ALGORITHMS[algorithm] | arguments
-    arguments["policy_kwargs"] = {"net_arch": [16]} | arguments.get("policy_kwargs", {})
-    return algorithm(policy, envs, seed=1, device="cpu", **arguments)
-
-
-def train(algorithm, kind, mode="complete", look=None, normalize=None, **arguments):
+def train(algorithm, kind, mode="complete", look=None, normalize=None, n_envs=N_ENVS, **arguments):
     """A trained model, its ledger and a snapshot a rollout."""
     masked = algorithm is MaskablePPO
-    ledger = vec_env(kind, N_ENVS, min_new_tokens=2 if masked else 0, **arguments)
+    ledger = vec_env(kind, n_envs, min_new_tokens=2 if masked else 0, **arguments)
     envs = ledger if normalize is None else VecNormalize(ledger, **normalize)
-    model = make_model(algorithm, envs)
+    model = on_policy(algorithm, envs)
     before = Before(ledger)
     callbacks = [before, TokenRewardCallback(mode), After(before, look)]
     model.learn(N_STEPS * N_ENVS * ROLLOUTS, callback=callbacks, log_interval=None)
@@ -79,13 +74,17 @@ def check_advantages(snapshot, rewards, dones, kept):
             if dones[step, env]:
                 break
         assert snapshot.arrays["advantages"][first, env] == pytest.approx(total, abs=1e-4), (first, env)
-    np.testing.assert_allclose(
-        snapshot.arrays["returns"], snapshot.arrays["advantages"] + snapshot.arrays["values"], atol=1e-5
-    )
+    sums = snapshot.arrays["advantages"] + snapshot.arrays["values"]
+    np.testing.assert_allclose(snapshot.arrays["returns"][kept], sums[kept], atol=1e-5)
+
+
+def began(ledger):
+    """The observations with which environment 0 began its episodes."""
+    return [obs for dones, obs in zip(ledger.dones, ledger.obs[1:], strict=False) if dones[0]]
 
 
 def check_complete(ledger, snapshots):
-    assert len(snapshots) == ROLLOUTS
+    assert len(snapshots) == ROLLOUTS * N_ENVS / ledger.num_envs
     rows = straddling = 0
     for snapshot in snapshots:
         rewards, dones = truth(ledger, snapshot)
@@ -101,17 +100,22 @@ def check_complete(ledger, snapshots):
     assert straddling >= ROLLOUTS
 
 
-@pytest.mark.parametrize("kind", ["dummy", "bridge"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+KINDS = [(algorithm, kind) for algorithm in ALGORITHMS for kind in ("dummy", "fork", "bridge")]
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [*KINDS, (PPO, "spawn")])
 def test_every_row_is_exact_and_the_advantages_follow(algorithm, kind):
-    _, ledger, snapshots = train(algorithm, kind)
+    n_envs = 2 if kind == "spawn" else N_ENVS  # each imports everything anew
+    _, ledger, snapshots = train(algorithm, kind, n_envs=n_envs)
     check_complete(ledger, snapshots)
 
 
 @pytest.mark.parametrize("algorithm", [PPO, MaskablePPO])
-def test_every_row_is_exact_with_environments_in_other_processes(algorithm):
-    _, ledger, snapshots = train(algorithm, "fork")
+def test_every_row_is_exact_where_episodes_begin_in_mid_text(algorithm):
+    _, ledger, snapshots = train(algorithm, "dummy", around=InMidText, horizon_range=None)
     check_complete(ledger, snapshots)
+    prefixes = {int(obs["attention_mask"][0, PROMPT_SLOTS:].sum()) for obs in began(ledger)}
+    assert prefixes == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("norm_reward", [True, False])
@@ -151,9 +155,14 @@ def ended_later(dones):
     return np.flip(np.maximum.accumulate(np.flip(dones, 0), 0), 0)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_drop_trains_on_episodes_that_ended_and_on_nothing_else(algorithm):
-    _, ledger, snapshots = train(algorithm, "dummy", mode="drop", look=minibatches)
+DROPS = [(algorithm, "dummy", None) for algorithm in ALGORITHMS]
+DROPS += [(PPO, "fork", None), (PPO, "bridge", None), (PPO, "dummy", InMidText)]
+
+
+@pytest.mark.parametrize(("algorithm", "kind", "around"), DROPS)
+def test_drop_trains_on_episodes_that_ended_and_on_nothing_else(algorithm, kind, around):
+    starts = {"around": around, "horizon_range": None} if around else {}
+    _, ledger, snapshots = train(algorithm, kind, mode="drop", look=minibatches, **starts)
     rows = carried_over = 0
     for snapshot in snapshots:
         rewards, dones = truth(ledger, snapshot)
@@ -162,7 +171,6 @@ def test_drop_trains_on_episodes_that_ended_and_on_nothing_else(algorithm):
         check_advantages(snapshot, rewards, dones, kept)
         assert not arrays["rewards"][~kept].any()
         assert not arrays["advantages"][~kept].any()
-        assert np.array_equal(arrays["returns"][~kept], arrays["values"][~kept])
         columns = (arrays["values"], arrays["actions"][..., 0], arrays["advantages"])
         expected = Counter(zip(*(column[kept].tolist() for column in columns), strict=True))
         assert snapshot.drawn <= expected
@@ -173,33 +181,31 @@ def test_drop_trains_on_episodes_that_ended_and_on_nothing_else(algorithm):
     assert carried_over >= ROLLOUTS
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_under_drop_the_explained_variance_is_that_of_the_rows_trained_on(algorithm):
+    model, ledger, snapshots = train(algorithm, "dummy", mode="drop")
+    _, dones = truth(ledger, snapshots[-1])
+    kept = ended_later(dones)
+    assert not kept.all()
+    returns, values = (snapshots[-1].arrays[name][kept] for name in ("returns", "values"))
+    explained = 1 - np.var(returns - values) / np.var(returns)
+    assert model.logger.name_to_value["train/explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
 def test_without_the_callback_most_rows_are_wrong():
     ledger = vec_env("dummy", N_ENVS)
     before = Before(ledger)
-    model = make_model(PPO, ledger)
+    model = on_policy(PPO, ledger)
     with pytest.warns(UnreadTokenRewards, match=r"callback=TokenRewardCallback\(\).*TokenRewardReplayBuffer"):
         model.learn(N_STEPS * N_ENVS * 3, callback=[before, After(before)])
     rewards, _ = truth(ledger, before.snapshots[0])
     assert (~np.isclose(before.snapshots[0].arrays["rewards"], rewards, atol=1e-6)).mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["dummy", "fork", "bridge"])
-def test_the_environments_are_told_that_somebody_reads(kind):
-    ledger = vec_env(kind, 2)
-    make_model(PPO, ledger, n_steps=16, batch_size=16).learn(32, callback=TokenRewardCallback())
-    if kind == "fork":
-        assert ledger.get_attr("token_rewards_read") == [True, True]
-    else:
-        inner = ledger.venv
-        bases = [inner.envs.unwrapped] if kind == "bridge" else [env.unwrapped for env in inner.envs]
-        assert all(base.token_rewards_read for base in bases)
-    ledger.close()
-
-
 def test_learning_goes_on_in_a_second_call():
     for mode in ("complete", "drop"):
         ledger = vec_env("dummy", 2)
-        model = make_model(PPO, ledger)
+        model = on_policy(PPO, ledger)
         for _ in range(3):
             before = Before(ledger)
             callbacks = [before, TokenRewardCallback(mode), After(before)]
@@ -213,7 +219,7 @@ def test_learning_goes_on_in_a_second_call():
 @pytest.mark.parametrize("algorithm", [MaskablePPO, RecurrentPPO])
 def test_the_completion_samples_as_the_rollout_does(algorithm, monkeypatch):
     ledger = vec_env("dummy", N_ENVS, min_new_tokens=2 if algorithm is MaskablePPO else 0)
-    model = make_model(algorithm, ledger)
+    model = on_policy(algorithm, ledger)
     predict, calls, at_the_cut = model.predict, [], []
 
     def spy(obs, **arguments):
@@ -237,99 +243,21 @@ def test_the_completion_samples_as_the_rollout_does(algorithm, monkeypatch):
         assert all(before is after for (_, before), (after, _) in pairwise(calls))
 
 
-def test_an_interrupted_run_leaves_no_rows_out_of_the_next():
-    model = make_model(PPO, vec_env("dummy", N_ENVS))
-
-    def interrupt(model, _):
-        assert "get" in vars(model.rollout_buffer)
-        raise KeyboardInterrupt
-
-    before = Before(model.get_env())
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(N_STEPS * N_ENVS, callback=[before, TokenRewardCallback("drop"), After(before, interrupt)])
-    seen = []
-    callbacks = [before, TokenRewardCallback(), After(before, lambda model, _: seen.extend(vars(model.rollout_buffer)))]
-    model.learn(N_STEPS * N_ENVS, callback=callbacks)
-    assert "rewards" in seen
-    assert "get" not in seen
-
-
 def test_the_log_says_what_the_cut_cost():
     for mode, key, at_most in (("complete", "completion_steps", 7), ("drop", "dropped_rows", 7 * N_ENVS)):
-        model = make_model(PPO, vec_env("dummy", N_ENVS))
+        model = on_policy(PPO, vec_env("dummy", N_ENVS))
         model.learn(N_STEPS * N_ENVS, callback=TokenRewardCallback(mode), log_interval=None)
         assert 1 <= model.logger.name_to_value[f"rollout/{key}"] <= at_most
         ended = [info["l"] for info in model.ep_info_buffer]
         assert sum(ended) >= N_STEPS * N_ENVS or mode == "drop"
 
 
-def tiny(algorithm, envs, **arguments):
-    return algorithm("MultiInputPolicy", envs, device="cpu", **arguments)
-
-
-def toy_envs(n_envs=2, wrapper=UniformReward, **arguments):
-    return make_vec_env(TOY, n_envs, wrapper_class=wrapper, **arguments)
-
-
-def test_no_credit_wrapper_is_refused():
-    bridge = GymVectorToSB3(gym.make_vec(TOY, num_envs=2, autoreset_mode="SameStep"))
-    for envs in (toy_envs(wrapper=None), bridge):
-        with pytest.raises(ValueError, match=r"environment 0 .*no credit wrapper.*SparseReward\(env\)"):
-            tiny(PPO, envs).learn(8, callback=TokenRewardCallback())
-
-
-def test_a_time_limit_is_refused():
-    def limited():
-        return SparseReward(gym.make(TOY, max_episode_steps=5))
-
-    with pytest.raises(ValueError, match=r"TimeLimit.*without max_episode_steps"):
-        tiny(PPO, make_vec_env(limited, 2)).learn(8, callback=TokenRewardCallback())
-
-
-def test_normalized_observations_are_refused():
-    envs = VecNormalize(Ledger(toy_envs()), norm_obs=True)
-    with pytest.raises(ValueError, match="norm_obs=False"):
-        tiny(PPO, envs).learn(8, callback=TokenRewardCallback())
-
-
-def test_algorithms_without_a_rollout_buffer_are_refused():
-    with pytest.raises(TypeError, match=r"DQN learns from a replay buffer.*TokenRewardReplayBuffer"):
-        tiny(DQN, toy_envs(), buffer_size=100).learn(8, callback=TokenRewardCallback())
-    with pytest.raises(TypeError, match="ARS has no rollout buffer"):
-        ARS("MlpPolicy", "CartPole-v1", device="cpu").learn(8, callback=TokenRewardCallback())
-
-
-def test_drop_refuses_rollouts_shorter_than_an_episode():
-    for n_steps in (3, 7):
-        with pytest.raises(ValueError, match=f"n_steps={n_steps} .*make n_steps"):
-            tiny(A2C, toy_envs(4), n_steps=n_steps).learn(2000, callback=TokenRewardCallback("drop"))
-
-
 def test_complete_warns_of_rollouts_shorter_than_an_episode_and_stays_exact():
     ledger = vec_env("dummy", 2, horizon_range=None)
-    model = make_model(A2C, ledger, n_steps=5)
+    model = on_policy(A2C, ledger, n_steps=5)
     before = Before(ledger)
     with pytest.warns(UserWarning, match=r"n_steps=5 .*tokens from 5 on are never trained on"):
         model.learn(100, callback=[before, TokenRewardCallback(), After(before)])
     for snapshot in before.snapshots:
         rewards, _ = truth(ledger, snapshot)
         np.testing.assert_allclose(snapshot.arrays["rewards"], rewards, rtol=1e-5, atol=1e-6)
-
-
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="'carry' is none of 'complete', 'drop'"):
-        TokenRewardCallback("carry")
-
-
-def test_monitors_that_forbid_early_resets_say_so():
-    envs = toy_envs(monitor_kwargs={"allow_early_resets": False})
-    with pytest.raises(RuntimeError, match="allow_early_resets=True"):
-        tiny(PPO, envs, n_steps=13, batch_size=26).learn(104, callback=TokenRewardCallback())
-
-
-def test_a_batch_wrapped_by_gymnasium_too_is_found():
-    envs = gym.make_vec(TOY, num_envs=2, autoreset_mode="SameStep")
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(vector.UniformReward(envs))
-    model = tiny(PPO, GymVectorToSB3(envs), n_steps=16, batch_size=32, n_epochs=1)
-    model.learn(64, callback=TokenRewardCallback())
-    assert envs.unwrapped.token_rewards_read

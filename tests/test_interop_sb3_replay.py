@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("sb3_contrib")
 from sb3_contrib import QRDQN
-from sb3_ledger import TOY, credited, vec_env
+from sb3_ledger import PROMPT_SLOTS, TOY, InMidText, credited, vec_env
 from stable_baselines3 import DQN
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from tokenmdp.interop.sb3 import TokenRewardReplayBuffer, mark_token_rewards_read
@@ -72,23 +73,69 @@ def check_rows(buffer, ledger):
     assert not buffer.timeouts.any()
 
 
-@pytest.mark.parametrize("kind", ["dummy", "bridge"])
+@pytest.mark.parametrize("kind", ["dummy", "fork", "bridge"])
 @pytest.mark.parametrize("algorithm", [DQN, QRDQN])
 def test_every_row_is_exact(algorithm, kind):
     ledger = vec_env(kind, N_ENVS)
+    if kind == "fork":
+        mark_token_rewards_read(ledger)
+        assert ledger.get_attr("token_rewards_read") == [True] * N_ENVS
     model = make_model(algorithm, ledger)
-    model.learn(STEPS * N_ENVS, log_interval=None)
-    check_rows(model.replay_buffer, ledger)
-
-
-def test_every_row_is_exact_with_environments_in_other_processes():
-    ledger = vec_env("fork", N_ENVS)
-    mark_token_rewards_read(ledger)
-    assert ledger.get_attr("token_rewards_read") == [True] * N_ENVS
-    model = make_model(DQN, ledger)
     model.learn(STEPS * N_ENVS, log_interval=None)
     ledger.close()
     check_rows(model.replay_buffer, ledger)
+    cuts = ~np.array(ledger.dones)[15:-1:16]  # (rollouts, N): where training came in mid-episode
+    assert cuts.sum() >= len(cuts) > 10
+
+
+def test_every_row_is_exact_where_episodes_begin_in_mid_text():
+    ledger = vec_env("dummy", N_ENVS, around=InMidText, horizon_range=None)
+    model = make_model(DQN, ledger)
+    model.learn(STEPS * N_ENVS, log_interval=None)
+    check_rows(model.replay_buffer, ledger)
+    rows = model.replay_buffer.size()
+    starts = np.flatnonzero(model.replay_buffer.dones[: rows - 1, 0]) + 1
+    prefixes = model.replay_buffer.observations["attention_mask"][starts, 0, PROMPT_SLOTS:].sum(-1)
+    assert set(prefixes.tolist()) == {0, 1, 2, 3}
+
+
+def n_step_rows(rows, n_steps):
+    """(return, last observation, whether the text ends there) of every row, one addition at a time."""
+    _, after, _, rewards, dones = rows
+    for first in range(len(rewards)):
+        total, last = 0.0, first
+        for step in range(n_steps):
+            total += 0.9**step * rewards[first + step]
+            last = first + step
+            if dones[last]:
+                break
+        yield total, after[last], dones[last]
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN])
+@pytest.mark.parametrize(("n_steps", "size"), [(3, 5000), (20, 5000), (3, 101)])
+def test_n_step_returns_add_up_token_rewards_to_the_end_of_the_text(algorithm, n_steps, size):
+    ledger = vec_env("dummy", N_ENVS)
+    discounting = {"n_steps": n_steps, "gamma": 0.9}
+    model = make_model(algorithm, ledger, gamma=0.9, buffer_size=size, replay_buffer_kwargs=discounting)
+    model.learn(STEPS * N_ENVS, log_interval=None)
+    buffer = model.replay_buffer
+    rows = buffer.size()
+    returns, after, ends = zip(*list(n_step_rows(finished(ledger), n_steps))[-rows:], strict=True)
+    samples = buffer._get_samples((np.arange(rows) + buffer.pos) % rows if buffer.full else np.arange(rows))
+    np.testing.assert_allclose(samples.rewards[:, 0], returns, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(samples.next_observations["input_ids"], after)
+    assert np.array_equal(samples.dones[:, 0], ends)
+    assert samples.discounts.numpy() == pytest.approx(0.9**n_steps)
+    assert samples.discounts.shape == samples.rewards.shape == (rows, 1)
+
+
+def test_n_step_returns_are_asked_of_the_buffer():
+    with pytest.warns(UserWarning, match=r'`replay_buffer_kwargs=\{"n_steps": 3, "gamma": 0.99\}`'):
+        make_model(DQN, toy_envs(), n_steps=3)
+    for wrong in ({"n_steps": 3}, {"n_steps": 0, "gamma": 0.9}):
+        with pytest.raises(ValueError, match=r"n_steps=. and gamma=.*the model's own gamma"):
+            make_model(DQN, toy_envs(), replay_buffer_kwargs=wrong)
 
 
 def test_what_is_sampled_are_the_rows():
@@ -142,6 +189,24 @@ def test_a_reset_in_mid_episode_leaves_no_row_behind():
         np.testing.assert_allclose(buffer.rewards[first : last + 1, 0], credited(text), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_the_rows_of_a_text_that_was_not_finished_are_dropped(prefixes):
+    ledger = vec_env("dummy", N_ENVS, around=InMidText if prefixes else None, horizon_range=None)
+    model = make_model(DQN, ledger)
+    for _ in range(10):
+        model.learn(13 * N_ENVS, log_interval=None)
+    true = defaultdict(list)
+    for obs, rewards, actions in zip(ledger.obs, ledger.rewards, ledger.actions, strict=True):
+        for row in range(N_ENVS):
+            if np.isfinite(rewards[row]):
+                true[(*obs["input_ids"][row], actions[row])].append(rewards[row])
+    buffer, rows = model.replay_buffer, model.replay_buffer.size()
+    assert rows == sum(map(len, true.values())) > 200
+    columns = (buffer.observations["input_ids"], buffer.actions[:, 0, 0], buffer.rewards[:, 0])
+    for obs, action, reward in zip(*(column[:rows] for column in columns), strict=True):
+        assert np.isclose(reward, true[(*obs[0], action)], rtol=1e-5, atol=1e-6).any()
+
+
 def test_save_and_load(tmp_path):
     ledger = vec_env("dummy", N_ENVS)
     model = make_model(DQN, ledger)
@@ -163,8 +228,37 @@ def test_save_and_load(tmp_path):
     np.testing.assert_allclose(buffer.rewards[rows : buffer.size(), 0], rewards, rtol=1e-5, atol=1e-6)
 
 
+def test_a_saved_buffer_goes_on_with_another_number_of_environments(tmp_path):
+    model = make_model(DQN, vec_env("dummy", N_ENVS))
+    model.learn(50 * N_ENVS, log_interval=None)
+    model.save_replay_buffer(tmp_path / "buffer")
+    fewer = vec_env("dummy", N_ENVS - 1, seed=100)
+    other = make_model(DQN, fewer)
+    other.load_replay_buffer(tmp_path / "buffer")
+    buffer, rows = other.replay_buffer, model.replay_buffer.size()
+    other.learn(50 * N_ENVS, log_interval=None)
+    np.testing.assert_allclose(buffer.rewards[rows : buffer.size(), 0], finished(fewer)[3], rtol=1e-5, atol=1e-6)
+    other.replay_buffer = model.replay_buffer
+    assert model.replay_buffer.num_open_rows > 0
+    with pytest.raises(ValueError, match=r"a step of 3 environments, and \d+ rows of 4 others wait.*save and load"):
+        other.learn(50 * N_ENVS, log_interval=None)
+
+
 def toy_envs(wrapper=UniformReward, **arguments):
     return make_vec_env(TOY, 2, wrapper_class=wrapper, **arguments)
+
+
+class EvaluateOnTheTrainingEnvironments(BaseCallback):
+    def _on_step(self):
+        if self.n_calls % 5 == 0:
+            evaluate_policy(self.model, self.training_env, 2)
+        return True
+
+
+def test_steps_outside_of_learn_are_noticed():
+    model = make_model(DQN, vec_env("dummy", N_ENVS))
+    with pytest.raises(ValueError, match=r"an episode of \d tokens ended in environment \d, and \d+ steps of it"):
+        model.learn(STEPS * N_ENVS, callback=EvaluateOnTheTrainingEnvironments())
 
 
 def test_sampling_before_an_episode_has_ended_says_what_to_do():

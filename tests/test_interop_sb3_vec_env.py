@@ -130,6 +130,44 @@ def test_attributes_and_methods():
     assert len(venv.env_method("get_rng_state")) == 3
 
 
+class Chatty(gym.vector.VectorWrapper):
+    """Results as long as the batch, about all of it, and an array about its rows."""
+
+    def names(self):
+        return ["one", "two", "three"]
+
+    def shape(self):
+        return 3, 7, 9
+
+    def text(self):
+        return "abc"
+
+    def scalar(self):
+        return np.array(2.0)
+
+    def scores(self):
+        return np.array([1.0, 2.0, 3.0])
+
+    def table(self):
+        return np.zeros((2, 3))
+
+
+def test_results_are_handed_out_by_row_only_where_they_have_rows():
+    envs = gym.make_vec(TOY, num_envs=3, autoreset_mode="SameStep", render_mode="ansi")
+    venv = GymVectorToSB3(Chatty(vector.UniformReward(envs)))
+    venv.seed(3)
+    venv.reset()
+    for name in ("names", "shape", "text", "scalar"):
+        whole = getattr(venv.envs, name)()
+        assert venv.env_method(name) == [whole] * 3
+        assert venv.env_method(name, indices=1) == [whole]
+    assert venv.env_method("scores", indices=[2, 0]) == [3.0, 1.0]
+    assert all(table.shape == (2, 3) for table in venv.env_method("table"))
+    assert venv.env_method("get_rng_state", indices=1) == [envs.unwrapped.get_rng_state()[1]]
+    assert venv.env_method("render") == list(envs.render())
+    assert len(set(venv.env_method("render"))) >= 2
+
+
 def test_wrappers_are_found():
     venv = bridge()
     assert venv.env_is_wrapped(CreditWrapper) == [True] * 3

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
-pytest.importorskip("captum")
+nbformat, nbclient, *_ = (
+    pytest.importorskip(name, reason=f"{name} comes with the test extra: pip install 'tokenmdp[test]'")
+    for name in ("nbformat", "nbclient", "ipykernel", "captum")
+)
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "credit_laboratory.ipynb"
 

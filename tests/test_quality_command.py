@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 import typing
+from importlib.util import find_spec
 
 import pytest
 
@@ -18,6 +20,9 @@ from tokenmdp.commands.settings import (
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 
 CPU = ["--device", "cpu"]
+every_method = pytest.mark.skipif(
+    find_spec("captum") is None, reason="needs the attribution extra: pip install 'tokenmdp[attribution]'"
+)
 
 
 @pytest.fixture
@@ -136,6 +141,7 @@ def test_quality_of_one_text_is_refused(run, tmp_path):
 TEXT = ("score", "not a great film", "--prompt", "I think it is")
 
 
+@every_method
 def test_score_all_has_a_column_a_method_and_a_reason_for_the_others(run, tmp_path):
     page = tmp_path / "page.html"
     output = run(*TEXT, "--credit", "all", "--credit-option", "shapley.budget=16", "--html", page, *CPU)
@@ -152,6 +158,7 @@ def test_score_all_has_a_column_a_method_and_a_reason_for_the_others(run, tmp_pa
     assert page.read_text(encoding="utf-8").count('<th scope="row"') == ran
 
 
+@every_method
 @pytest.mark.parametrize("columns", [60, 80, 120, 200])
 def test_tables_fit_the_terminal_with_every_number(run, columns):
     output = run(*TEXT, "--credit", "all", "--credit-option", "shapley.budget=16", *CPU, columns=columns)
@@ -171,6 +178,20 @@ def test_quality_tables_fit_the_terminal(run, columns):
     assert "…" not in "".join(tables)
 
 
+def test_a_method_whose_library_is_missing_is_left_out_with_the_line_that_installs_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    reason = 'captum, which is not installed: pip install "tokenmdp[attribution]"'
+    options = ("--credit-option", "shapley.budget=16", "--credit-option", "owen.budget=16")
+    output = " ".join(run(*TEXT, "--credit", "all", *options, *CPU).split())
+    assert "integrated-gradients: not available: integrated gradients are computed by" in output
+    assert reason in output
+    assert "deeplift" in output.split("not available")[0]  # the table
+    output = run("quality", "--num", "2", "--max-new-tokens", "6", "--methods", "red", "integrated-gradients", *CPU)
+    assert reason in " ".join(output.split())
+
+
+@every_method
 def test_score_all_with_another_vocabulary_says_what_is_missing(run):
     output = run("score", "great fun", "--credit", "all", "--reward-model", "toy-lexicon", *CPU)
     assert "abc-d, abc-d2: not available: the policy 'imdb-tiny' writes other tokens" in output

@@ -1,6 +1,5 @@
 """DeepLIFT's multipliers: the rules by hand, captum's DeepLift where that has rules, and the sum from end to end."""
 
-import captum.attr
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,12 +28,13 @@ def assert_complete(score, inputs, reference, tolerance=1e-9):
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks", "ignore:Input Tensor 0 did not")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_network_of_known_modules_has_captums_attributions(inplace):
+    captum = pytest.importorskip("captum.attr", reason="needs the attribution extra: tokenmdp[attribution]")
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Linear(6, 16), nn.ReLU(inplace), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8), nn.ELU(), nn.Linear(8, 1)
     ).double()
     inputs, reference = draw(5, 6)
-    theirs = captum.attr.DeepLift(network).attribute(inputs, reference).detach()
+    theirs = captum.DeepLift(network).attribute(inputs, reference).detach()
     ours = rescale_multipliers(lambda x: network(x)[:, 0], inputs, reference) * (inputs - reference)
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
     assert (theirs < 0).any()

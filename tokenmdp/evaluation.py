@@ -14,6 +14,7 @@ given the environment's: (V,) or (N, V) bool.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
@@ -58,6 +59,13 @@ class HoldsPolicy(Protocol):
     policy: CausalLMPolicy
 
 
+@runtime_checkable
+class DrawsActions(Protocol):
+    """An agent that may sample from its space of actions, as DQN does when it explores."""
+
+    action_space: gym.Space
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """What some episodes scored; index i of both arrays is episode i, on the same prompt for any agent."""
@@ -68,7 +76,7 @@ class EvaluationResult:
     @property
     def score(self) -> Interval:
         """The mean score with its 95% interval over episodes."""
-        return mean_interval(self.scores.tolist())
+        return mean_interval(self.scores)
 
     def __str__(self) -> str:
         """Such as ``score 1.25 [1.10, 1.40], 7.5 tokens, 64 episodes``."""
@@ -94,7 +102,9 @@ def evaluate(
             Gymnasium's SyncVectorEnv or AsyncVectorEnv of single ones.
         agent: see the top of this module.
         episodes: how many.
-        seed: of the environment, and of PyTorch's random numbers meanwhile; those of the caller are put back.
+        seed: of the environment, and meanwhile of the random numbers of PyTorch, of NumPy's global generator and of
+            the agent's ``action_space``, from which models of Stable-Baselines3 draw; those of the caller are put back.
+            An agent with a generator of its own is not seeded.
         deterministic: take the most likely token, for language models and Stable-Baselines3. Others decide themselves.
 
     Raises:
@@ -109,13 +119,31 @@ def evaluate(
     if episodes < 1:
         raise ValueError(f"episodes={episodes}; at least 1 is needed")
     play = _play_rows if isinstance(envs, VectorEnv) else _play_single
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with _seeded(agent, seed):
         played = sorted(play(envs, _bind(agent, envs, seed, deterministic), episodes, seed), key=lambda one: one.place)
     return EvaluationResult(
         np.array([one.score for one in played], dtype=np.float64),
         np.array([one.n_tokens for one in played], dtype=np.int64),
     )
+
+
+@contextlib.contextmanager
+def _seeded(agent: Any, seed: int) -> Iterator[None]:
+    """Seed what agents draw from, for a while."""
+    numpy_state = np.random.get_state()  # noqa: NPY002  # Stable-Baselines3 draws from the global generator
+    generator = agent.action_space.np_random.bit_generator if isinstance(agent, DrawsActions) else None
+    space_state = None if generator is None else generator.state
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        if generator is not None:
+            generator.state = type(generator)(seed).state
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            if generator is not None:
+                generator.state = space_state
 
 
 class _Played(NamedTuple):

@@ -6,6 +6,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from tokenmdp.attention import IMPLEMENTATION
+
 LEAST_ROOM = 32  # columns
 
 
@@ -15,7 +17,14 @@ class RoomyLayer(DynamicLayer):
     ``keys`` and ``values`` (N, heads, L, d) are views of the written columns of a buffer that grows by half whenever it
     is full: T tokens cost O(T) columns of copying, where concatenation costs O(T^2). Replacing them, by a slice or a
     selection of rows, is allowed and costs at most one copy.
+
+    Args:
+        wide: on a CPU keep bfloat16 as float32, for an attention that reads it so (`tokenmdp.cpu_attention`).
     """
+
+    def __init__(self, wide: bool = False) -> None:
+        super().__init__()
+        self._wide = wide
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty, with the dtype and device of what will come."""
@@ -28,7 +37,10 @@ class RoomyLayer(DynamicLayer):
         """Append (N, heads, l, d); all keys and values so far. Under autograd it concatenates: writing would not do."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            widens = self._wide and key_states.device.type == "cpu" and key_states.dtype == torch.bfloat16
+            self.keys, self.values = (
+                (key_states.float(), value_states.float()) if widens else (key_states, value_states)
+            )
             return key_states, value_states
         keys, values = self.keys, self.values
         assert keys is not None and values is not None  # since the layer is initialized
@@ -59,8 +71,6 @@ class RoomyLayer(DynamicLayer):
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model: `RoomyLayer` where transformers takes `DynamicLayer`; other kinds stay theirs."""
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = RoomyLayer
+    cache, wide = DynamicCache(config=config), config._attn_implementation == IMPLEMENTATION
+    cache.layers = [RoomyLayer(wide) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -132,6 +132,10 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
             f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "
             f"pass a {kind.replace('_', ' ')} that was saved with these weights"
         )
+    for weight in model.parameters():
+        # So far a view of the mapped file, at whatever offset its header leaves. Kernels round differently there, and a
+        # resumed run would not repeat the unbroken one.
+        weight.data = weight.data.clone()
     return model.eval()
 
 

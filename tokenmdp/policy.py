@@ -6,6 +6,7 @@ text, top-k), because a log-probability under any other distribution makes the K
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenmdp.attention import install
 from tokenmdp.checkpoints import CheckpointError
+from tokenmdp.fused import fuse_activations, token_scores
 from tokenmdp.kv_cache import make_cache
 from tokenmdp.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
+from tokenmdp.recompute import recomputing, transformer_layers
 from tokenmdp.reward_models.base import VocabularyMismatch
 from tokenmdp.types import response_rows
 
@@ -61,6 +65,8 @@ class CausalLMPolicy(nn.Module):
         temperature: Divides the logits.
         top_k: Sample among the k most likely tokens; 0 is all.
         compute_dtype: ``torch.bfloat16`` runs the forwards under autocast; weights, softmax and values stay float32.
+        gradient_checkpointing: A backward through `evaluate` computes the layers' activations again instead of keeping
+            them: less memory, more time, the same gradients.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class CausalLMPolicy(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         if not temperature > 0:
@@ -84,11 +91,16 @@ class CausalLMPolicy(nn.Module):
                 "pass the environment the tokenizer that belongs to the policy"
             )
         self.lm = lm
+        fuse_activations(lm)
+        install(lm)
         self.value_head = nn.Linear(lm.config.hidden_size, 1, device=lm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, eos_token_id, min_new_tokens
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            transformer_layers(lm)  # raises if there are none
         self.eval()
         self._check_head()
 
@@ -113,7 +125,7 @@ class CausalLMPolicy(nn.Module):
 
     @classmethod
     def for_task(cls, model: str | PreTrainedModel, task: TextGenTask, **options: Any) -> CausalLMPolicy:
-        """A policy for the environments of ``task``; ``options`` are temperature, top_k and compute_dtype.
+        """A policy for the environments of ``task``; ``options`` are the others of the constructor.
 
         Raises:
             VocabularyMismatch: a named model whose own tokenizer is another one.
@@ -132,11 +144,26 @@ class CausalLMPolicy(nn.Module):
         policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
         return policy
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that any ``from_pretrained`` reads, with the value head beside the model."""
+    def save_pretrained(self, directory: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a directory that any ``from_pretrained`` reads, with the value head beside the model.
+
+        Args:
+            directory: made if it is not there.
+            state: weights to write instead of the policy's own, named as in its ``state_dict()``.
+        """
+        state = self.state_dict() if state is None else state
+        lm, head = (
+            {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+            for part in ("lm.", "value_head.")
+        )
         with quiet():
-            self.lm.save_pretrained(directory)
-        save_file(self.value_head.state_dict(), Path(directory) / VALUE_HEAD_FILE)
+            self.lm.save_pretrained(directory, state_dict=lm)
+        save_file(head, Path(directory) / VALUE_HEAD_FILE)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """Names of the classes of the layers, by which accelerate shards."""
+        return self.lm._no_split_modules
 
     def train(self, mode: bool = True) -> CausalLMPolicy:
         """Stay in eval mode: dropout would move the log-probabilities before any update did."""
@@ -215,17 +242,18 @@ class CausalLMPolicy(nn.Module):
                 the ratio, like the KL, is infinite. None takes this policy's own top k.
         """
         mask = attention_mask.long()
-        with self.autocast():
+        again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
+        with self.autocast(), again:
             hidden = self._backbone(input_ids, mask, use_cache=False).last_hidden_state  # (N, P+H, C)
             hidden = response_rows(hidden, prompt_slots)  # (N, H, C): row t speaks about response token t
             raw_logits = self.lm.get_output_embeddings()(hidden)  # only at response rows: V is the wide axis
-        logits, support = self._process(raw_logits, 0, support)
-        every_logprob = logits.log_softmax(-1)  # (N, H, V) or (N, H, k)
-        response = input_ids[:, prompt_slots:, None]
-        column = response if support is None else (support == response).int().argmax(-1, keepdim=True)
-        logprobs = every_logprob.gather(-1, column).squeeze(-1)  # (N, H)
-        entropy = -(every_logprob.exp() * every_logprob).sum(-1)
+        logits, support = self._process(raw_logits, 0, support)  # (N, H, V) or (N, H, k)
+        response = input_ids[:, prompt_slots:]
+        column = response if support is None else (support == response[..., None]).int().argmax(-1)
+        logprobs, entropy = token_scores(logits, column)
         return Evaluation(logprobs, self._values(hidden), entropy)
+
+    forward = evaluate  # what data-parallel wrappers call
 
     def _backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # padding takes no position
@@ -238,7 +266,7 @@ class CausalLMPolicy(nn.Module):
             raw_logits = self.lm.get_output_embeddings()(hidden)
         logits, support = self._process(raw_logits, step, None)
         chosen_from = None if support is None else support[:, 0]
-        return DecodeState(cache, attention_mask, step, logits[:, 0], chosen_from, self._values(hidden)[:, 0])
+        return DecodeState(cache, attention_mask, step, logits[:, 0].float(), chosen_from, self._values(hidden)[:, 0])
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # a caller may have entered `autocast` around us
@@ -248,9 +276,11 @@ class CausalLMPolicy(nn.Module):
         self, raw_logits: torch.Tensor, first_step: int, support: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (N, T, rows) of response tokens first_step, first_step + 1, .. -> what is sampled, and its support."""
-        logits = raw_logits[..., : self.vocab_size].float() / self.temperature  # (N, T, V)
-        too_early = max(self.min_new_tokens - first_step, 0)
-        logits[:, :too_early, self.eos_token_id] = NEVER
+        logits = raw_logits[..., : self.vocab_size]  # (N, T, V), of the forward's dtype
+        if self.temperature != 1.0:
+            logits = logits.float() / self.temperature
+        if (too_early := self.min_new_tokens - first_step) > 0:
+            logits[:, :too_early, self.eos_token_id] = torch.finfo(logits.dtype).min  # -inf would make the entropy NaN
         if self.top_k and support is None:
             support = logits.topk(self.top_k, dim=-1).indices  # (N, T, k)
         return (logits, None) if support is None else (logits.gather(-1, support), support)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from tokenmdp.attention import capture_rows, install
 from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.reward_models.attention import capture_rows, install
 from tokenmdp.types import Outcome
 
 

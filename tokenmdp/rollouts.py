@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from tokenmdp.batching import by_length, row_lengths
 from tokenmdp.decoding import SHARE_ENDED, Reading, decode, uniforms_for
 from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.policy_attention import SampledAttention
+from tokenmdp.processes import ALONE, Processes
 from tokenmdp.types import Rollout
 from tokenmdp.vector_env import TextGenVectorEnv
 from tokenmdp.wrappers import find_credit_wrapper
@@ -58,6 +61,7 @@ def collect(
     seed: int | None = None,
     rows_per_forward: int = 64,
     share_ended: float = SHARE_ENDED,
+    processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference.
 
@@ -66,17 +70,33 @@ def collect(
         policy: Samples through its KV cache; one transfer to the host a step.
         reference: Scores the same tokens, on the same support.
         generator: Sampling noise, on the policy's device.
-        seed: For ``envs.reset``; None goes on with the environment's random numbers.
+        seed: Of the first row (of the first process); None goes on with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
         share_ended: See `tokenmdp.decoding.decode`; it changes the time alone.
+        processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
+            ``seed``.
 
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
         and the mean of every scalar that the credit wrapper reports.
     """
-    base = check_envs(envs)
-    task, device = base.task, policy.lm.device
+    # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
+    rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
+    uniforms = uniforms_for(check_envs(envs).task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
+    with processes.together(), processes.whole_weights(policy):
+        rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
+    rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
+    report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
+    rollout = processes.gather_rollout(rollout)
+    return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
+
+
+def _play(
+    envs: VectorEnv, policy: CausalLMPolicy, uniforms: torch.Tensor, seed: int | None, share_ended: float
+) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """One episode in every row, without ``ref_logprobs``, and the last info of every row."""
+    task, device = check_envs(envs).task, policy.lm.device
     observation, _ = envs.reset(seed=seed)
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
@@ -85,7 +105,6 @@ def collect(
     logprobs = torch.zeros(envs.num_envs, task.max_new_tokens, device=device)
     values = torch.zeros_like(logprobs)
     support = torch.zeros(*logprobs.shape, policy.top_k, dtype=torch.long, device=device) if policy.top_k else None
-    uniforms = uniforms_for(task.max_new_tokens, envs.num_envs, device, generator)
 
     length = 0  # no response is longer
     with policy.autocast(), _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
@@ -113,8 +132,7 @@ def collect(
         scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),
         support=None if support is None else support[:, :length],
     )
-    rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    return rollout, _metrics(rollout, last_infos, policy.eos_token_id)
+    return rollout, last_infos
 
 
 @contextlib.contextmanager
@@ -139,12 +157,13 @@ def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns:
 @torch.no_grad()
 def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int = 64) -> torch.Tensor:
     """Log-probabilities (N, H) of a rollout's response tokens under another policy, 0 outside the response."""
-    parts = []
-    for rows in torch.arange(len(rollout.scores), device=rollout.scores.device).split(rows_per_forward):
-        support = None if rollout.support is None else rollout.support[rows]
-        ids, mask = rollout.input_ids[rows], rollout.attention_mask[rows]
-        parts.append(policy.evaluate(ids, mask, rollout.prompt_slots, support).logprobs)
-    return torch.cat(parts) * rollout.response_mask
+    lengths, logprobs = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
+    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(logprobs.device)
+    for rows in sorted_rows.split(rows_per_forward):
+        for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
+            scored = policy.evaluate(part.input_ids, part.attention_mask, part.prompt_slots, part.support)
+            logprobs[members, : scored.logprobs.shape[1]] = scored.logprobs * part.response_mask
+    return logprobs
 
 
 def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
@@ -155,7 +174,7 @@ def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
             last_infos.setdefault(key[1:], np.zeros_like(column))[present] = column[present]
 
 
-def _metrics(rollout: Rollout, last_infos: dict[str, np.ndarray], eos_token_id: int) -> dict[str, float]:
+def _metrics(rollout: Rollout, eos_token_id: int) -> dict[str, float]:
     response = rollout.input_ids[:, rollout.prompt_slots :]
     summary = torch.stack(
         [
@@ -168,5 +187,14 @@ def _metrics(rollout: Rollout, last_infos: dict[str, np.ndarray], eos_token_id: 
     ).tolist()  # one transfer
     metrics = dict(zip(("score_mean", "score_std", "kl", "response_tokens", "ended_by_eos"), summary, strict=True))
     metrics["response_length"] = metrics["response_tokens"] / len(rollout.scores)
-    report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
-    return metrics | {key: float(column.mean()) for key, column in report.items()}
+    return metrics
+
+
+def _column_means(reports: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mean of every column (n,) over all rows of the processes that have it.
+
+    >>> _column_means([{"mass": np.array([0.0, 1.0])}, {"mass": np.array([2.0, 3.0])}])
+    {'mass': 1.5}
+    """
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: float(np.concatenate([part[name] for part in reports if name in part]).mean()) for name in names}

@@ -25,7 +25,7 @@ from tokenmdp.policy import CausalLMPolicy, DecodeState
 
 logger = logging.getLogger(__name__)
 
-LEAST_ELEMENTS = 256  # of a tensor's, looked at for changes
+LEAST_ELEMENTS = 64  # of a tensor's, looked at for changes
 EMPTY = -1  # stands in slots without a token
 
 
@@ -122,7 +122,7 @@ class WeightSample:
     """What some weights are now, to notice later that they have changed.
 
     Seen are weights in other memory, whatever PyTorch counts as written, and any change of the elements that are looked
-    at: of each tensor all up to 511 and of larger ones every k-th, at least 256 (k odd, so that all columns have their
+    at: of each tensor all up to 191 and of larger ones every k-th, at least 64 (k odd, so that all columns have their
     turn). PyTorch does not count what is written through ``parameter.data``, as TorchRL's `update_policy_weights_`
     does, or by fused optimizers; those change nearly all elements. Not seen is an uncounted write that leaves every
     element looked at as it was, for instance to a single row of an embedding.
@@ -130,7 +130,7 @@ class WeightSample:
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         self._marks = _marks(weights)
-        self._views = [_every_kth(weight.detach()) for weight in weights]  # keep the memory, so its address is no other's
+        self._views = [_every_kth(weight.detach()) for weight in weights]  # holding on, so no address is given away
         self._elements = torch.cat(self._views)
 
     def still_that_of(self, weights: Sequence[torch.Tensor]) -> bool:
@@ -146,10 +146,10 @@ def _every_kth(weight: torch.Tensor) -> torch.Tensor:
     """A view (n,) of evenly spread elements, in the order of memory.
 
     >>> _every_kth(torch.arange(6).reshape(2, 3)).tolist(), len(_every_kth(torch.zeros(300, 300)))
-    ([0, 1, 2, 3, 4, 5], 257)
+    ([0, 1, 2, 3, 4, 5], 65)
     """
     span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    k = span // LEAST_ELEMENTS - 1 | 1
+    k = (max(span // LEAST_ELEMENTS, 1) - 1) | 1
     return weight.as_strided(((span - 1) // k + 1,), (k,))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tokenmdp.credit import CREDIT_METHODS, CreditMethod, FineReward, make_credit
+from tokenmdp.credit import CREDIT_METHODS, CreditMethod, FineReward, MissingResource, make_credit
 from tokenmdp.credit.options import required_options
 from tokenmdp.quality import Lent
 from tokenmdp.quality.counting import NOTHING_LENT
@@ -89,8 +89,11 @@ def credit_methods(
         given = options.get(name, {})
         if missing := _missing(name, given):
             refused[name] = f"it has no default for {missing[0]}; pass {flag} {_example(f'{name}.{missing[0]}')}"
-        else:
+            continue
+        try:
             methods[name] = credit_method(name, {"credit_beta": credit_beta, **given})
+        except MissingResource as error:  # the library that computes it is not installed
+            refused[name] = str(error)
     return methods, refused
 
 

@@ -35,7 +35,8 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
     "Disabled" waits. Leave those rows out of the minibatches. GAE may run over them: all of them lie behind a terminal
     step or at the end of the rollout, so nothing of theirs flows into a known row.
 
-    Episodes that were reset with a ``response_prefix`` have more tokens than steps and cannot be placed; use none.
+    Start no episode with a ``response_prefix``: it has more tokens than steps, and how many more the infos do not tell.
+    ``known`` shows when its tokens would reach into the rows of the episode before, which is refused.
 
     Args:
         rewards: (num_steps, num_envs) float array or tensor, changed in place.
@@ -44,7 +45,7 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
         known: (num_steps, num_envs) bool array or tensor, changed in place.
 
     Raises:
-        gymnasium.error.Error: an episode ended without token rewards.
+        gymnasium.error.Error: an episode ended without token rewards, or has more tokens than steps.
 
     >>> rewards, known = np.zeros((4, 1)), np.zeros((4, 1), dtype=bool)
     >>> rewards[2] = 6.0                                                          # the score, in the last step
@@ -61,6 +62,12 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
     for i in np.flatnonzero(ended.get("_token_rewards", ())):
         n = int(ended["n_tokens"][i])
         k = min(n, t + 1)
+        if known is not None and known[t - k + 1 : t + 1, i].any():
+            raise gym.error.Error(
+                f"row {i} ended an episode of {n} tokens in step {t}, and the one before it ended less than {n} steps "
+                "ago: it was reset with a response_prefix, whose tokens have no steps, or relabel was not called in "
+                "every step; reset without a prefix and call relabel once a step"
+            )
         rewards[t - k + 1 : t + 1, i] = _like(rewards, ended["token_rewards"][i, n - k : n])
         if known is not None:
             known[t - k + 1 : t + 1, i] = True

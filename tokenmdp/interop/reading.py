@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
@@ -10,12 +11,17 @@ from tokenmdp.env import TokenEpisodes
 from tokenmdp.vector_env import TextGenVectorEnv
 from tokenmdp.wrappers import find_credit_wrapper
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
-def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv) -> None:
+
+@singledispatch
+def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> None:
     """Say that a learner reads ``info["token_rewards"]`` of ``env``, so that no wrapper warns of unread ones.
 
-    Takes a TextGen environment, single or vector, under a credit wrapper, or Gymnasium's SyncVectorEnv and
-    AsyncVectorEnv of such single environments (whose wrappers are not looked at: they may live in other processes).
+    Takes a TextGen environment, single or vector, under a credit wrapper; or many single ones, in Gymnasium's
+    SyncVectorEnv or AsyncVectorEnv or, with `tokenmdp.interop.sb3` imported, in a VecEnv of Stable-Baselines3. The
+    wrappers of those are not looked at: they may live in other processes.
 
     Raises:
         gymnasium.error.Error: no credit wrapper, or scores that come later than the end of their row.
@@ -26,7 +32,10 @@ def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv) -> None:
         base.set_attr("token_rewards_read", True)
         return
     if not isinstance(base, TokenEpisodes):
-        raise TypeError(f"{type(base).__name__} gives no token rewards; pass a TextGen environment")
+        raise TypeError(
+            f"{type(base).__name__} gives no token rewards; pass a TextGen environment, or for a "
+            "VecEnv of Stable-Baselines3 import tokenmdp.interop.sb3 before"
+        )
     if find_credit_wrapper(env) is None:
         raise gym.error.Error(no_token_rewards(vector=isinstance(env, gym.vector.VectorEnv)))
     if isinstance(base, TextGenVectorEnv) and base.score_when != "ended":

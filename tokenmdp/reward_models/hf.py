@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from tokenmdp.attention import capture_rows, install
 from tokenmdp.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
-from tokenmdp.reward_models.attention import capture_rows, install
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score, VocabularyMismatch
 from tokenmdp.types import Episode, RewardOutput
 

@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
         f'{error.name} is not installed, run `pip install "tokenmdp[sb3]"` for tokenmdp.interop.sb3'
     ) from error
 
+from tokenmdp.interop.reading import mark_token_rewards_read
 from tokenmdp.interop.sb3.callback import TokenRewardCallback
-from tokenmdp.interop.sb3.checks import mark_token_rewards_read
 from tokenmdp.interop.sb3.policy import (
     CausalLMActorCriticPolicy,
     CausalLMMixin,

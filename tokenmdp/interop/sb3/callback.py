@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -10,14 +11,13 @@ import torch
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
-from tokenmdp.interop.sb3.checks import check_token_rewards, earned, mark_token_rewards_read
+from tokenmdp.interop.sb3.checks import begin_reading, check_token_rewards, earned, end_reading, of_steps
 from tokenmdp.interop.sb3.kept_rows import KeptRows
-from tokenmdp.wrappers.base import CreditWrapper
 
 CutOff = Literal["complete", "drop"]
 
@@ -32,14 +32,17 @@ class TokenRewardCallback(BaseCallback):
       rewards. Then all environments are reset. Tokens beyond the cut-off are not trained on, so ``n_steps`` should be
       several times the longest episode. The extra steps do not count as time steps; ``rollout/completion_steps`` logs
       them (times the number of environments).
-    * "drop": no minibatch contains such a row; in the buffer its reward and advantage are 0 and its return is its
-      value. The episode goes on in the next rollout, where its later rows are trained on with their true rewards.
-      ``rollout/dropped_rows`` logs how many were left out. A last minibatch of a single row is left out too, because
-      MaskablePPO and RecurrentPPO would divide by its standard deviation.
+    * "drop": no minibatch contains such a row. The episode goes on in the next rollout, where its later rows are
+      trained on with their true rewards. ``rollout/dropped_rows`` logs how many were left out. A last minibatch of a
+      single row is left out too, because MaskablePPO and RecurrentPPO would divide by its standard deviation. In the
+      buffer the reward and advantage of a dropped row are 0, and its value and return are the means of the other rows,
+      so that ``train/explained_variance`` is the one of the rows that were trained on.
 
     The last value that an advantage bootstraps from is computed here, by the policy that collected the rollout. Under
     VecNormalize all rewards of a rollout are scaled by `normalize_reward` as it stands at the end of the rollout: one
     scale, so the parts of a score keep their proportions.
+
+    An episode that was reset with a ``response_prefix`` has more tokens than steps; its rows get the last ones.
 
     Args:
         mode: "complete" or "drop".
@@ -47,8 +50,9 @@ class TokenRewardCallback(BaseCallback):
 
     Raises:
         TypeError: the algorithm is not on-policy.
-        ValueError: no credit wrapper, a TimeLimit, ``norm_obs=True``, or ("drop") ``n_steps`` below the longest
-            episode; in "complete" mode the last is a warning.
+        ValueError: no credit wrapper, a TimeLimit, ``norm_obs=True``, a second TokenRewardCallback, one inside an
+            event callback such as EveryNTimesteps, steps outside of learn(), or ("drop") ``n_steps`` below the longest
+            episode or too few rows to train on; in "complete" mode a short ``n_steps`` is a warning.
 
     >>> from stable_baselines3 import PPO
     >>> from stable_baselines3.common.env_util import make_vec_env
@@ -82,9 +86,20 @@ class TokenRewardCallback(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
+        if self.parent is not None:
+            raise ValueError(
+                f"TokenRewardCallback is inside {type(self.parent).__name__}, which does not tell it when a rollout "
+                "ends; pass it to learn() itself, in a list with the others"
+            )
+        ours = [found for found in _in_lists(self.locals["callback"]) if isinstance(found, TokenRewardCallback)]
+        if len(ours) > 1:
+            modes = ", ".join(repr(callback.mode) for callback in ours)
+            raise ValueError(
+                f"{len(ours)} TokenRewardCallbacks (modes {modes}) in one learn(): each would play on from where the "
+                "other has left the environments; pass one"
+            )
         check_token_rewards(self.training_env)
-        mark_token_rewards_read(self.training_env)
-        CreditWrapper.readers.add(self)  # for the environments of an EvalCallback
+        begin_reading(self.training_env, self.logger)
 
     def _on_rollout_start(self) -> None:
         self._ended.clear()
@@ -104,13 +119,13 @@ class TokenRewardCallback(BaseCallback):
         last_values = self._last_values()  # before the completion moves on
         rewards = np.zeros_like(buffer.rewards)
         for row, env, token_rewards in self._ended:
-            _write_back(rewards, row, env, token_rewards)
+            _write_back(rewards, buffer.episode_starts, row, env, token_rewards)
         kept = np.ones(rewards.shape, dtype=np.bool_)
         if self.mode == "drop":
             kept = self._finished_rows()
         elif not dones.all():
             for env, token_rewards in self._complete(~dones).items():
-                _write_back(rewards, len(rewards) - 1, env, token_rewards)
+                _write_back(rewards, buffer.episode_starts, len(rewards) - 1, env, token_rewards)
             self._reset()
         normalizer = model.get_vec_normalize_env()
         buffer.rewards[:] = rewards if normalizer is None else normalizer.normalize_reward(rewards)
@@ -119,7 +134,7 @@ class TokenRewardCallback(BaseCallback):
             self._drop(buffer, kept)
 
     def _on_training_end(self) -> None:
-        CreditWrapper.readers.discard(self)
+        end_reading(self.training_env, self.logger)
         self._forget_kept_rows()
 
     def _forget_kept_rows(self) -> None:
@@ -165,6 +180,7 @@ class TokenRewardCallback(BaseCallback):
         """
         model: Any = self.model
         envs, obs, starts = self.training_env, model._last_obs, model._last_episode_starts
+        model._last_obs = None  # SB3 resets where it finds none: after an interruption in here nothing else fits
         state = None
         if self._recurrent:
             state = tuple(layer.cpu().numpy() for layer in model._last_lstm_states.pi)
@@ -207,23 +223,44 @@ class TokenRewardCallback(BaseCallback):
                 "mode='drop' trains only on episodes that end within a rollout; make n_steps several times "
                 "max_new_tokens"
             )
-        return np.arange(n_steps)[:, None] < ends
+        kept = np.arange(n_steps)[:, None] < ends
+        if kept.sum() < 2:
+            raise ValueError(
+                f"only {kept.sum()} of the {kept.size} rows of a rollout (n_steps={n_steps}, n_envs={num_envs}) is of "
+                "an episode that ended in it, and mode='drop' needs 2 to train on; make n_steps several times "
+                "max_new_tokens"
+            )
+        return kept
 
     def _drop(self, buffer: RolloutBuffer, kept: np.ndarray) -> None:
         buffer.advantages[~kept] = 0.0
-        buffer.returns[~kept] = buffer.values[~kept]
+        # SB3 logs 1 - Var(returns - values) / Var(returns) of all rows. Means scale both variances alike.
+        for column in (buffer.values, buffer.returns):
+            column[~kept] = column[kept].mean()
         # An instance's own entry, because SB3 has no other place to say which rows a minibatch may draw from.
         vars(buffer)["get"] = KeptRows(buffer, kept)
         self.logger.record_mean("rollout/dropped_rows", int((~kept).sum()))
 
 
-def _write_back(rewards: np.ndarray, row: int, env: int, token_rewards: np.ndarray) -> None:
-    """Token rewards (k,) into the rows of ``rewards`` (n_steps, N) that end with ``row``; earlier rollouts keep theirs.
+def _write_back(rewards: np.ndarray, starts: np.ndarray, row: int, env: int, token_rewards: np.ndarray) -> None:
+    """The last of the token rewards (T,) into the rows of ``rewards`` (n_steps, N) up to ``row`` of their episode.
 
-    >>> rewards = np.zeros((3, 1))
-    >>> _write_back(rewards, row=1, env=0, token_rewards=np.array([1.0, 2.0, 3.0]))
+    ``starts`` (n_steps, N) marks the first row of each episode; one that began in an earlier rollout has all rows here.
+
+    >>> rewards, starts = np.zeros((4, 1)), np.array([[0], [0], [1], [0]])
+    >>> _write_back(rewards, starts, row=1, env=0, token_rewards=np.array([1.0, 2.0, 3.0]))
+    >>> _write_back(rewards, starts, row=3, env=0, token_rewards=np.array([4.0, 5.0, 6.0]))
     >>> rewards[:, 0].tolist()
-    [2.0, 3.0, 0.0]
+    [2.0, 3.0, 5.0, 6.0]
     """
-    stored = min(len(token_rewards), row + 1)
-    rewards[row + 1 - stored : row + 1, env] = token_rewards[len(token_rewards) - stored :]
+    first = max(np.flatnonzero(starts[: row + 1, env]).tolist(), default=0)
+    rewards[first : row + 1, env] = of_steps(token_rewards, row + 1 - first, env)
+
+
+def _in_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """The callbacks that SB3 calls at the end of a rollout."""
+    if isinstance(callback, CallbackList):
+        for inner in callback.callbacks:
+            yield from _in_lists(inner)
+    else:
+        yield callback

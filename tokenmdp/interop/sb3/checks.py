@@ -1,14 +1,17 @@
-"""What an SB3 environment must be like for token rewards, and the terminal info that it must deliver."""
+"""What an SB3 environment must be like for token rewards, what it is told, and what it must deliver."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from gymnasium.wrappers import TimeLimit
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
+from tokenmdp.interop.reading import mark_token_rewards_read
 from tokenmdp.interop.sb3.vec_env import GymVectorToSB3
 from tokenmdp.wrappers.base import CreditWrapper
 
@@ -16,6 +19,8 @@ TIME_LIMIT = (
     "a TimeLimit ends episodes before the reward model has scored them; make the environment without "
     "max_episode_steps: max_new_tokens is the limit"
 )
+# What environments in other processes said of `token_rewards_read` before a learn() that has not ended yet.
+_BEFORE_LEARNING: WeakKeyDictionary[VecEnv, list[bool]] = WeakKeyDictionary()
 
 
 def check_token_rewards(envs: VecEnv) -> None:
@@ -47,16 +52,40 @@ def check_normalization(normalizer: VecNormalize) -> None:
         )
 
 
-def mark_token_rewards_read(envs: VecEnv) -> None:
+@mark_token_rewards_read.register
+def _(envs: VecEnv) -> None:
     """Tell every environment, also in other processes, that its token rewards are read: they will not warn.
 
-    `TokenRewardCallback` does so itself. `TokenRewardReplayBuffer` cannot reach into the workers of a SubprocVecEnv:
-    call this once before learning off-policy from one.
+    `TokenRewardCallback` sees to it for as long as it learns. `TokenRewardReplayBuffer` cannot reach into the workers
+    of a SubprocVecEnv: call this once before learning off-policy from one.
     """
+    _BEFORE_LEARNING.pop(envs.unwrapped, None)
     if isinstance(envs.unwrapped, GymVectorToSB3):
         envs.set_attr("token_rewards_read", True)
     else:
         envs.env_method("set_wrapper_attr", "token_rewards_read", True)  # set_attr stops at the outermost wrapper
+
+
+def begin_reading(envs: VecEnv, logger: Logger) -> None:
+    """Say that the learn() that logs to ``logger`` reads the token rewards of ``envs``, until `end_reading`.
+
+    SB3 calls nothing when an exception ends learn(). But every learn() makes its model a new logger, unless the user
+    has set one, so the weak reference to the old one says that a run is over. Environments in other processes are
+    marked instead, and go back to what they said before when the next run with them ends.
+    """
+    CreditWrapper.readers.add(logger)
+    base = envs.unwrapped
+    if not isinstance(base, (DummyVecEnv, GymVectorToSB3)):
+        before = _BEFORE_LEARNING.get(base) or envs.get_attr("token_rewards_read")
+        mark_token_rewards_read(envs)
+        _BEFORE_LEARNING[base] = before
+
+
+def end_reading(envs: VecEnv, logger: Logger) -> None:
+    """Take back what `begin_reading` said."""
+    CreditWrapper.readers.discard(logger)
+    for row, read in enumerate(_BEFORE_LEARNING.pop(envs.unwrapped, ())):
+        envs.env_method("set_wrapper_attr", "token_rewards_read", read, indices=row)
 
 
 def earned(info: dict[str, Any], row: int) -> np.ndarray:
@@ -73,6 +102,20 @@ def earned(info: dict[str, Any], row: int) -> np.ndarray:
             "tokenmdp.wrappers, for example SparseReward(env)"
         )
     return info["token_rewards"][info["token_mask"]]  # (H,), (H,) -> (T,)
+
+
+def of_steps(token_rewards: np.ndarray, steps: int, row: int) -> np.ndarray:
+    """The token rewards of the last ``steps`` of an episode; those before belong to a ``response_prefix``.
+
+    Raises:
+        ValueError: more steps than tokens.
+    """
+    if steps > len(token_rewards):
+        raise ValueError(
+            f"an episode of {len(token_rewards)} tokens ended in environment {row}, and {steps} steps of it were "
+            "recorded: something else has stepped or reset the environment; evaluate with environments of their own"
+        )
+    return token_rewards[len(token_rewards) - steps :]
 
 
 def _vec_wrappers(envs: VecEnv) -> Iterator[VecEnvWrapper]:

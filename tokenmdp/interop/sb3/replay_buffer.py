@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from tokenmdp.interop.sb3.checks import check_normalization, earned
+from tokenmdp.interop.sb3.checks import check_normalization, earned, of_steps
 from tokenmdp.wrappers.base import CreditWrapper
 
 
@@ -29,16 +29,35 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
     For DQN and QRDQN: ``replay_buffer_class=TokenRewardReplayBuffer``. Until an episode ends its rows wait outside.
     ``learning_starts`` should therefore be at least the number of environments times ``max_new_tokens``, so that an
     episode is there to learn from. Under VecNormalize the rewards are stored as they are and scaled when sampled, as
-    SB3 always does. A saved buffer does not hold the open episodes: the environments start anew.
+    SB3 always does. A saved buffer does not hold the open episodes: the environments start anew, and there may be
+    another number of them. A reset in mid-episode drops the episode's rows; an episode that was reset with a
+    ``response_prefix`` has more tokens than steps, and its rows get the last ones.
 
     The rows of all environments form one queue of ``buffer_size`` rows, so ``buffer.n_envs`` is 1.
+
+    SB3's ``DQN(n_steps=...)`` sets up a buffer of its own, which takes no Dict observations. Here n-step returns are
+    ``replay_buffer_kwargs={"n_steps": n, "gamma": gamma}``: a sample's reward is
+    ``sum_{i < n} gamma^i token_rewards[t + i]``, cut at the episode's end, its next observation the one after those
+    steps, and its discount ``gamma^n``. The rows in the buffer keep their own token rewards.
 
     While it is in use, the environments of its process do not warn that nobody reads their token rewards; for those of
     a SubprocVecEnv call `mark_token_rewards_read`.
 
+    Args:
+        buffer_size: rows of finished episodes; the oldest make room.
+        observation_space: of a TextGen environment.
+        action_space: of a TextGen environment.
+        device: where samples go.
+        n_envs: SB3 passes it; the steps that come in say themselves how many environments there are.
+        optimize_memory_usage: SB3 passes it, and refuses True for Dict observations.
+        handle_timeout_termination: SB3 passes it; episodes have no timeouts.
+        n_steps: steps of the return; 1 is the token's own reward.
+        gamma: the model's discount factor; needed with ``n_steps > 1``.
+
     Raises:
         ValueError: an episode ended without token rewards, or by a TimeLimit; VecNormalize with ``norm_obs=True``;
-            a sample is asked for before an episode has ended.
+            a sample is asked for before an episode has ended; steps outside of learn(); another number of
+            environments while episodes are open; ``n_steps`` below 1, or above it without ``gamma``.
 
     >>> from stable_baselines3 import DQN
     >>> from stable_baselines3.common.env_util import make_vec_env
@@ -59,10 +78,18 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
+        n_steps: int = 1,
+        gamma: float | None = None,
     ) -> None:
         super().__init__(
             buffer_size, observation_space, action_space, device, 1, optimize_memory_usage, handle_timeout_termination
         )
+        if n_steps < 1 or (n_steps > 1 and gamma is None):
+            raise ValueError(
+                f"n_steps={n_steps} and gamma={gamma}: n_steps is at least 1, and above 1 the buffer discounts; pass "
+                'replay_buffer_kwargs={"n_steps": ..., "gamma": ...} with the model\'s own gamma'
+            )
+        self.n_steps, self.gamma = n_steps, 1.0 if gamma is None else gamma
         self._open: list[list[Transition]] = [[] for _ in range(n_envs)]
 
     @property
@@ -80,11 +107,20 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         """One step of every environment; ``reward`` is not used, the terminal info's token rewards are."""
+        if len(infos) != len(self._open):
+            if self.num_open_rows:
+                raise ValueError(
+                    f"a step of {len(infos)} environments, and {self.num_open_rows} rows of {len(self._open)} others "
+                    "wait for their token rewards; save and load the buffer first, which leaves those rows out"
+                )
+            self._open = [[] for _ in infos]
         action = action.reshape(len(self._open), self.action_dim)
         for env, rows in enumerate(self._open):
+            if rows and any((after[0] != obs[key][env]).any() for key, after in rows[-1].next_obs.items()):
+                rows.clear()  # reset in mid-episode: what was recorded never ends
             rows.append(Transition(_take(obs, env), _take(next_obs, env), action[env : env + 1].copy()))
             if done[env]:
-                self._insert(rows, earned(infos[env], env))
+                self._insert(rows, of_steps(earned(infos[env], env), len(rows), env))
                 rows.clear()
 
     def sample(  # type: ignore[override]
@@ -102,11 +138,28 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
 
     def _insert(self, rows: list[Transition], token_rewards: np.ndarray) -> None:
         CreditWrapper.readers.add(self)
-        # Before a reset in mid-episode there may be rows that never end, so an episode's rows are the last ones.
-        rows, token_rewards = rows[-len(token_rewards) :], token_rewards[-len(rows) :]
         for row, token_reward in zip(rows, token_rewards, strict=True):
             last = np.array([row is rows[-1]])
             super().add(row.obs, row.next_obs, row.action, np.array([token_reward]), last, [{}])
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        first = super()._get_samples(batch_inds, env)
+        if self.n_steps == 1:
+            return first
+        # An episode's rows follow each other, the newest row ends one, and only the oldest are overwritten.
+        rows = (batch_inds[:, None] + np.arange(self.n_steps)) % self.buffer_size  # (B, n)
+        ends = self.dones[rows, 0]
+        within = ends.cumsum(1) - ends == 0  # up to the episode's last row
+        rewards = self._normalize_reward(self.rewards[rows, 0], env) * within * self.gamma ** np.arange(self.n_steps)
+        last = super()._get_samples(rows[np.arange(len(rows)), within.sum(1) - 1], env)
+        return first._replace(
+            rewards=self.to_torch(rewards.sum(1, keepdims=True, dtype=np.float32)),
+            next_observations=last.next_observations,
+            dones=last.dones,
+            discounts=torch.full_like(last.dones, self.gamma**self.n_steps),  # shorter ones end, and count nothing
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": [[] for _ in self._open]}

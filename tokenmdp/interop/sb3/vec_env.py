@@ -12,6 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+ROW_BY_ROW = frozenset({"render", "get_rng_state"})  # methods whose lists and tuples have an entry a row
+
 
 class GymVectorToSB3(VecEnv):
     """A batched environment as the VecEnv that SB3 learns from: one reward-model call a step for all rows that end.
@@ -21,9 +23,10 @@ class GymVectorToSB3(VecEnv):
     construction ``t``, and `env_is_wrapped` says so. SB3's VecMonitor may go around it to write its file; it warns that
     its own figures replace these.
 
-    `env_method` calls the batch's method once and hands each row its entry of the result (the result itself where it
-    has no entry a row), so ``env_method("action_masks")`` is what MaskablePPO expects. `set_attr` sets an attribute of
-    the whole batch.
+    `env_method` calls the batch's method once. Of an array with N entries each row gets its own, so
+    ``env_method("action_masks")`` is what MaskablePPO expects; so it does of the sequences of `render` and
+    `get_rng_state`. Any other result is about the whole batch, whatever its length, and every row gets all of it.
+    `set_attr` sets an attribute of the whole batch.
 
     Args:
         envs: with ``autoreset_mode="SameStep"``; credit wrappers of `tokenmdp.wrappers.vector` go inside.
@@ -123,7 +126,10 @@ class GymVectorToSB3(VecEnv):
     ) -> list:
         """Call the batch's method once; one entry of the result for each index, see the class."""
         result = getattr(self._holder(method_name), method_name)(*method_args, **method_kwargs)
-        a_row_each = isinstance(result, (np.ndarray, list, tuple)) and len(result) == self.num_envs
+        if isinstance(result, np.ndarray):
+            a_row_each = result.ndim > 0 and len(result) == self.num_envs
+        else:
+            a_row_each = method_name in ROW_BY_ROW and result is not None
         return [result[row] if a_row_each else result for row in self._rows(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokenmdp import cpu_attention
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -123,6 +125,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal  # as sdpa reads it
     capture = _capture.get()
     if capture is not None:
         if options.get("position_bias") is not None:
@@ -130,8 +133,9 @@ def _attention(
                 f"{type(module).__name__} adds position biases to its attention scores, which the captured row does "
                 "not know; use UniformReward or SparseReward with this model"
             )
-        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal  # as sdpa reads it
         capture.keep(query, key, attention_mask, scaling, causal)
+    if cpu_attention.attends(query, key) and not options.get("dropout") and options.get("position_bias") is None:
+        return cpu_attention.attend(query, key, value, attention_mask, scaling, causal), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
     )
