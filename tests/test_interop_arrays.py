@@ -1,3 +1,5 @@
+import functools
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -117,8 +119,13 @@ def test_misuse_is_explained():
     bare = gym.make_vec(TOY, num_envs=2, autoreset_mode="SameStep")
     with pytest.raises(gym.error.Error, match=r"tokenmdp.wrappers.vector.SparseReward\(env\)"):
         mark_token_rewards_read(bare)
-    with pytest.raises(gym.error.Error, match=r"wrappers.SparseReward\(env\)"):
-        mark_token_rewards_read(gym.make(TOY))
+    for envs in (gym.make(TOY), gym.vector.SyncVectorEnv([lambda: gym.make(TOY)] * 2)):
+        with pytest.raises(gym.error.Error, match=r"wrappers.SparseReward\(env\)"):
+            mark_token_rewards_read(envs)
+    limited = functools.partial(single, max_episode_steps=4)
+    for envs in (limited(), gym.vector.SyncVectorEnv([limited])):
+        with pytest.raises(gym.error.Error, match="a TimeLimit ends episodes before the reward model has scored them"):
+            mark_token_rewards_read(envs)
     with pytest.raises(TypeError, match="CartPole"):
         mark_token_rewards_read(gym.make("CartPole-v1"))
     late = gym.make_vec(TOY, num_envs=2, autoreset_mode="Disabled", score_when="all_done")

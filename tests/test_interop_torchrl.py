@@ -285,8 +285,11 @@ def test_weights_sent_to_a_collector_reach_its_cache():
 def test_misuse_is_explained(monkeypatch):
     with pytest.raises(gym.error.Error, match="no credit wrapper"):
         make_env(TOY)
-    with pytest.raises(gym.error.Error, match="autoreset_mode is 'NextStep', and TorchRL resets rows itself"):
-        make_env(TOY, vector.SparseReward, num_envs=2, autoreset_mode="NextStep")
+    for mode in ("NextStep", "SameStep"):
+        with pytest.raises(gym.error.Error, match=f"autoreset_mode is '{mode}', and TorchRL resets rows itself"):
+            make_env(TOY, vector.SparseReward, num_envs=2, autoreset_mode=mode)
+    with pytest.raises(gym.error.Error, match="a TimeLimit ends episodes before"):
+        make_env(TOY, SparseReward, max_episode_steps=4)
     with pytest.raises(ValueError, match="top_k=2: TorchRL scores"):
         actor_critic(CausalLMPolicy.for_task(toy_policy(0), native().unwrapped.task, top_k=2))
     (batch,) = collector(make_env(native), 60)
@@ -297,3 +300,6 @@ def test_misuse_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchrl.data", None)
     with pytest.raises(gym.error.DependencyNotInstalled, match=r"pip install 'tokenmdp\[torchrl\]'"):
         make_env(TOY, SparseReward)
+    monkeypatch.setitem(sys.modules, "torchrl.modules", None)
+    with pytest.raises(gym.error.DependencyNotInstalled, match=r"pip install 'tokenmdp\[torchrl\]'"):
+        actor_critic(language_model())

@@ -258,6 +258,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         f"tokenmdp:{settings.env}",
         num_envs=num_envs,
         autoreset_mode="Disabled",
+        score_when="all_done",  # one reward-model call an update
         tokenizer=settings.tokenizer,
         reward_model=settings.reward_model,
         max_new_tokens=settings.max_new_tokens,

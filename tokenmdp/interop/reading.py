@@ -21,14 +21,18 @@ def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> Non
 
     Takes a TextGen environment, single or vector, under a credit wrapper; or many single ones, in Gymnasium's
     SyncVectorEnv or AsyncVectorEnv or, with `tokenmdp.interop.sb3` imported, in a VecEnv of Stable-Baselines3. The
-    wrappers of those are not looked at: they may live in other processes.
+    wrappers in the last two are not looked at: they may live in other processes.
 
     Raises:
-        gymnasium.error.Error: no credit wrapper, or scores that come later than the end of their row.
+        gymnasium.error.Error: no credit wrapper, a TimeLimit, or scores that come later than the end of their row.
         TypeError: it is no TextGen environment.
     """
     base: Any = env.unwrapped
-    if isinstance(base, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)):
+    if isinstance(base, gym.vector.SyncVectorEnv):
+        for single in base.envs:
+            mark_token_rewards_read(single)
+        return
+    if isinstance(base, gym.vector.AsyncVectorEnv):
         base.set_attr("token_rewards_read", True)
         return
     if not isinstance(base, TokenEpisodes):
@@ -38,12 +42,25 @@ def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> Non
         )
     if find_credit_wrapper(env) is None:
         raise gym.error.Error(no_token_rewards(vector=isinstance(env, gym.vector.VectorEnv)))
+    if _has_time_limit(env):
+        raise gym.error.Error(
+            "a TimeLimit ends episodes before the reward model has scored them; make the environment without "
+            "max_episode_steps: max_new_tokens is the limit"
+        )
     if isinstance(base, TextGenVectorEnv) and base.score_when != "ended":
         raise gym.error.Error(
             f"score_when={base.score_when!r} delivers token rewards later than in the last step of their row, so they "
             'would be written over the wrong steps; make the environment with score_when="ended"'
         )
     base.token_rewards_read = True
+
+
+def _has_time_limit(env: Any) -> bool:
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, gym.wrappers.TimeLimit):
+            return True
+        env = env.env
+    return False
 
 
 def no_token_rewards(vector: bool) -> str:

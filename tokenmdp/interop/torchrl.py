@@ -57,16 +57,14 @@ def make_env(
 
     Raises:
         gymnasium.error.DependencyNotInstalled: torchrl is missing.
-        gymnasium.error.Error: no credit wrapper, or a vector environment that resets rows by itself.
+        gymnasium.error.Error: no credit wrapper, a TimeLimit, or a vector environment that resets rows by itself.
     """
     try:
         from torchrl.data import Binary, Composite, Unbounded
         from torchrl.envs import ActionMask, GymWrapper, TransformedEnv
         from torchrl.envs.gym_like import default_info_dict_reader
     except ImportError as error:
-        raise gym.error.DependencyNotInstalled(
-            "torchrl is not installed; run `pip install 'tokenmdp[torchrl]'`"
-        ) from error
+        raise _not_installed() from error
 
     if not isinstance(env, str):
         made = env()
@@ -173,10 +171,14 @@ def actor_critic(policy: CausalLMPolicy) -> tuple[ProbabilisticActor, TensorDict
     ``deactivate_vmap=True``.
 
     Raises:
+        gymnasium.error.DependencyNotInstalled: torchrl is missing.
         ValueError: ``top_k``, under which a token the actor has sampled may later have probability 0.
     """
-    from tensordict.nn import TensorDictModule
-    from torchrl.modules import ProbabilisticActor
+    try:
+        from tensordict.nn import TensorDictModule
+        from torchrl.modules import ProbabilisticActor
+    except ImportError as error:
+        raise _not_installed() from error
 
     if policy.top_k:
         raise ValueError(
@@ -227,6 +229,10 @@ class StateValue(nn.Module):
         """Observations (..., S)."""
         rows, ids, mask = _flat(input_ids, attention_mask)
         return read_states(self.policy, ids, mask).value.reshape(*rows, 1)
+
+
+def _not_installed() -> gym.error.DependencyNotInstalled:
+    return gym.error.DependencyNotInstalled("torchrl is not installed; run `pip install 'tokenmdp[torchrl]'`")
 
 
 def _without_early_end(policy: CausalLMPolicy) -> CausalLMPolicy:
