@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def show(title: str) -> None:
         rollout, metrics = collect(envs, agent.policy, agent.reference, agent.generator)
-        console.print(f"{title}: mean score {metrics['score_mean']:+.2f}, KL {metrics['kl']:.2f}")
+        console.print(f"{title}: mean score {metrics['score_mean']:+.2f}, KL {metrics['kl']:z.2f}")
         for sample in samples_from_rollout(rollout, envs.unwrapped.tokenizer)[:4]:
             console.print(
                 f"{sample.score:+6.2f} ", terminal(sample.tokens, sample.credits, prompt=sample.prompt), sep=""

@@ -1,6 +1,7 @@
 """What becomes of the tests where an optional library is not installed: they are skipped, and say what they need."""
 
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -12,11 +13,16 @@ collect_ignore = ["sb3_ledger.py"] if "sb3" in MISSING else []
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """Skip a test in which this package has refused to work without an extra, as its error messages name it."""
     report = yield
-    named = re.findall(r"tokenmdp\[(\w+)\]", str(call.excinfo.value)) if report.failed else []
-    if MISSING & set(named):
+    named = set(re.findall(r"tokenmdp\[(\w+)\]", _messages(call.excinfo.value))) if report.failed else set()
+    for extra in sorted(MISSING & named):
         path, line, _ = item.location
-        report.outcome, report.longrepr = "skipped", (path, line, f"needs an extra: pip install 'tokenmdp[{named[0]}]'")
+        report.outcome, report.longrepr = "skipped", (path, line, f"needs an extra: pip install 'tokenmdp[{extra}]'")
     return report
+
+
+def _messages(error: BaseException | None) -> str:
+    """An exception's message, and those of what was being handled when it was raised."""
+    return "" if error is None else f"{error}\n{_messages(error.__cause__ or error.__context__)}"

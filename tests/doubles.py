@@ -1,12 +1,21 @@
-"""Reward models whose numbers are exact and depend on the row's tokens only, and episodes made of words."""
+"""Reward models whose numbers are exact and depend on the row's tokens only, episodes made of words, toy wrappers."""
 
 from __future__ import annotations
 
+import gymnasium as gym
+import numpy as np
+import pytest
 import torch
+from gymnasium.utils.env_checker import data_equivalence
 
+import tokenmdp.wrappers as single
 from tokenmdp.loading import load_tokenizer, toy_tokenizer
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.types import Episode, RewardOutput
+from tokenmdp.wrappers import vector
+
+TOY = "tokenmdp:TextGen-Toy-v0"
+SB3 = "needs the sb3 extra: pip install 'tokenmdp[sb3]'"  # why a test is skipped
 
 
 class HashRewardModel(RewardModel):
@@ -75,3 +84,50 @@ def words(text):
 
 def of_words(*texts, **slots):
     return episode(*((words(prompt), words(response)) for prompt, response in texts), **slots)
+
+
+each_wrapper = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("SparseReward", {}),
+        ("UniformReward", {}),
+        ("AttentionCreditReward", {}),
+        ("AttentionCreditReward", {"credit_beta": 0.0}),
+        ("AttentionCreditReward", {"credit_beta": 1.0, "attention_floor": 0.01}),
+    ],
+    ids=str,
+)
+
+
+def wrapped(name, wrapper_kwargs=None, **kwargs):
+    """The toy environment under the wrapper of this name."""
+    return getattr(single, name)(gym.make(TOY, **kwargs), **(wrapper_kwargs or {}))
+
+
+def wrapped_vec(name, wrapper_kwargs=None, num_envs=4, **kwargs):
+    """Its vector form."""
+    return getattr(vector, name)(gym.make_vec(TOY, num_envs=num_envs, **kwargs), **(wrapper_kwargs or {}))
+
+
+def same(first, second):
+    """Whether two of what `reset` or `step` return are equal in every entry, dtypes included."""
+    return data_equivalence(first, second, exact=True)
+
+
+def responses(count, horizon, eos, seed=0):
+    """Random responses of every length 1..horizon; those shorter than the horizon end with end-of-text."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(29, size=(count, horizon))
+    lengths = rng.integers(1, horizon + 1, size=count)
+    tokens[np.arange(count), lengths - 1] = eos
+    return tokens
+
+
+def play(env, tokens, **reset):
+    """One episode in a single environment: its last reward and info."""
+    env.reset(**reset)
+    for token in tokens:
+        *_, reward, terminated, _, info = env.step(token)
+        if terminated:
+            return reward, info
+    raise AssertionError("the episode did not end")

@@ -1,4 +1,4 @@
-"""Every Python block of the pages runs, and the recipes for other libraries give each row its own token's reward."""
+"""The Python blocks of the pages run, and the recipes for other libraries give each row its own token's reward."""
 
 import re
 from pathlib import Path
@@ -8,19 +8,26 @@ import pytest
 from known_credit import position, single, true_reward
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("agents/README.md", "docs/bring_your_own_agent.md")
+PAGES = {  # and the section, where only that one's blocks can run as they stand
+    "README.md": "## Use it with your own tools\n",
+    "agents/README.md": "",
+    "docs/bring_your_own_agent.md": "",
+}
 BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"num_updates=150": "num_updates=1", "num_envs=64": "num_envs=4"}
 
 
 def blocks():
-    for page in PAGES:
+    for page, heading in PAGES.items():
         path = ROOT / page
         if not path.exists():
             yield pytest.param("", None, id=page, marks=pytest.mark.skip(f"{page} is not beside the tests"))
             continue
-        for number, (needs, code) in enumerate(BLOCK.findall(path.read_text(encoding="utf-8")), start=1):
-            yield pytest.param(code, needs, id=f"{path.name}-{number}{'-' * bool(needs)}{needs}")
+        text = path.read_text(encoding="utf-8")
+        if heading:
+            text = text.split(heading)[1].split("\n## ")[0]
+        for number, (needs, code) in enumerate(BLOCK.findall(text), start=1):
+            yield pytest.param(code, needs, id=f"{page}-{number}{'-' * bool(needs)}{needs}")
 
 
 def run(code, needs, replaced=(), **names):

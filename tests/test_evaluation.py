@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from doubles import HashRewardModel
+from doubles import SB3, HashRewardModel
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.commands.settings import toy_policy
@@ -145,8 +145,8 @@ def test_masks_of_gymnasiums_vector_environment():
 
 @pytest.mark.parametrize("num_envs", [None, 3])
 def test_models_of_stable_baselines3(num_envs):
-    sb3 = pytest.importorskip("stable_baselines3", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
-    contrib = pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    sb3 = pytest.importorskip("stable_baselines3", reason=SB3)
+    contrib = pytest.importorskip("sb3_contrib", reason=SB3)
     from stable_baselines3.common.evaluation import evaluate_policy
 
     small = {"n_steps": 8, "batch_size": 8, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
@@ -179,7 +179,7 @@ def test_models_of_stable_baselines3(num_envs):
 def test_a_model_that_explores_repeats_with_the_seed(name, num_envs):
     """SB3's off-policy models explore with NumPy's global generator and that of their action space."""
     library = "stable_baselines3" if name == "DQN" else "sb3_contrib"
-    models = pytest.importorskip(library, reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    models = pytest.importorskip(library, reason=SB3)
     model = getattr(models, name)("MultiInputPolicy", make_single(), seed=0, buffer_size=10, device="cpu")
     model.exploration_rate = 0.7
     played = make_single() if num_envs is None else make(num_envs)

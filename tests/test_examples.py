@@ -10,6 +10,7 @@ import pytest
 import quickstart
 import swap_wrappers
 import tune_on_preferences
+from doubles import SB3
 
 from tokenmdp.commands.settings import toy_policy
 from tokenmdp.credit import CREDIT_METHODS, make_credit
@@ -97,7 +98,7 @@ def test_torchrl_ppo(capsys):
 
 @pytest.fixture
 def sb3():
-    pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    pytest.importorskip("sb3_contrib", reason=SB3)
 
 
 def test_sb3_ppo(sb3, capsys):

@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from doubles import SB3
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("sb3_contrib", reason=SB3)
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_ledger import (
     ALGORITHMS,

@@ -8,8 +8,9 @@ from weakref import WeakSet
 import gymnasium as gym
 import numpy as np
 import pytest
+from doubles import SB3
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("sb3_contrib", reason=SB3)
 from sb3_contrib import ARS, RecurrentPPO
 from sb3_ledger import ALGORITHMS, N_ENVS, N_STEPS, TOY, After, Before, Ledger, on_policy, vec_env
 from stable_baselines3 import A2C, DQN, PPO

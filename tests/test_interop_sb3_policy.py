@@ -5,6 +5,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from doubles import SB3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -22,7 +23,7 @@ from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.reward_models.base import VocabularyMismatch
 from tokenmdp.task import make_task
 
-pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+pytest.importorskip("sb3_contrib", reason=SB3)
 
 from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO

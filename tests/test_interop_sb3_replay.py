@@ -5,8 +5,9 @@ from collections import defaultdict
 import gymnasium as gym
 import numpy as np
 import pytest
+from doubles import SB3
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("sb3_contrib", reason=SB3)
 from sb3_contrib import QRDQN
 from sb3_ledger import PROMPT_SLOTS, TOY, InMidText, credited, vec_env
 from stable_baselines3 import DQN

@@ -1,14 +1,15 @@
 """The tools around the learners: SB3's checks, evaluation, checkpoints and logs, Gymnasium's statistics and workers."""
 
+import os
 import subprocess
 import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from doubles import HashRewardModel
+from doubles import SB3, HashRewardModel
 
-pytest.importorskip("sb3_contrib", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+pytest.importorskip("sb3_contrib", reason=SB3)
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_masked
 from sb3_ledger import TOY
@@ -19,10 +20,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import load_results
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor, VecNormalize
 
 from tokenmdp.evaluation import evaluate
-from tokenmdp.interop.sb3 import GymVectorToSB3, TokenRewardCallback
+from tokenmdp.interop import arrays
+from tokenmdp.interop.sb3 import GymVectorToSB3, TokenRewardCallback, mark_token_rewards_read
 from tokenmdp.wrappers import (
     AttentionCreditReward,
     OnlinePrefixReward,
@@ -95,9 +97,42 @@ def test_an_evaluation_alone_is_no_reason_to_warn_and_no_excuse_for_learning(bui
     evaluate_policy(model_of(envs), envs, 40)
     masked = MaskablePPO("MultiInputPolicy", envs, n_steps=32, batch_size=32, n_epochs=1, device="cpu")
     evaluate_masked(masked, envs, 40)
-    evaluate(UniformReward(gym.make(TOY)), masked, 40)
-    with pytest.warns(UnreadTokenRewards):
-        masked.learn(256, callback=EvalCallback(build(), eval_freq=64, n_eval_episodes=20, verbose=0))
+    for played in (UniformReward(gym.make(TOY)), vector.UniformReward(gym.make_vec(TOY, num_envs=3))):
+        evaluate(played, masked, 40)
+    # Those of a callback, beside a learner that has said for its own environments that it reads.
+    own = build()
+    mark_token_rewards_read(own)
+    model_of(own).learn(256, callback=EvalCallback(build(), eval_freq=32, n_eval_episodes=20, verbose=0))
+    assert not CreditWrapper._warned
+    with pytest.warns(UnreadTokenRewards) as caught:
+        masked.learn(512, callback=EvalCallback(build(), eval_freq=64, n_eval_episodes=20, verbose=0))
+    assert len([warning for warning in caught if warning.category is UnreadTokenRewards]) == 1
+
+
+def workers(n_envs=2):
+    return make_vec_env(
+        TOY, n_envs, wrapper_class=UniformReward, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}
+    )
+
+
+@pytest.mark.parametrize("build", [singles, batch, workers])
+def test_one_function_marks_environments_of_gymnasium_and_of_sb3(build):
+    envs = VecMonitor(build())
+    assert mark_token_rewards_read is arrays.mark_token_rewards_read
+    mark_token_rewards_read(envs)
+    assert envs.get_attr("token_rewards_read") == [True, True]
+    envs.close()
+
+
+def test_a_vecenv_that_comes_before_its_adapter_is_refused_with_the_remedy():
+    code = (
+        "from stable_baselines3.common.env_util import make_vec_env\n"
+        "from tokenmdp.interop.arrays import mark_token_rewards_read\n"
+        f"mark_token_rewards_read(make_vec_env('{TOY}'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "TypeError: DummyVecEnv gives no token rewards" in done.stderr
+    assert "import tokenmdp.interop.sb3 before" in done.stderr
 
 
 def read_scalars(path):
@@ -129,16 +164,24 @@ def test_the_trained_policy_survives_save_and_load(tmp_path):
 
 
 WORKERS = """
-import gymnasium as gym, numpy as np
+import gymnasium as gym, numpy as np, torch
 from tokenmdp.wrappers import AttentionCreditReward
 
+class Worker(gym.Wrapper):
+    def loaded(self):
+        return "reward_model" in vars(self.unwrapped.task)
+
+    def threads(self):
+        return torch.get_num_threads()
+
 def make():
-    return AttentionCreditReward(gym.make("tokenmdp:TextGen-{name}-v0", max_new_tokens=3))
+    return Worker(AttentionCreditReward(gym.make("tokenmdp:TextGen-IMDb-v0", max_new_tokens=3)))
 
 if __name__ == "__main__":
-    envs = gym.vector.AsyncVectorEnv([make] * 2, context="{context}", autoreset_mode="SameStep")
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    workers = gym.vector.AsyncVectorEnv([make] * 2, context="{context}", autoreset_mode="SameStep")
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(workers)
     envs.reset(seed=0)
+    print(*workers.call("loaded"))
     for _ in range(3):
         _, rewards, ended, _, infos = envs.step(np.array([5, 6]))
     final = infos["final_info"]
@@ -146,18 +189,19 @@ if __name__ == "__main__":
     assert np.allclose(final["token_rewards"].sum(1), rewards, rtol=1e-5), (final, rewards)
     assert np.allclose(infos["episode"]["r"], rewards), (infos, rewards)
     assert infos["episode"]["l"].tolist() == [3, 3]
+    print(*workers.call("loaded"), *workers.call("threads"))
     envs.close()
-    print("done")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("context", "name"), [("fork", "IMDb"), ("spawn", "Toy")])
-def test_gymnasium_workers_of_a_fresh_process(context, name, tmp_path):
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_gymnasium_workers_of_a_fresh_process_load_models_when_they_score_and_use_one_thread(context, tmp_path):
     script = tmp_path / "workers.py"
-    script.write_text(WORKERS.format(context=context, name=name))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    script.write_text(WORKERS.format(context=context))
+    free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=free)
+    assert (done.returncode, done.stdout) == (0, "False False\nTrue True 1 1\n"), done.stderr
 
 
 def test_missing_libraries_are_named_with_the_line_that_installs_them():

@@ -3,9 +3,9 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from doubles import HashRewardModel
+from doubles import SB3, HashRewardModel
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("sb3_contrib", reason=SB3)
 from gymnasium.utils.env_checker import data_equivalence
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from sb3_ledger import TOY

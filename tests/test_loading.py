@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
+from doubles import SB3
 from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from tokenmdp import loading
@@ -262,7 +263,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_workers_of_gymnasium_and_sb3_score_with_one_thread(tmp_path):
-    pytest.importorskip("stable_baselines3", reason="needs the sb3 extra: pip install 'tokenmdp[sb3]'")
+    pytest.importorskip("stable_baselines3", reason=SB3)
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
     free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

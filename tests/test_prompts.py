@@ -9,6 +9,7 @@ from tokenmdp.loading import load_tokenizer
 from tokenmdp.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file
 
 WORDS = "the film was good but the plot is dull and the actor is fun"
+DATASETS = "needs the datasets extra: pip install 'tokenmdp[datasets]'"  # why a test is skipped
 TEXTS = [" ".join([WORDS] * 6), "a movie " * 40, "too short"]
 
 
@@ -29,7 +30,7 @@ def drawn(source, encoder, count=100, seed=0):
 
 @pytest.fixture
 def reviews(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason=DATASETS)
     (tmp_path / "plain_text").mkdir()
     for split, texts in (("train", TEXTS), ("test", ["it was great . " * 20])):
         datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts)}).to_parquet(
@@ -107,7 +108,7 @@ def test_openings_must_fit_their_slots(reviews, encoder):
 
 
 def test_a_directory_without_the_split_or_the_column_says_so(reviews, encoder):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason=DATASETS)
     with pytest.raises(PromptsNotFound, match=r"no dev-\*.parquet below"):
         prompt_source(f"{reviews}:dev", encoder, (1, 2))
     datasets.Dataset.from_dict({"review": ["a"]}).to_parquet(reviews / "other-0.parquet")
@@ -119,7 +120,7 @@ def test_a_directory_without_the_split_or_the_column_says_so(reviews, encoder):
 
 
 def test_an_unknown_name_says_how_to_download(encoder, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason=DATASETS)
 
     def offline(*args, **kwargs):
         raise ConnectionError("no network")

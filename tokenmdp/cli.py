@@ -76,6 +76,8 @@ class Train:
     """Longest response in tokens; None takes the preset's."""
     ppo: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of PPOConfig, such as --ppo kl_coef=0.1; may be repeated."""
+    lora_rank: int | None = None
+    """Train adapters of this rank beside frozen weights; needs tokenmdp[lora]. None trains all weights."""
     eval_samples: int | None = None
     """Responses before and after training; None takes the preset's."""
     device: str = "auto"

@@ -107,7 +107,7 @@ class Processes:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def policy_state(self, policy: CausalLMPolicy) -> State:
-        """The whole weights by name, to be saved by process 0."""
+        """The whole weights by name, to be saved by process 0; the others may get none."""
         return policy.state_dict()
 
     def load_policy_state(self, policy: CausalLMPolicy, state: State) -> None:
@@ -252,7 +252,12 @@ class Accelerated(Processes):
         return _whole(norm)
 
     def policy_state(self, policy: CausalLMPolicy) -> State:  # noqa: D102
-        return self.accelerator.get_state_dict(policy)
+        state = self.accelerator.get_state_dict(policy)
+        first: dict[int, str] = {}
+        for name, tensor in policy.state_dict(keep_vars=True).items():
+            if self._sharded and state and first.setdefault(id(tensor), name) != name:
+                state[name] = state[first[id(tensor)]]  # tied weights come apart when they are gathered
+        return state
 
     def load_policy_state(self, policy: CausalLMPolicy, state: State) -> None:  # noqa: D102
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

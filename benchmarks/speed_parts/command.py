@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from speed_parts import against_generate, against_trl, arithmetic, credit_cost, overhead, scaling
+from speed_parts import against_generate, against_trl, arithmetic, changes, credit_cost, overhead, scaling
 from speed_parts.report import Finding, machine, print_table, write_json
 from speed_parts.shapes import SHAPES, Shape
 from speed_parts.trl_process import default_directory
@@ -22,6 +22,7 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "horizon": (("4x256",), 4),
     "overhead": (("bundled", "4x256", "gpt2"), 5),
     "flops": (("gpt2",), 5),
+    "changes": (("4x256",), 5),
 }
 
 
@@ -83,4 +84,6 @@ def run_part(part: str, shape: Shape, device: torch.device, arguments: argparse.
         return scaling.measure(shape, device, repetitions, *sizes)
     if part == "overhead":
         return overhead.measure(shape, device, repetitions)
+    if part == "changes":
+        return changes.measure(shape, device, repetitions)
     return arithmetic.measure(shape, device, repetitions)

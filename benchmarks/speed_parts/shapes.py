@@ -131,14 +131,20 @@ def make_reward_model(shape: Shape, device: str) -> RewardModel:
     return HFRewardModel(GPT2ForSequenceClassification(config).to(device), word_tokenizer(shape.vocab_size))
 
 
-def make_envs(shape: Shape, reward_model: RewardModel | None = None, credit: str = "sparse") -> VectorEnv:
-    """Environments whose prompts and responses all have the shape's lengths; by default the score is free."""
+def make_envs(
+    shape: Shape, reward_model: RewardModel | None = None, credit: str = "sparse", shortest: int | None = None
+) -> VectorEnv:
+    """Environments whose prompts and responses all have the shape's lengths; by default the score is free.
+
+    With ``shortest`` the lengths of responses are drawn evenly from there to the shape's.
+    """
+    lengths = {} if shortest is None else {"horizon_range": (shortest, shape.response_tokens)}
     tokenizer = load_tokenizer("imdb-tiny") if shape.bundled else word_tokenizer(shape.vocab_size)
     envs = gym.make_vec(
         "tokenmdp:TextGen-v0", num_envs=shape.episodes, autoreset_mode="Disabled", score_when="all_done",
         tokenizer=tokenizer, reward_model=reward_model or FixedScore(tokenizer), prompts=make_prompts(shape),
         max_prompt_tokens=shape.prompt_tokens, max_new_tokens=shape.response_tokens,
-        min_new_tokens=shape.response_tokens,
+        min_new_tokens=shape.response_tokens if shortest is None else shortest, **lengths,
     )  # fmt: skip
     return vector.CreditReward(envs, credit)
 

@@ -93,10 +93,14 @@ class Interruption:
 
     Stopping in the middle of an update would leave weights and optimizer half changed. A second Ctrl-C does stop at
     once; the last checkpoint is then where the run goes on.
+
+    Args:
+        console: says what happens.
+        patient: do not stop at a second one: launchers of several processes pass on the first twice.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, patient: bool = False) -> None:
+        self.console, self.patient = console, patient
         self.asked = False
 
     def __enter__(self) -> Interruption:
@@ -110,8 +114,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not self.patient:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
+        if not self.asked:
+            again = "" if self.patient else " (Ctrl-C again leaves at once)"
+            self.console.print(f"finishing this update, then saving{again}")
         self.asked = True
-        self.console.print("finishing this update, then saving (Ctrl-C again leaves at once)")

@@ -127,7 +127,9 @@ def settings_from(arguments: Train) -> RunSettings:
         credit_options=absolute_options(parse_options(arguments.credit_option, "--credit-option")),
         seed=arguments.seed,
         device=resolve_device(arguments.device),
-        ppo=base.ppo | parse_options(arguments.ppo, "--ppo"),
+        ppo=base.ppo
+        | parse_options(arguments.ppo, "--ppo")
+        | ({} if arguments.lora_rank is None else {"lora_rank": arguments.lora_rank}),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from tokenmdp.commands.run_directory import RunDirectory
 from tokenmdp.commands.settings import (
     PRESETS,
     TOY_POLICY,
+    Preset,
     PromptSplit,
     RunSettings,
     credit_of,
@@ -38,10 +39,13 @@ from tokenmdp.commands.settings import (
     split_prompts,
     toy_policy,
 )
+from tokenmdp.processes import launched, processes_of
 from tokenmdp.rendering import SEPARATOR
 from tokenmdp.report import curves, heatmap
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from tokenmdp.cli import Train
 
 SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
@@ -55,15 +59,33 @@ class Stop(Exception):
 def train(arguments: Train) -> int:
     """Train, or go on, then report; the exit status."""
     logging.disable_progress_bar()  # transformers draws one for every checkpoint
-    console = make_console()
     settings, preset = settings_from(arguments), PRESETS[arguments.preset]
+    accelerator = launched(arguments.device)
+    try:
+        return _train(arguments, settings, preset, accelerator)
+    finally:
+        if accelerator is not None:
+            accelerator.end_training()
+
+
+def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator: Accelerator | None) -> int:
+    processes = processes_of(accelerator)
+    console = Console(quiet=True) if processes.rank else make_console()
+    if settings.num_envs % processes.size:
+        raise ValueError(
+            f"--num-envs is {settings.num_envs}, which {processes.size} processes cannot share equally; "
+            f"choose a multiple of {processes.size}"
+        )
+    settings = replace(settings, device=str(processes.device(settings.device)))
     updates = preset.updates if arguments.updates is None else arguments.updates
     if updates < 1:
         raise ValueError(f"--updates is {updates}; it must be at least 1")
     ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
     credit_of(settings)
     run = RunDirectory(arguments.out or Path("runs") / f"{arguments.preset}-{settings.credit}-seed{settings.seed}")
-    has_checkpoint = run.check(settings_record(settings), resume=arguments.resume)
+    with processes.together():
+        has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=arguments.resume)
+    has_checkpoint = processes.share(has_checkpoint)
     console.print(f"run directory: {run.path}", highlight=False)
     console.print(
         f"{allocator.describe(os.environ)}; {torch.get_num_threads()} threads",
@@ -71,24 +93,31 @@ def train(arguments: Train) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if processes.size > 1:
+        console.print(f"{processes.size} processes with {settings.num_envs // processes.size} episodes each")
 
     split = split_prompts(settings)
-    envs = make_envs(settings, settings.num_envs, split.training)
+    envs = make_envs(settings, settings.num_envs // processes.size, split.training)
     if has_checkpoint:
-        agent = load_agent(run, settings, envs, updates)
+        agent = load_agent(run, settings, envs, updates, accelerator)
         console.print(f"going on after update {agent.num_updates_done} of {updates}")
     else:
         policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
-        agent = PPO(policy, envs, ppo_config(settings, updates))
+        agent = PPO(policy, envs, ppo_config(settings, updates), accelerator=accelerator)
         if settings.policy == TOY_POLICY:
             console.print("the toy policy starts untrained: random weights, random words")
-    run.claim(settings_record(settings))  # only now: a command that fails above leaves no half-made run behind
     console.print(f"{describe(agent)}; {split.note}", highlight=False, soft_wrap=True)
 
-    before = evaluate_before(run, agent, settings, split, console)
+    before: Evaluation | None = None
+    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        if not processes.rank:
+            run.claim(settings_record(settings))  # only now: a command that fails above leaves no half-made run behind
+            before = evaluate_before(run, agent, settings, split, console)
     if learn(run, agent, updates, preset.checkpoint_every, console):
         raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
-    report(run, agent, settings, split, before, console)
+    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        if before is not None:
+            report(run, agent, settings, split, before, console)
     return 0
 
 
@@ -108,10 +137,12 @@ def ppo_config(settings: RunSettings, updates: int) -> PPOConfig:
         raise ValueError(f"--ppo {settings.ppo} holds a value of the wrong type ({error})") from error
 
 
-def load_agent(run: RunDirectory, settings: RunSettings, envs: Any, updates: int) -> PPO:
+def load_agent(
+    run: RunDirectory, settings: RunSettings, envs: Any, updates: int, accelerator: Accelerator | None
+) -> PPO:
     """The agent of the run's checkpoint."""
     try:
-        return PPO.load(run.checkpoint, envs, device=settings.device, total_updates=updates)
+        return PPO.load(run.checkpoint, envs, accelerator=accelerator, device=settings.device, total_updates=updates)
     except (CheckpointError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the run in {run.path} cannot be continued: {error}. To start afresh choose another --out, "
@@ -122,11 +153,13 @@ def load_agent(run: RunDirectory, settings: RunSettings, envs: Any, updates: int
 def describe(agent: PPO) -> str:
     """Model, episodes and precision in a few words."""
     parameters = sum(weight.numel() for weight in agent.policy.lm.parameters())
+    learned = sum(weight.numel() for weight in agent.policy.lm.parameters() if weight.requires_grad)
+    adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
     task = agent.envs.unwrapped.task  # type: ignore[attr-defined]
     precision = str(agent.policy.compute_dtype).removeprefix("torch.")
     return (
-        f"policy of {parameters / 1e6:.2f}M parameters in {precision} on {agent.policy.lm.device}; "
-        f"{agent.envs.num_envs} episodes of up to {task.max_new_tokens} tokens an update"
+        f"policy of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.policy.lm.device}; "
+        f"{agent.num_episodes} episodes of up to {task.max_new_tokens} tokens an update"
     )
 
 
@@ -143,40 +176,51 @@ def evaluate_before(
 
 
 def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, console: Console) -> bool:
-    """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date."""
+    """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date.
+
+    Of several processes all learn and the first writes.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    done = agent.num_updates_done
-    run.keep_metrics_up_to(done)
+    done, processes = agent.num_updates_done, agent.processes
+    writer: SummaryWriter | None = None
+    with processes.together():
+        if not processes.rank:
+            run.keep_metrics_up_to(done)
+            writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
     if done >= updates:
         console.print(f"all {updates} updates are done; raise --updates to train further")
         return False
-    writer = SummaryWriter(run.tensorboard, purge_step=done + 1)
-    saved = done
+    saved, interrupted = done, False
 
     def after_update(metrics: dict[str, Any]) -> None:
-        nonlocal saved
-        run.append_metrics(metrics)
-        for key, value in metrics.items():
-            if key != "update":
-                writer.add_scalar(key, value, metrics["update"])
-        display.show(metrics)
+        nonlocal saved, interrupted
+        with processes.together():
+            if writer is not None:
+                run.append_metrics(metrics)
+                for key, value in metrics.items():
+                    if key != "update":
+                        writer.add_scalar(key, value, metrics["update"])
+            display.show(metrics)
         if agent.num_updates_done % checkpoint_every == 0:
             agent.save(run.checkpoint)
             saved = agent.num_updates_done
-        if interruption.asked:
+        interrupted = processes.any(interruption.asked)
+        if interrupted:
             raise Stop
 
+    waits = Interruption(console, patient=processes.size > 1)
     try:
-        with Interruption(console) as interruption, TrainingDisplay(console, done, updates) as display:
+        with waits as interruption, TrainingDisplay(console, done, updates) as display:
             # Not KeyboardInterrupt: that one comes in the middle of an update, whose state must not be saved.
             with contextlib.suppress(Stop):
                 agent.learn(updates - done, callback=after_update)
             if saved != agent.num_updates_done:
                 agent.save(run.checkpoint)
-            return interruption.asked and agent.num_updates_done < updates
+            return interrupted and agent.num_updates_done < updates
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 def report(

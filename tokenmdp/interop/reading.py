@@ -14,6 +14,11 @@ from tokenmdp.wrappers import find_credit_wrapper
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
+TIME_LIMIT = (
+    "a TimeLimit ends episodes before the reward model has scored them; make the environment without "
+    "max_episode_steps: max_new_tokens is the limit"
+)
+
 
 @singledispatch
 def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> None:
@@ -43,10 +48,7 @@ def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> Non
     if find_credit_wrapper(env) is None:
         raise gym.error.Error(no_token_rewards(vector=isinstance(env, gym.vector.VectorEnv)))
     if _has_time_limit(env):
-        raise gym.error.Error(
-            "a TimeLimit ends episodes before the reward model has scored them; make the environment without "
-            "max_episode_steps: max_new_tokens is the limit"
-        )
+        raise gym.error.Error(TIME_LIMIT)
     if isinstance(base, TextGenVectorEnv) and base.score_when != "ended":
         raise gym.error.Error(
             f"score_when={base.score_when!r} delivers token rewards later than in the last step of their row, so they "

@@ -11,14 +11,10 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from tokenmdp.interop.reading import mark_token_rewards_read
+from tokenmdp.interop.reading import TIME_LIMIT, mark_token_rewards_read
 from tokenmdp.interop.sb3.vec_env import GymVectorToSB3
 from tokenmdp.wrappers.base import CreditWrapper
 
-TIME_LIMIT = (
-    "a TimeLimit ends episodes before the reward model has scored them; make the environment without "
-    "max_episode_steps: max_new_tokens is the limit"
-)
 # What environments in other processes said of `token_rewards_read` before a learn() that has not ended yet.
 _BEFORE_LEARNING: WeakKeyDictionary[VecEnv, list[bool]] = WeakKeyDictionary()
 

@@ -1,0 +1,176 @@
+"""Runs of two gloo processes against the same runs of one."""
+
+import subprocess
+import sys
+
+import gloo_runs
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from gymnasium.error import DependencyNotInstalled
+from safetensors.torch import load_file
+
+from tokenmdp import cli
+from tokenmdp.checkpoints import load_state
+from tokenmdp.commands import train
+from tokenmdp.processes import Accelerated, Processes, launched
+from tokenmdp.report.curves import read_metrics
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """What the two processes leave behind."""
+    path = tmp_path_factory.mktemp("gloo")
+    gloo_runs.make_agent("uniform").learn(2).save(path / "saved by one")
+    gloo_runs.in_two_processes(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same runs in this process, each played once."""
+    played = {}
+
+    def play(name):
+        if name not in played:
+            played[name] = gloo_runs.record(gloo_runs.make_agent(name).learn(gloo_runs.UPDATES))
+        return played[name]
+
+    return play
+
+
+def assert_same(run, expected, tolerance=1e-4):
+    assert [set(metrics) for metrics in run["history"]] == [set(metrics) for metrics in expected["history"]]
+    for metrics, wanted in zip(run["history"], expected["history"], strict=True):
+        assert metrics == pytest.approx(wanted, rel=0, abs=tolerance)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(run["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", gloo_runs.RUNS)
+def test_two_processes_learn_what_one_learns(directory, alone, name):
+    first, second = (load_state(directory / f"{name} {rank}.safetensors") for rank in (0, 1))
+    assert_same(first, alone(name))
+    assert len(first["history"]) == gloo_runs.UPDATES
+    assert first["history"] == second["history"]  # not a bit of difference: both take the same decisions
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+
+
+def test_the_runs_put_to_the_test_what_they_are_for(alone):
+    lengths = {metrics["response_length"] for metrics in alone("uniform")["history"]}
+    assert all(length < 8 for length in lengths)  # so the texts are not all of one length
+    assert len({metrics["kl_coef"] for metrics in alone("attention")["history"]}) == gloo_runs.UPDATES
+    assert any(metrics["minibatches"] < 10 for metrics in alone("target_kl")["history"])
+    assert all(metrics["attention_mass"] > 0 for metrics in alone("attention")["history"])
+
+
+@pytest.mark.parametrize("name", gloo_runs.SHARDED)
+@pytest.mark.parametrize("suffix", ["sharded", "sharded, resumed"])
+def test_sharded_weights_learn_the_same(directory, alone, name, suffix):
+    assert_same(load_state(directory / f"{name}, {suffix} 0.safetensors"), alone(name))
+
+
+@pytest.mark.parametrize("name", gloo_runs.SHARDED)
+def test_sharded_each_process_keeps_half_of_the_numbers(directory, name):
+    whole = gloo_runs.numbers_held(gloo_runs.make_agent(name).learn(1))
+    parts = [load_state(directory / f"{name}, shards {rank}.safetensors")["numbers"] for rank in (0, 1)]
+    assert sum(parts) == whole
+    assert max(parts) < 0.55 * whole
+
+
+@pytest.mark.parametrize("title", ["one, then two", "one, then sharded"])
+def test_a_run_of_one_process_goes_on_in_two(directory, alone, title):
+    assert_same(load_state(directory / f"{title} 0.safetensors"), alone("uniform"))
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [("saved by two", "uniform"), ("uniform, saved sharded", "uniform"), ("lora, saved sharded", "lora")],
+)
+def test_a_run_of_two_processes_goes_on_in_one(directory, alone, title, name):
+    agent = gloo_runs.resume(directory / title, name)
+    assert agent.num_updates_done == 2
+    assert_same(gloo_runs.record(agent.learn(gloo_runs.UPDATES - 2)), alone(name))
+
+
+@pytest.mark.parametrize("title", ["saved by two", "uniform, saved sharded"])
+def test_checkpoints_are_the_same_files_whatever_the_number_of_processes(directory, title):
+    def contents(path):
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return {
+            str(file.relative_to(path)): {name: tensor.shape for name, tensor in load_file(file).items()}
+            if file.suffix == ".safetensors"
+            else None
+            for file in files
+        }
+
+    assert contents(directory / title) == contents(directory / "saved by one")
+
+
+def test_an_error_in_one_process_ends_both(directory):
+    first, second = (load_state(directory / f"failures {rank}.safetensors") for rank in (0, 1))
+    assert second["error"] == ["ZeroDivisionError", "no reward today"]
+    assert first["error"] == ["OtherProcessFailed", "process 1 of 2 failed: ZeroDivisionError: no reward today"]
+    for trouble in ("nan value", "nan logits"):
+        assert first[trouble][0] in ("FloatingPointError", "OtherProcessFailed")
+        assert second[trouble] is not None
+        assert "nan" in second[trouble][1].lower() or "NaN" in first[trouble][1]
+
+
+def test_the_command_gives_two_processes_one_run(tmp_path):
+    """Started by accelerate's launcher, then continued by one process; against one process all the way."""
+    options = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--device", "cpu", "--lora-rank", "2"]
+    for field in ("dtype=float32", "adam_eps=1e-5", "learning_rate=1e-3"):
+        options += ["--ppo", field]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "tokenmdp.agents.ppo"]
+    two, one = (["--out", str(tmp_path / name), "--updates"] for name in ("two", "one"))
+    done = subprocess.run([*launch, *options, *two, "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory: ") == 1  # one of them talks
+    assert "2 processes with 2 episodes each" in done.stdout
+    assert cli.main(["train", *options, *two, "3"]) == 0
+    assert cli.main(["train", *options, *one, "3"]) == 0
+    runs = [read_metrics(tmp_path / out / "metrics.jsonl") for out in ("two", "one")]
+    assert [metrics["update"] for metrics in runs[0]] == [1, 2, 3]
+    for metrics, expected in zip(*runs, strict=True):
+        timeless = {key: value for key, value in expected.items() if key not in gloo_runs.UNTIMED}
+        assert {key: metrics[key] for key in timeless} == pytest.approx(timeless, rel=0, abs=1e-4)
+
+
+def test_one_process_needs_no_accelerate(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert launched("cpu") is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DependencyNotInstalled, match=r"WORLD_SIZE=2 .* pip install 'tokenmdp\[accelerate\]'"):
+        launched("cpu")
+
+
+def test_sharding_on_a_cpu_is_refused_by_the_command(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="leave out --use_fsdp"):
+        launched("cpu")
+
+
+def test_accelerators_set_up_for_something_else_are_refused(monkeypatch):
+    try:
+        with pytest.raises(ValueError, match="mixed_precision='bf16'; leave it at 'no'"):
+            Accelerated(Accelerator(cpu=True, mixed_precision="bf16"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        processes = Accelerated(Accelerator(cpu=True))
+        assert processes.device("auto") == processes.device("cpu") == torch.device("cpu")
+        with pytest.raises(ValueError, match="device is 'cuda' and the accelerator gave this process 'cpu'"):
+            processes.device("cuda")
+        processes.accelerator.state.distributed_type = gloo_runs.DistributedType.DEEPSPEED
+        with pytest.raises(ValueError, match="the accelerator runs DEEPSPEED"):
+            Accelerated(processes.accelerator)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_rows_that_cannot_be_shared_equally_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "processes_of", lambda _: type("Three", (Processes,), {"size": 3})())
+    assert cli.main(["train", "--preset", "smoke", "--num-envs", "8", "--out", str(tmp_path / "run")]) == 2
+    assert "--num-envs is 8, which 3 processes cannot share equally; choose a multiple of 3" in capsys.readouterr().err
