@@ -4,8 +4,9 @@ config.json, model.safetensors, tokenizer files     the policy, adapters merged 
 value_head.safetensors, ppo_config.json
 state/trainer.safetensors                           optimizer, random numbers, kl_coef, updates done
 state/envs.json, state/history.json                 the environments' random numbers; metrics
-state/reference/                                    the frozen reference, unless it is the policy without adapters
-state/base/, state/adapters.safetensors             with LoRA: the frozen model, and what learns
+state/reference/                                    the frozen reference
+state/adapters.safetensors                          with LoRA: what learns, beside a frozen model, which is
+state/base/                                         here unless it is the reference
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class Checkpoint(NamedTuple):
 
     @property
     def policy(self) -> Path:
-        """The directory to make the policy from."""
-        return self.path / "state" / "base" if self.config.get("lora_rank") else self.path
+        """The directory to make the policy from, as it is without adapters."""
+        if not self.config.get("lora_rank"):
+            return self.path
+        return self.path / "state" / ("reference" if self.trainer["adapters_off"] else "base")
 
     @property
     def reference(self) -> Path | None:
@@ -87,7 +90,8 @@ def save(agent: PPO, directory: str | Path) -> None:
                 envs.tokenizer.save_pretrained(new)
                 if agent.config.lora_rank:
                     agent.policy.save_pretrained(new, merged_state(agent.policy, state))
-                    agent.policy.save_pretrained(new / "state" / "base", base_state(state))
+                    frozen = new / "state" / ("reference" if adapters_off else "base")
+                    agent.policy.save_pretrained(frozen, base_state(state))
                     save_state(new / "state" / "adapters.safetensors", adapter_state(state))
                 else:
                     agent.policy.save_pretrained(new, state)

@@ -126,7 +126,9 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, reference_seed):
 
     unbroken, first = agent().learn(4), agent().learn(2)
     first.save(tmp_path / "run")
-    assert (tmp_path / "run" / "state" / "reference").exists() == (reference_seed is not None)
+    assert (tmp_path / "run" / "state" / "base").exists() == (reference_seed is not None)
+    saved = CausalLMPolicy.from_pretrained(str(tmp_path / "run" / "state" / "reference"), 32, 30)
+    assert torch.equal(logprobs(saved), logprobs(first.reference))
     resumed = PPO.load(tmp_path / "run", make_envs()).learn(2)
     assert timeless(resumed.history) == timeless(unbroken.history)
     expected = unbroken.policy.state_dict()

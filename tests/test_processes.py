@@ -132,6 +132,7 @@ def test_the_command_gives_two_processes_one_run(tmp_path):
     assert "2 processes with 2 episodes each" in done.stdout
     assert cli.main(["train", *options, *two, "3"]) == 0
     assert cli.main(["train", *options, *one, "3"]) == 0
+    assert cli.main(["eval", str(tmp_path / "two"), "--samples", "4", "--device", "cpu"]) == 0
     runs = [read_metrics(tmp_path / out / "metrics.jsonl") for out in ("two", "one")]
     assert [metrics["update"] for metrics in runs[0]] == [1, 2, 3]
     for metrics, expected in zip(*runs, strict=True):

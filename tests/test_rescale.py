@@ -28,7 +28,9 @@ def assert_complete(score, inputs, reference, tolerance=1e-9):
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks", "ignore:Input Tensor 0 did not")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_network_of_known_modules_has_captums_attributions(inplace):
-    captum = pytest.importorskip("captum.attr", reason="needs the attribution extra: tokenmdp[attribution]")
+    captum = pytest.importorskip(
+        "captum.attr", reason="needs the attribution extra: pip install 'tokenmdp[attribution]'"
+    )
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Linear(6, 16), nn.ReLU(inplace), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8), nn.ELU(), nn.Linear(8, 1)

@@ -43,7 +43,8 @@ class RoomyLayer(DynamicLayer):
             )
             return key_states, value_states
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None  # since the layer is initialized
+        assert keys is not None  # since the layer is initialized
+        assert values is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or keys.requires_grad):
             return super().update(key_states, value_states)
         self.keys, self.values = self._append(0, keys, key_states), self._append(1, values, value_states)

@@ -39,7 +39,7 @@ def measure(shape: Shape, device: torch.device, repetitions: int, lengths: Seque
         findings.append(finding(sized, "time", "seconds", records, TIME_MARK, 1.0, "s"))
         del iterations
         processes = {credit: fresh_process(sized, credit, device) for credit in CREDITS}
-        records = alternate(processes, max(1, repetitions // 3), warmup=0)
+        records = alternate(processes, max(1, repetitions // 2), warmup=0)
         findings.append(finding(sized, "peak memory", "peak_bytes", records, MEMORY_MARK, 1 / 2**20, "MiB"))
     return findings
 
