@@ -132,7 +132,7 @@ def _seeded(agent: Any, seed: int) -> Iterator[None]:
     """Seed what agents draw from, for a while."""
     numpy_state = np.random.get_state()  # noqa: NPY002  # Stable-Baselines3 draws from the global generator
     generator = agent.action_space.np_random.bit_generator if isinstance(agent, DrawsActions) else None
-    space_state = None if generator is None else generator.state
+    space_state: Any = None if generator is None else generator.state
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
