@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     mark_token_rewards_read(envs)
     agent = Agent(int(envs.single_action_space.n))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    heldout = gym.make_vec(args.env, num_envs=args.num_envs)
-    print("before:", evaluate(heldout, agent, episodes=128))
+    eval_envs = gym.make_vec(args.env, num_envs=args.num_envs)
+    print("before:", evaluate(eval_envs, agent, episodes=128))
 
     shape = (args.num_steps, args.num_envs)
     slots = envs.single_observation_space["input_ids"].shape
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
         print(f"update {update}: score {np.mean(scores):+.2f}", flush=True)
-    print("after:", evaluate(heldout, agent, episodes=128))
+    print("after:", evaluate(eval_envs, agent, episodes=128))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     # TorchRL resets ended rows itself. The wrapper's token rewards ride in the frame that ends an episode.
     env = make_env(args.env, vector.AttentionCreditReward, num_envs=args.num_envs)
     env.set_seed(args.seed)
-    heldout = gym.make_vec(args.env, num_envs=args.num_envs)
-    task = heldout.unwrapped.task
+    eval_envs = gym.make_vec(args.env, num_envs=args.num_envs)
+    task = eval_envs.unwrapped.task
     policy = CausalLMPolicy.for_task(args.policy or untrained(task.tokenizer), task)
     actor, critic = actor_critic(policy)
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     advantage = GAE(gamma=1.0, lmbda=0.95, value_network=critic, deactivate_vmap=True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate)
 
-    print("before:", evaluate(heldout, policy, episodes=128))
+    print("before:", evaluate(eval_envs, policy, episodes=128))
     frames = args.num_envs * args.num_steps
     collector = Collector(
         env,
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
                 optimizer.step()
         print(f"update {update}: score {batch['next', 'score'][ended].mean():+.2f}", flush=True)
     collector.shutdown()
-    print("after:", evaluate(heldout, policy, episodes=128))
+    print("after:", evaluate(eval_envs, policy, episodes=128))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Decoding without waste against the plain path: same tokens, same numbers."""
 
+import copy
+
 import gymnasium as gym
 import pytest
 import torch
@@ -97,6 +99,22 @@ def test_spare_columns_equal_concatenation(changes):
             assert torch.equal(ours.keys, plain.keys)
             assert torch.equal(ours.values, plain.values)
             assert ours.get_seq_length() == plain.get_seq_length()
+
+
+def test_copies_of_a_layer_do_not_write_over_each_other():
+    with torch.no_grad():
+        first = RoomyLayer()
+        first.update(columns(3, 2, 0), columns(3, 2, 1))
+        first.update(columns(1, 2, 2), columns(1, 2, 3))
+        second = copy.copy(first)
+        ours, _ = first.update(columns(1, 2, 4), columns(1, 2, 5))
+        theirs, _ = second.update(columns(1, 2, 6), columns(1, 2, 7))
+        before = ours.clone()
+        first.crop(-1)
+        first.update(columns(1, 2, 8), columns(1, 2, 9))
+    assert torch.equal(ours[:, :, -1:], columns(1, 2, 4))
+    assert torch.equal(theirs[:, :, -1:], columns(1, 2, 6))
+    assert torch.equal(ours, before)
 
 
 def test_columns_already_written_stay_where_they_are():

@@ -48,6 +48,19 @@ def test_token_scores_of_bfloat16_are_those_of_the_rounded_logits():
     torch.testing.assert_close(grad, expected, rtol=0, atol=4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forbidden_token_makes_no_nan_also_under_autocast(dtype):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, 7] = torch.finfo(dtype).min
+    logits.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprob, entropy = fused.token_scores(logits, torch.tensor([1, 2, 3]))
+    torch.testing.assert_close((logprob, entropy), plain_scores(logits, torch.tensor([1, 2, 3])), rtol=0, atol=1e-5)
+    (grad,) = torch.autograd.grad(3 * logprob.sum() + 1e4 * entropy.sum(), logits)
+    assert grad.isfinite().all()
+    assert not grad[:, 7].any()
+
+
 def test_token_scores_keep_nothing_of_the_size_of_the_logits_but_the_logits():
     logits = torch.randn(64, 500, requires_grad=True)
     kept = []
@@ -108,6 +121,26 @@ def test_attention_in_bfloat16_equals_sdpa_up_to_rounding(queries, keys, kind, k
         ours = cpu_attention.attend(small, key.to(cached), value.to(cached), mask, 0.3, is_causal=queries > 1)
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.float(), truth, rtol=0, atol=5e-2)
+
+
+def test_attention_with_large_scores_stays_within_the_rounding_of_its_products():
+    query, key, value = (3 * part for part in tensors(32, 32, 4, 4))
+    seen = torch.ones(32, 32, dtype=torch.bool).tril()
+    truth = scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
+    scores = (query @ key.transpose(-1, -2)).abs().amax() * 8**-0.5
+    ours = cpu_attention.attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), seen, None, is_causal=True)
+    # 2^-8 of a score in each of query, key and product; a weight moves by as much, the output by that times its values.
+    bound = 3 * 2**-8 * scores * value.abs().amax()
+    assert (ours.float() - truth).abs().amax() < bound
+    assert (ours.float() - truth).norm() < 0.03 * truth.norm()
+
+
+def test_many_weights_go_to_the_kernel_that_does_not_keep_them(monkeypatch):
+    query, key, _ = (part.bfloat16() for part in tensors(6, 6, 4, 4))
+    assert cpu_attention.attends(query, key)
+    monkeypatch.setattr(cpu_attention, "MOST_WEIGHTS", 3 * 4 * 6 * 6 - 1)
+    assert not cpu_attention.attends(query, key)
+    assert cpu_attention.attends(query[:, :, :1], key)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

@@ -47,7 +47,7 @@ def test_the_log_ratio_is_that_of_a_plain_forward():
         mask = EPISODE.attention_mask.long()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = model.lm(EPISODE.input_ids, attention_mask=mask, position_ids=positions).logits
-        logprobs = response_rows(logits, 4).log_softmax(-1)
+        logprobs = response_rows(logits[:, :-1], 4).log_softmax(-1)
         log_ratio = log_ratio + sign * logprobs.gather(-1, EPISODE.input_ids[:, 4:, None])[..., 0]
     expected = SPARSE + torch.where(MASK, 0.3 * log_ratio, 0.0).detach()
     torch.testing.assert_close(credit(rto_beta=0.3, clip=float("inf")).token_rewards, expected, atol=1e-5, rtol=1e-5)

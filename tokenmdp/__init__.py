@@ -23,10 +23,11 @@ _LAZY_NAMES = {
     "Rollout": "tokenmdp.types",
     "TextGenEnv": "tokenmdp.env",
     "TextGenVectorEnv": "tokenmdp.vector_env",
+    "evaluate": "tokenmdp.evaluation",
     "load_reward_model": "tokenmdp.reward_models",
     "load_tokenizer": "tokenmdp.loading",
 }
-_LAZY_MODULES = ("credit", "losses", "policy", "prompts", "reward_models", "types", "wrappers")
+_LAZY_MODULES = ("credit", "evaluation", "losses", "policy", "prompts", "reward_models", "types", "wrappers")
 
 __all__ = [*_LAZY_NAMES, *_LAZY_MODULES]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-LONGEST = 1024  # keys; beyond, the (N, heads, S, T) weights take more memory than their speed is worth
+MOST_WEIGHTS = 1 << 22  # N * heads * S * T; beyond, keeping them for the backward takes more memory than speed is worth
 
 
 def attends(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` is for these."""
-    short = query.shape[2] == 1 or key.shape[2] <= LONGEST
-    return short and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    few = query.shape[2] == 1 or query.shape[:3].numel() * key.shape[2] <= MOST_WEIGHTS
+    return few and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def attend(
@@ -25,7 +25,8 @@ def attend(
     """``softmax(q K^T * scaling + mask) V``, (N, S, heads, D) in the query's dtype.
 
     One new token reads a cache of float32 keys and values (`tokenmdp.kv_cache`) in float32, because the conversion of
-    a whole cache at each token would cost more than the sums. A text multiplies in bfloat16 and divides in float32.
+    a whole cache at each token would cost more than the sums. A whole text has its products rounded to bfloat16, like
+    all products under autocast, and their softmax in float32.
 
     Args:
         query: (N, heads, S, D) bfloat16.
@@ -47,7 +48,7 @@ def attend(
             key, value = key.to(query.dtype), value.to(query.dtype)
             if shared > 1:
                 key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-            scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+            scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             if mask is None and is_causal:
                 mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
             if mask is not None and mask.dtype == torch.bool:

@@ -38,7 +38,7 @@ def uniforms_for(
     """(num_steps, num_rows) float64 in [0, 1): what `decode` draws with, a number for each token.
 
     All at once, so that neither the lengths of the texts nor the rows that are decoded together change what a row draws
-    or which numbers come after.
+    or which numbers come after. (With fewer rows together, log-probabilities may round differently in the last bit.)
     """
     return torch.rand(num_steps, num_rows, dtype=torch.float64, device=device, generator=generator)
 
@@ -79,7 +79,7 @@ def decode(
         if not running.any():
             return
         goes_on = running[rows_host]
-        if selectable and (~goes_on).mean() >= share_ended:
+        if selectable and not goes_on.all() and (~goes_on).mean() >= share_ended:
             keep = torch.from_numpy(np.flatnonzero(goes_on)).to(device)
             state, token, rows, rows_host = policy.select(state, keep), token[keep], rows[keep], rows_host[goes_on]
         with reading(rows):

@@ -15,7 +15,6 @@ given the environment's: (V,) or (N, V) bool.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.policy import NEVER, CausalLMPolicy
-from tokenmdp.state_reader import StateReader
+from tokenmdp.state_reader import StateReader, without_early_end
 from tokenmdp.vector_env import TextGenVectorEnv
 
 Observation = dict[str, np.ndarray]
@@ -108,7 +107,7 @@ def evaluate(
         deterministic: take the most likely token, for language models and Stable-Baselines3. Others decide themselves.
 
     Raises:
-        TypeError: the agent is none of these.
+        TypeError: ``envs`` or the agent is none of these.
         gymnasium.error.Error: an episode was cut off before it had a score.
 
     >>> import numpy as np
@@ -118,6 +117,11 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes}; at least 1 is needed")
+    if not isinstance(envs, (gym.Env, VectorEnv)):
+        raise TypeError(
+            f"envs is a {type(envs).__name__}; pass the Gymnasium environment, single or vector, from before it was "
+            "wrapped for another library, such as gym.make_vec(...) itself and not GymVectorToSB3 of it"
+        )
     play = _play_rows if isinstance(envs, VectorEnv) else _play_single
     with _seeded(agent, seed):
         played = sorted(play(envs, _bind(agent, envs, seed, deterministic), episodes, seed), key=lambda one: one.place)
@@ -250,9 +254,9 @@ class _LanguageModel:
     def __init__(self, policy: CausalLMPolicy, envs: Any, seed: int, deterministic: bool) -> None:
         self._policy, self._envs, self._deterministic = policy, envs, deterministic
         self._generator = torch.Generator(policy.lm.device).manual_seed(seed)
-        # Rows are at different tokens, so an early end is masked row by row, before top-k as the policy would.
-        everything = copy.copy(policy)
-        everything.min_new_tokens = everything.top_k = 0
+        # An early end is masked row by row, before top-k as the policy would.
+        everything = without_early_end(policy)
+        everything.top_k = 0
         self._reader = StateReader(everything)
 
     @torch.no_grad()
@@ -261,14 +265,14 @@ class _LanguageModel:
         device = policy.lm.device
         ids, mask = (torch.as_tensor(np.atleast_2d(obs[key]), device=device) for key in ("input_ids", "attention_mask"))
         state = self._reader.read(ids, mask.bool())
-        logits = state.logits  # (N, V)
+        logits, support = state.logits, None  # (N, V)
         if policy.min_new_tokens:
             legal = torch.as_tensor(np.atleast_2d(_action_masks(self._envs)), device=device)
             logits = logits.masked_fill(~legal, NEVER)
         if policy.top_k:
-            least = logits.topk(policy.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, NEVER)
+            support = logits.topk(policy.top_k, dim=-1).indices  # (N, k)
+            logits = logits.gather(-1, support)
         uniform = torch.rand(len(logits), dtype=torch.float64, device=device, generator=self._generator)
-        token, _, _ = policy.act(state._replace(logits=logits), uniform, self._deterministic)
+        token, _, _ = policy.act(state._replace(logits=logits, support=support), uniform, self._deterministic)
         actions = token.cpu().numpy()
         return actions[0] if single else actions

@@ -36,11 +36,12 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprob, entropy = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-        for rows in _chunks(logits):
-            wide = logits[rows].float()
-            every_logprob = wide.log_softmax(-1)
-            logprob[rows] = every_logprob.gather(-1, tokens[rows, None])[:, 0]
-            entropy[rows] = -torch.linalg.vecdot(wide.softmax(-1), every_logprob)
+        with torch.autocast(logits.device.type, enabled=False):  # it would round the dot product to bfloat16
+            for rows in _chunks(logits):
+                wide = logits[rows].float()
+                every_logprob = wide.log_softmax(-1)
+                logprob[rows] = every_logprob.gather(-1, tokens[rows, None])[:, 0]
+                entropy[rows] = -torch.linalg.vecdot(wide.softmax(-1), every_logprob)
         ctx.save_for_backward(logits, tokens, entropy)
         ctx.set_materialize_grads(False)
         return logprob, entropy
@@ -52,12 +53,14 @@ class _TokenScores(torch.autograd.Function):
         grad = torch.empty_like(logits)
         for rows in _chunks(logits):
             wide = logits[rows].float()
-            slope = wide.new_zeros(len(wide), 1) if of_logprob is None else of_logprob[rows, None]
-            if of_entropy is not None:
-                slope = slope + of_entropy[rows, None] * (wide.log_softmax(-1) + entropy[rows, None])
-            part = wide.softmax(-1).mul_(-slope)
+            shares = wide.softmax(-1)
+            part = torch.zeros_like(shares) if of_logprob is None else shares * -of_logprob[rows, None]
             if of_logprob is not None:
                 part.scatter_add_(-1, tokens[rows, None], of_logprob[rows, None])
+            if of_entropy is not None:
+                # p first: p * log p is finite for every logit, while the slope times log p may overflow.
+                change = (wide.log_softmax(-1) + entropy[rows, None]).mul_(shares)
+                part.addcmul_(change, of_entropy[rows, None], value=-1.0)
             grad[rows] = part
         return grad, None
 

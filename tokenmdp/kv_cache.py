@@ -29,12 +29,12 @@ class RoomyLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty, with the dtype and device of what will come."""
         super().lazy_initialization(key_states, value_states)
-        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._rooms: list[_Room | None] = [None, None]  # of keys and of values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (N, heads, l, d); all keys and values so far. Under autograd it concatenates: writing would not do."""
+        """Append (N, heads, l, d); all keys and values so far. Where autograd records, it concatenates."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             widens = self._wide and key_states.device.type == "cpu" and key_states.dtype == torch.bfloat16
@@ -45,29 +45,47 @@ class RoomyLayer(DynamicLayer):
         keys, values = self.keys, self.values
         assert keys is not None  # since the layer is initialized
         assert values is not None
-        if torch.is_grad_enabled() and (key_states.requires_grad or keys.requires_grad):
+        if torch.is_grad_enabled():
             return super().update(key_states, value_states)
         self.keys, self.values = self._append(0, keys, key_states), self._append(1, values, value_states)
         return self.keys, self.values
 
     def _append(self, which: int, written: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """``cat([written, new], -2)``, in place where the columns behind ``written`` are free."""
-        buffer = self._buffers[which]
-        length, added = written.shape[-2], new.shape[-2]
+        room = self._rooms[which]
+        if room is None or not room.ends_with(written, new.shape[-2]):
+            room = self._rooms[which] = _Room(written, new.shape[-2])
+        return room.append(new, written.shape[-2])
+
+
+class _Room:
+    """A buffer of columns of which the first ``filled`` are written; copies of a layer share it.
+
+    Whoever appends moves ``filled`` on, so another owner, whose columns end before it, will find that out and copy.
+    """
+
+    def __init__(self, written: torch.Tensor, added: int) -> None:
+        rows, heads, length, width = written.shape
+        self.buffer = written.new_empty(rows, heads, length + added + max((length + added) // 2, LEAST_ROOM), width)
+        self.buffer[:, :, :length] = written
+        self.filled = length
+
+    def ends_with(self, written: torch.Tensor, added: int) -> bool:
+        """Whether ``written`` is all rows of the buffer up to ``filled``, and there is room behind."""
         first = written.storage_offset() // written.shape[-1]  # a slice may have dropped the columns before it
-        inside = (
-            buffer is not None
-            and written.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-            and written.shape[0] == buffer.shape[0]
-            and first + length + added <= buffer.shape[-2]
+        return (
+            written.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
+            and written.shape[0] == self.buffer.shape[0]
+            and first + written.shape[-2] == self.filled
+            and self.filled + added <= self.buffer.shape[-2]
         )
-        if buffer is None or not inside:
-            spare = max((length + added) // 2, LEAST_ROOM)
-            buffer = written.new_empty(*written.shape[:2], length + added + spare, written.shape[-1])
-            buffer[:, :, :length], first = written, 0
-            self._buffers[which] = buffer
-        buffer[:, :, first + length : first + length + added] = new
-        return buffer[:, :, first : first + length + added]
+
+    def append(self, new: torch.Tensor, length: int) -> torch.Tensor:
+        """Write ``new`` behind the last ``length`` columns; both together."""
+        first, end = self.filled - length, self.filled + new.shape[-2]
+        self.buffer[:, :, self.filled : end] = new
+        self.filled = end
+        return self.buffer[:, :, first:end]
 
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:

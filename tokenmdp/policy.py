@@ -58,7 +58,9 @@ class CausalLMPolicy(nn.Module):
     """Language model plus value head (zero at first, so a fresh policy values every state at 0).
 
     Attributes:
-        lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))``.
+        lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))``. It is changed in place,
+            to the same function: attention goes through `tokenmdp.attention` where the architecture allows it (sdpa,
+            whose rows can be captured), and GPT-2's activation becomes one kernel.
         vocab_size: V; models with padded vocabularies are sliced to the first V logits.
         eos_token_id: Masked out of the first ``min_new_tokens`` response tokens.
         min_new_tokens: Response tokens before the text may end.
@@ -244,8 +246,9 @@ class CausalLMPolicy(nn.Module):
         mask = attention_mask.long()
         again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
         with self.autocast(), again:
-            hidden = self._backbone(input_ids, mask, use_cache=False).last_hidden_state  # (N, P+H, C)
-            hidden = response_rows(hidden, prompt_slots)  # (N, H, C): row t speaks about response token t
+            # The last token predicts nothing, so nobody reads it.
+            hidden = self._backbone(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
+            hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t
             raw_logits = self.lm.get_output_embeddings()(hidden)  # only at response rows: V is the wide axis
         logits, support = self._process(raw_logits, 0, support)  # (N, H, V) or (N, H, k)
         response = input_ids[:, prompt_slots:]

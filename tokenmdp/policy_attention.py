@@ -65,7 +65,7 @@ class ForwardAttention:
         rows, horizon = episode.response_mask.shape
         index = torch.arange(episode.prompt_slots, episode.prompt_slots + horizon, device=device)
         with capture_rows(index.expand(rows, -1)) as capture:
-            self._policy.evaluate(episode.input_ids.to(device), episode.attention_mask.to(device), episode.prompt_slots)
+            self._policy.prefill(episode.input_ids.to(device), episode.attention_mask.to(device))
         return capture.rows()[..., episode.prompt_slots :].cpu()  # (n, H, P+H) -> (n, H, H)
 
 

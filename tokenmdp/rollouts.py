@@ -72,7 +72,7 @@ def collect(
         generator: Sampling noise, on the policy's device.
         seed: Of the first row (of the first process); None goes on with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
-        share_ended: See `tokenmdp.decoding.decode`; it changes the time alone.
+        share_ended: See `tokenmdp.decoding.decode`; it changes the time, and numbers by float rounding.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 

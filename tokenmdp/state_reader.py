@@ -14,6 +14,7 @@ Both then grow by the same one column. Positions come from the mask, so a row's 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -39,11 +40,18 @@ def last_slots(attention_mask: torch.Tensor) -> torch.Tensor:
     return (slots * attention_mask).argmax(1, keepdim=True)
 
 
+def without_early_end(policy: CausalLMPolicy) -> CausalLMPolicy:
+    """A view of the same modules with ``min_new_tokens=0``: rows are at different tokens, so the caller masks them."""
+    view = copy.copy(policy)
+    view.min_new_tokens = 0
+    return view
+
+
 def read_states(policy: CausalLMPolicy, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DecodeState:
     """Read whole texts: the state behind the last token of each row. Gradients flow where they are enabled.
 
     Args:
-        policy: Its ``step`` counts from the state read, so build it with ``min_new_tokens=0``.
+        policy: Its ``step`` counts from the state read; with ``min_new_tokens`` pass `without_early_end` of it.
         input_ids: (N, S) int64, each row one run of visible slots, anywhere.
         attention_mask: (N, S) bool.
     """
@@ -58,8 +66,9 @@ class StateReader:
     """`read_states` for successive observations of the same environments, through one key-value cache.
 
     A row whose text is that of the last call and one more token costs that token; any other row is read anew; where no
-    text changed, the last answer stands. Changed weights empty the cache, because keys and values of older weights
-    would mix two policies; `WeightSample` says which changes are seen. After any other call `forget`.
+    text changed, the last answer stands. Changed weights and settings of the policy empty the cache, because keys and
+    values of older weights would mix two policies; `WeightSample` says which changes of the weights are seen. After any
+    other change call `forget`.
 
     Pickles and copies leave the cache behind.
     """
@@ -81,6 +90,7 @@ class StateReader:
         self._state: DecodeState | None = None
         self._texts = torch.empty(0)  # (N, S) the ids last read, EMPTY outside the text
         self._weights: WeightSample | None = None
+        self._settings: tuple[object, ...] = ()
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_state": None, "_texts": torch.empty(0), "_weights": None}
@@ -92,8 +102,9 @@ class StateReader:
             return read_states(self._policy, input_ids, attention_mask)
         texts = input_ids.where(attention_mask, EMPTY)
         weights = list(self._policy.parameters())
-        if self._weights is None or not self._weights.still_that_of(weights):
-            self._state, self._weights = None, WeightSample(weights)
+        settings = _settings(self._policy)
+        if self._weights is None or settings != self._settings or not self._weights.still_that_of(weights):
+            self._state, self._weights, self._settings = None, WeightSample(weights), settings
         # The cache changes in place: after an exception half way nothing of it may be used.
         state, self._state = self._state, None
         if state is None or texts.shape != self._texts.shape:
@@ -140,6 +151,11 @@ class WeightSample:
 
 def _marks(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return [(weight.data_ptr(), weight._version) for weight in weights]
+
+
+def _settings(policy: CausalLMPolicy) -> tuple[object, ...]:
+    """What an answer depends on besides the weights and the text."""
+    return policy.temperature, policy.compute_dtype, policy.min_new_tokens, policy.top_k
 
 
 def _every_kth(weight: torch.Tensor) -> torch.Tensor:

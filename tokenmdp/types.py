@@ -98,11 +98,12 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 
 def response_rows(per_slot: torch.Tensor, prompt_slots: int) -> torch.Tensor:
-    """The rows of a full forward that predict (or value the state before) response tokens 0 .. H-1.
+    """The rows of a forward over slots 0 .. P+H-2 that predict (or value the state before) response tokens 0 .. H-1.
 
-    Slot P+t-1 has seen everything up to token t-1, so it speaks about token t.
+    Slot P+t-1 has seen everything up to token t-1, so it speaks about token t. The last token, in slot P+H-1, predicts
+    nothing that is asked for.
 
-    >>> response_rows(torch.arange(5)[None, :, None], prompt_slots=2)[0, :, 0].tolist()   # P=2, H=3
+    >>> response_rows(torch.arange(4)[None, :, None], prompt_slots=2)[0, :, 0].tolist()   # P=2, H=3
     [1, 2, 3]
     """
-    return per_slot[..., prompt_slots - 1 : -1, :]  # (..., P+H, C) -> (..., H, C)
+    return per_slot[..., prompt_slots - 1 :, :]  # (..., P+H-1, C) -> (..., H, C)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from gymnasium.vector import VectorEnv
 
@@ -74,7 +76,7 @@ def monte_carlo_values(
             )
             continuations.reset(options=options)
             state = policy.prefill(ids[branches, seen], mask[branches, seen], step=t)
-            *_, last = decode(continuations, policy, state, uniforms[:, own])  # all scores arrive in the last step
+            (last,) = deque(decode(continuations, policy, state, uniforms[:, own]), maxlen=1)  # it brings all scores
             scores = torch.as_tensor(last.rewards, dtype=torch.float32, device=values.device)
             values[rows, t] = scores.view(num_rollouts, -1).mean(0)
     return processes.mean(values) * processes.size  # every other process left these rows at 0

@@ -18,7 +18,7 @@ PRODUCT_SECONDS = 1.0  # how long a measurement of the matrix product goes on, a
 def forward_flops(
     layers: int, width: int, vocab_size: int, episodes: int, prompt_tokens: int, response_tokens: int
 ) -> int:
-    """The products in one `CausalLMPolicy.evaluate` of a GPT-2 with N episodes, T = P + H tokens and width d.
+    """The products in one `CausalLMPolicy.evaluate` of a GPT-2 with N episodes, T = P + H - 1 slots and width d.
 
         2 * 12 d^2 * N T * layers      the blocks' weights: 3 d^2 query, key, value; d^2 output; 8 d^2 MLP
         4 * T d    * N T * layers      scores = query @ key.T and weights @ value, the whole T x T square
@@ -30,7 +30,7 @@ def forward_flops(
     >>> forward_flops(layers=1, width=2, vocab_size=5, episodes=1, prompt_tokens=1, response_tokens=1)
     248
     """
-    slots = prompt_tokens + response_tokens
+    slots = prompt_tokens + response_tokens - 1  # the last token predicts nothing
     tokens, predicted = episodes * slots, episodes * response_tokens
     blocks = layers * tokens * (24 * width**2 + 4 * slots * width)
     return blocks + predicted * 2 * width * (vocab_size + 1)

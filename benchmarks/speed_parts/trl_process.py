@@ -50,11 +50,16 @@ def make_environment(directory: Path) -> Path:
 class TRLProcess:
     """A process that runs one PPO iteration of TRL each time it is asked; use it in a ``with`` block."""
 
-    def __init__(self, python: Path, order: dict[str, Any]) -> None:
+    def __init__(self, python: Path, order: dict[str, Any], environ: dict[str, str] | None = None) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         # -I: the other environment must see neither this project nor the user's own packages.
         self.process = subprocess.Popen(
-            [python, "-I", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+            [python, "-I", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environ,
         )
         self.versions: dict[str, str] = self.ask({"command": "start", **order})["versions"]
 

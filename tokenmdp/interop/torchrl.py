@@ -12,7 +12,6 @@ Tested with torchrl 0.14; needs ``pip install 'tokenmdp[torchrl]'``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from torch import nn
 
 from tokenmdp.interop.reading import mark_token_rewards_read
 from tokenmdp.policy import NEVER, CausalLMPolicy
-from tokenmdp.state_reader import StateReader, read_states
+from tokenmdp.state_reader import StateReader, read_states, without_early_end
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -56,7 +55,7 @@ def make_env(
         **arguments: of ``gym.make`` or ``gym.make_vec``. Without ``num_envs`` and with a function: none.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: torchrl is missing.
+        gymnasium.error.DependencyNotInstalled: torchrl is missing or too old.
         gymnasium.error.Error: no credit wrapper, a TimeLimit, or a vector environment that resets rows by itself.
     """
     try:
@@ -64,7 +63,7 @@ def make_env(
         from torchrl.envs import ActionMask, GymWrapper, TransformedEnv
         from torchrl.envs.gym_like import default_info_dict_reader
     except ImportError as error:
-        raise _not_installed() from error
+        raise _not_installed(error) from error
 
     if not isinstance(env, str):
         made = env()
@@ -171,14 +170,14 @@ def actor_critic(policy: CausalLMPolicy) -> tuple[ProbabilisticActor, TensorDict
     ``deactivate_vmap=True``.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: torchrl is missing.
+        gymnasium.error.DependencyNotInstalled: torchrl is missing or too old.
         ValueError: ``top_k``, under which a token the actor has sampled may later have probability 0.
     """
     try:
         from tensordict.nn import TensorDictModule
         from torchrl.modules import ProbabilisticActor
     except ImportError as error:
-        raise _not_installed() from error
+        raise _not_installed(error) from error
 
     if policy.top_k:
         raise ValueError(
@@ -201,7 +200,7 @@ class TokenLogits(nn.Module):
 
     def __init__(self, policy: CausalLMPolicy) -> None:
         super().__init__()
-        self.policy = _without_early_end(policy)
+        self.policy = without_early_end(policy)
         self._reader: StateReader | None = None
 
     def forward(
@@ -223,7 +222,7 @@ class StateValue(nn.Module):
 
     def __init__(self, policy: CausalLMPolicy) -> None:
         super().__init__()
-        self.policy = _without_early_end(policy)
+        self.policy = without_early_end(policy)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Observations (..., S)."""
@@ -231,15 +230,10 @@ class StateValue(nn.Module):
         return read_states(self.policy, ids, mask).value.reshape(*rows, 1)
 
 
-def _not_installed() -> gym.error.DependencyNotInstalled:
-    return gym.error.DependencyNotInstalled("torchrl is not installed; run `pip install 'tokenmdp[torchrl]'`")
-
-
-def _without_early_end(policy: CausalLMPolicy) -> CausalLMPolicy:
-    """A view of the same modules that leaves the end-of-text token to ``action_mask``."""
-    view = copy.copy(policy)
-    view.min_new_tokens = 0
-    return view
+def _not_installed(error: ImportError) -> gym.error.DependencyNotInstalled:
+    return gym.error.DependencyNotInstalled(
+        f"torchrl is not installed or too old ({error}); run `pip install 'tokenmdp[torchrl]'`"
+    )
 
 
 def _flat(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
