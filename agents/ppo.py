@@ -146,7 +146,11 @@ class PPO:
     ) -> None:
         self.envs, self.config, self.processes = envs, config or PPOConfig(), processes_of(accelerator)
         cfg, task = self.config, check_envs(envs).task
-        self.num_episodes = envs.num_envs * self.processes.size
+        if len(set(shares := self.processes.gather(envs.num_envs))) > 1:
+            raise ValueError(
+                f"num_envs is {shares} in the {len(shares)} processes; all must play the same number of episodes"
+            )
+        self.num_episodes = sum(shares)
         if self.num_episodes < cfg.num_minibatches:
             raise ValueError(
                 f"{self.num_episodes} episodes do not fill num_minibatches={cfg.num_minibatches}; "
@@ -340,7 +344,7 @@ class PPO:
         saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
         if fixed := sorted(saved_state & overrides.keys()):
             raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
-        checkpoint = ppo_checkpoint.read(directory)
+        checkpoint = ppo_checkpoint.read(directory, processes_of(accelerator))
         try:
             config = PPOConfig(**checkpoint.config)
         except (TypeError, ValueError) as error:

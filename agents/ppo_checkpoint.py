@@ -28,6 +28,7 @@ from tokenmdp.checkpoints import (
 )
 from tokenmdp.lora import WithoutAdapters, adapter_state, base_state, merged_state
 from tokenmdp.policy import VALUE_HEAD_FILE
+from tokenmdp.processes import ALONE, Processes
 from tokenmdp.rollouts import check_envs
 
 if TYPE_CHECKING:
@@ -106,13 +107,16 @@ def save(agent: PPO, directory: str | Path) -> None:
             ) from error
 
 
-def read(directory: str | Path) -> Checkpoint:
-    """What `save` wrote, apart from the weights.
+def read(directory: str | Path, processes: Processes = ALONE) -> Checkpoint:
+    """What `save` wrote, apart from the weights; every process calls this.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another program.
     """
-    path = recover_directory(directory)
+    path = Path(directory)
+    with processes.together():
+        if not processes.rank:  # it may rename, which one process can do
+            recover_directory(path)
     record = read_json(path / "ppo_config.json")
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
         raise CheckpointError(f"{path / 'ppo_config.json'} is not of format {FORMAT}: another program wrote it")
@@ -134,9 +138,9 @@ def restore(agent: PPO, checkpoint: Checkpoint) -> None:
         CheckpointError: the agent or its environments do not fit.
     """
     path, trainer, envs, processes = checkpoint.path, checkpoint.trainer, check_envs(agent.envs), agent.processes
+    if agent.config.lora_rank:
+        _load_adapters(agent, path / "state" / "adapters.safetensors")
     try:
-        if agent.config.lora_rank:
-            processes.load_policy_state(agent.policy, load_state(path / "state" / "adapters.safetensors"))
         agent.num_updates_done, agent.kl_coef = trainer["num_updates_done"], trainer["kl_coef"]
         if trainer["device"] == agent.generator.device.type:
             agent.generator.set_state(trainer["generator"])
@@ -153,3 +157,14 @@ def restore(agent: PPO, checkpoint: Checkpoint) -> None:
             f"or start a new run from the weights: PPO(policy={str(path)!r}, ...)"
         ) from error
     agent.history = checkpoint.history
+
+
+def _load_adapters(agent: PPO, path: Path) -> None:
+    state = load_state(path)
+    try:
+        agent.processes.load_policy_state(agent.policy, state)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit the policy ({error}); restore a copy, use the peft version it was saved with, or "
+            f"start a new run from the weights: PPO(policy={str(path.parent.parent)!r}, ...)"
+        ) from error

@@ -105,8 +105,10 @@ def test_a_language_model_is_greedy_with_a_cache_as_without(min_new_tokens):
     np.testing.assert_array_equal(single.scores, expected[0])
 
 
-def test_top_1_sampling_is_greedy_and_sampling_repeats_with_the_seed():
-    policy, envs = language_model(), make(4)
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+def test_top_1_sampling_is_greedy_and_sampling_repeats_with_the_seed(min_new_tokens):
+    policy, envs = language_model(min_new_tokens=min_new_tokens), make(4, min_new_tokens=min_new_tokens)
+    policy.lm.get_output_embeddings().weight.data[30] *= 3  # so that end-of-text is often the most likely token
     greedy = evaluate(envs, policy, episodes=8, deterministic=True)
     before = torch.get_rng_state()
     sampled = evaluate(envs, policy, episodes=8)
@@ -115,6 +117,17 @@ def test_top_1_sampling_is_greedy_and_sampling_repeats_with_the_seed():
     assert (sampled.scores != evaluate(envs, policy, episodes=8, seed=1).scores).any()
     policy.top_k = 1
     np.testing.assert_array_equal(evaluate(envs, policy, episodes=8).scores, greedy.scores)
+
+
+def test_top_k_is_k_tokens_where_more_are_equally_likely():
+    policy, env, drawn = language_model(), make_single(), set()
+    policy.lm.get_output_embeddings().weight.data.zero_()
+    policy.top_k = 2
+    support = policy.prefill(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.bool)).support
+    step = env.step
+    env.step = lambda action: (drawn.add(int(action)), step(action))[1]
+    evaluate(env, policy, episodes=8)
+    assert drawn == set(support.flatten().tolist())
 
 
 def test_an_agent_of_ours_is_its_policy():
@@ -149,9 +162,14 @@ def test_models_of_stable_baselines3(num_envs):
     contrib = pytest.importorskip("sb3_contrib", reason=SB3)
     from stable_baselines3.common.evaluation import evaluate_policy
 
+    from tokenmdp.interop.sb3 import GymVectorToSB3
+
     small = {"n_steps": 8, "batch_size": 8, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
     env = make_single()
     model = sb3.PPO("MultiInputPolicy", env, seed=0, **small)
+    for theirs in (model.env, GymVectorToSB3(make(2, "SameStep"))):
+        with pytest.raises(TypeError, match=f"envs is a {type(theirs).__name__}; pass the Gymnasium environment"):
+            evaluate(theirs, model)
     played = make_single() if num_envs is None else make(num_envs)
     result = evaluate(played, model, episodes=6, seed=3, deterministic=True)
     if num_envs is None:
@@ -199,6 +217,8 @@ def test_a_model_that_explores_repeats_with_the_seed(name, num_envs):
 def test_misuse_is_explained():
     with pytest.raises(TypeError, match="int is no agent: pass a function obs -> actions"):
         evaluate(make_single(), 3)
+    with pytest.raises(TypeError, match="envs is a str; pass the Gymnasium environment"):
+        evaluate(ID, scripted)
     with pytest.raises(ValueError, match="episodes=0"):
         evaluate(make_single(), scripted, episodes=0)
     with pytest.raises(gym.error.Error, match="take the TimeLimit off"):

@@ -56,6 +56,11 @@ def test_every_public_name_resolves_and_is_listed():
         tokenmdp.nothing  # noqa: B018
 
 
+def test_evaluation_is_there_as_module_and_function():
+    code = "import tokenmdp; print(tokenmdp.evaluation.evaluate is tokenmdp.evaluate)"  # where nothing else imports it
+    assert run(code) == "True\n"
+
+
 def test_the_ids_are_registered_without_a_step_limit():
     registry = tokenmdp._gym.registry
     for name in ("IMDb", "Toy"):

@@ -1,5 +1,6 @@
 import functools
 import sys
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -297,6 +298,9 @@ def test_misuse_is_explained(monkeypatch):
         relabel(batch[:, torch.randperm(20, generator=torch.Generator().manual_seed(0))])
     with pytest.raises(KeyError, match="make the environment with `make_env`"):
         relabel(batch.exclude(("next", "token_rewards")))
+    monkeypatch.setitem(sys.modules, "torchrl.data", types.ModuleType("torchrl.data"))
+    with pytest.raises(gym.error.DependencyNotInstalled, match=r"too old \(cannot import name 'Binary' from"):
+        make_env(TOY, SparseReward)
     monkeypatch.setitem(sys.modules, "torchrl.data", None)
     with pytest.raises(gym.error.DependencyNotInstalled, match=r"pip install 'tokenmdp\[torchrl\]'"):
         make_env(TOY, SparseReward)

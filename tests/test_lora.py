@@ -1,3 +1,4 @@
+import copy
 import sys
 
 import gymnasium as gym
@@ -7,6 +8,8 @@ from gymnasium.error import DependencyNotInstalled
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.checkpoints import CheckpointError, load_state, save_state
+from tokenmdp.evaluation import evaluate
 from tokenmdp.lora import WithoutAdapters, add_adapters
 from tokenmdp.policy import CausalLMPolicy
 from tokenmdp.wrappers import vector
@@ -142,6 +145,68 @@ def test_another_reference_is_used_where_one_is_given():
     assert not isinstance(agent.reference, WithoutAdapters)
     assert torch.equal(logprobs(agent.reference), logprobs(CausalLMPolicy(gpt2(seed=1), 32, 30)))
     assert agent.history[0]["kl"] > 0.1
+
+
+def test_the_reference_is_a_policy_like_any_other(tmp_path):
+    agent = make_agent(top_k=5, gradient_checkpointing=True).learn(2)
+    reference, plain = agent.reference, CausalLMPolicy(gpt2(), 32, 30, top_k=5)
+    with torch.no_grad():
+        assert torch.equal(reference(IDS, MASK, 4).logprobs, plain(IDS, MASK, 4).logprobs)
+    envs, others = make_envs(), make_envs()
+    for policy in (reference, plain):
+        policy.min_new_tokens = 3
+    assert (evaluate(envs, reference, 16).scores == evaluate(others, plain, 16).scores).all()
+    reference.save_pretrained(tmp_path / "base")
+    saved = CausalLMPolicy.from_pretrained(str(tmp_path / "base"), 32, 30, min_new_tokens=3, top_k=5)
+    assert torch.equal(logprobs(saved), logprobs(plain))
+    assert torch.equal(saved.value_head.weight, agent.policy.value_head.weight)
+
+
+def test_the_settings_of_the_reference_are_its_own_and_so_are_those_of_its_copies():
+    agent = make_agent(top_k=5, gradient_checkpointing=True)
+    everything = copy.copy(agent.reference)
+    everything.top_k, everything.temperature = 0, 0.5
+    with torch.no_grad():
+        state, narrow = (policy.prefill(IDS, MASK) for policy in (everything, agent.reference))
+        expected = CausalLMPolicy(gpt2(), 32, 30, temperature=0.5).prefill(IDS, MASK)
+    torch.testing.assert_close(state.logits, expected.logits, rtol=0, atol=1e-5)
+    assert narrow.logits.shape == (5, 5)
+    assert (agent.policy.top_k, agent.policy.temperature, agent.policy.gradient_checkpointing) == (5, 1.0, True)
+
+
+def test_a_deep_copy_of_the_reference_has_weights_of_its_own():
+    agent = make_agent()
+    copied, before = copy.deepcopy(agent.reference), logprobs(agent.reference)
+    with torch.no_grad():
+        copied.lm.transformer.wte.weight.mul_(2)
+    assert torch.equal(logprobs(agent.reference), before)
+    assert not torch.equal(logprobs(copied), before)
+
+
+def test_freezing_the_reference_leaves_the_adapters_learning():
+    agent = make_agent()
+    learned = [name for name, weight in agent.policy.named_parameters() if weight.requires_grad]
+    agent.reference.requires_grad_(False)
+    logprobs(agent.reference)
+    assert [name for name, weight in agent.policy.named_parameters() if weight.requires_grad] == learned
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing"])
+def test_adapters_that_do_not_fit_are_refused(tmp_path, change):
+    make_agent().learn(1).save(tmp_path / "run")
+    path = tmp_path / "run" / "state" / "adapters.safetensors"
+    state = load_state(path)
+    name = next(name for name in state if "lora_B" in name)
+    weight = state.pop(name)
+    if change == "renamed":
+        state[name.replace("default", "other")] = weight
+    save_state(path, state)
+    with pytest.raises(CheckpointError) as caught:
+        PPO.load(tmp_path / "run", make_envs())
+    message = str(caught.value)
+    assert message.startswith(f"{path} does not fit the policy (1 weights that learn are missing, such as {name}")
+    assert ("1 weights are not the policy's" in message) == (change == "renamed")
+    assert "restore a copy" in message
 
 
 def test_the_seed_decides_the_random_matrix():

@@ -1,19 +1,25 @@
 """Runs of two gloo processes against the same runs of one."""
 
+import contextlib
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import gloo_runs
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from gymnasium.error import DependencyNotInstalled
+from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenmdp import cli
+from tokenmdp.agents import ppo, ppo_checkpoint
 from tokenmdp.checkpoints import load_state
-from tokenmdp.commands import train
+from tokenmdp.commands import display, train
 from tokenmdp.processes import Accelerated, Processes, launched
 from tokenmdp.report.curves import read_metrics
 
@@ -147,6 +153,57 @@ def test_one_process_needs_no_accelerate(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DependencyNotInstalled, match=r"WORLD_SIZE=2 .* pip install 'tokenmdp\[accelerate\]'"):
         launched("cpu")
+
+
+def test_the_others_wait_for_an_evaluation_of_hours(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: options["kwargs_handlers"])
+    waits = [handler.timeout for handler in launched("cpu") if isinstance(handler, InitProcessGroupKwargs)]
+    assert len(waits) == 1
+    assert waits[0] >= timedelta(hours=12)
+
+
+class Second(Processes):
+    """Process 1 of 2, whose other one is played by hand."""
+
+    rank, size = 1, 2
+
+
+def test_processes_with_different_numbers_of_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(Second, "gather", lambda self, value: [6, value])
+    monkeypatch.setattr(ppo, "processes_of", lambda accelerator: Second())
+    with pytest.raises(ValueError, match=r"num_envs is \[6, 8\] in the 2 processes; all must play the same number"):
+        gloo_runs.make_agent("uniform")
+
+
+def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
+    gloo_runs.make_agent("uniform").save(tmp_path / "run")
+    previous = (tmp_path / "run").rename(tmp_path / "run.previous")
+
+    @contextlib.contextmanager
+    def together(self):
+        yield
+        assert previous.exists()  # what the other process is renaming
+        previous.rename(tmp_path / "run")
+
+    monkeypatch.setattr(Second, "together", together)
+    assert ppo_checkpoint.read(tmp_path / "run", Second()).path == tmp_path / "run"
+    (tmp_path / "run").rename(previous)
+    assert ppo_checkpoint.read(tmp_path / "run").path == tmp_path / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_a_launcher_repeats_are_overlooked_for_a_while(monkeypatch, number):
+    clock = iter((100.0, 100.0, 101.5, 102.5))
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    before = signal.getsignal(number)
+    with display.Interruption(Console(quiet=True), patient=True) as interruption:
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_sharding_on_a_cpu_is_refused_by_the_command(monkeypatch):

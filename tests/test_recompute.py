@@ -88,6 +88,23 @@ def test_sampling_computes_nothing_twice_and_the_layers_are_left_as_they_were():
     assert not any("forward" in vars(layer) for layer in transformer_layers(policy.lm))
 
 
+def test_a_forward_that_somebody_else_put_on_a_layer_is_used_and_stays():
+    policy = CausalLMPolicy(gpt2(), 32, 30, gradient_checkpointing=True)
+    first, calls = policy.lm.transformer.h[0], []
+    original = first.forward
+
+    def hooked(*arguments, **options):
+        calls.append(0)
+        return original(*arguments, **options)
+
+    first.forward = hooked  # as accelerate's hooks do
+    for _ in range(2):
+        policy.evaluate(IDS, MASK, 8).values.sum().backward()
+    assert len(calls) == 4
+    assert first.forward is hooked
+    assert not any("forward" in vars(layer) for layer in policy.lm.transformer.h[1:])
+
+
 def test_a_model_without_marked_layers_is_refused():
     with pytest.raises(ValueError, match="Linear marks no layers that can be computed again"):
         transformer_layers(nn.Linear(1, 1))

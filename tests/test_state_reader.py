@@ -56,6 +56,16 @@ def test_a_write_that_pytorch_does_not_count_is_seen_in_every_single_parameter(p
         assert sample.still_that_of(weights)
 
 
+@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"compute_dtype": torch.bfloat16}])
+def test_a_changed_setting_of_the_policy_is_seen_though_the_text_is_the_same(policy, setting):
+    reader = StateReader(policy)
+    before = reader.read(IDS, MASK).logits.clone()
+    vars(policy).update(setting)
+    logits = reader.read(IDS, MASK).logits
+    assert torch.equal(logits, read_states(policy, IDS, MASK).logits)
+    assert not torch.equal(logits, before)
+
+
 def test_a_counted_write_of_one_element_and_other_memory_are_seen(policy):
     weights = list(policy.parameters())
     for change in (lambda weight: weight[-1, -2].add_(1), lambda weight: setattr(weight, "data", weight.data.clone())):

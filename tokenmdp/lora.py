@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from gymnasium.error import DependencyNotInstalled
 from tokenmdp.policy import CausalLMPolicy, DecodeState, Evaluation
 
 State = dict[str, torch.Tensor]
+# What a policy does to its logits, and how it computes.
+SETTINGS = (
+    "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def add_adapters(policy: CausalLMPolicy, rank: int, alpha: float, target_modules: str, seed: int) -> None:
@@ -54,7 +59,9 @@ def add_adapters(policy: CausalLMPolicy, rank: int, alpha: float, target_modules
 class WithoutAdapters(CausalLMPolicy):
     """The policy that `add_adapters` was given, from the same weights: adapters are off in its forwards.
 
-    It has no parameters of its own, so freezing, copying or moving it changes nothing.
+    Its values are those of the adapted policy's head, which learns. It is a view without parameters of its own, so
+    freezing or moving it changes nothing. How it processes logits (temperature, top_k, ...) is its own. ``copy.copy``
+    gives another view of the same weights, ``copy.deepcopy`` copies the adapted policy too.
     """
 
     _adapted: CausalLMPolicy
@@ -63,31 +70,41 @@ class WithoutAdapters(CausalLMPolicy):
         torch.nn.Module.__init__(self)
         # Not as submodules: requires_grad_(False) of a reference would freeze the adapters too.
         vars(self).update(_adapted=adapted, lm=adapted.lm, value_head=adapted.value_head, training=False)
-        self.vocab_size, self.eos_token_id, self.min_new_tokens = (
-            adapted.vocab_size, adapted.eos_token_id, adapted.min_new_tokens,
-        )  # fmt: skip
-        self.temperature, self.top_k, self.compute_dtype = adapted.temperature, adapted.top_k, adapted.compute_dtype
+        vars(self).update({name: getattr(adapted, name) for name in SETTINGS})
+        self.gradient_checkpointing = False  # no layer keeps anything for a backward: none of its weights learns
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:  # noqa: D102
-        with self._off():
-            return self._adapted.prefill(input_ids, attention_mask, step)
+        with self._lent() as policy:
+            return policy.prefill(input_ids, attention_mask, step)
 
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:  # noqa: D102
-        with self._off():
-            return self._adapted.append(state, token)
+        with self._lent() as policy:
+            return policy.append(state, token)
 
     def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:  # noqa: D102
-        with self._off():
-            return self._adapted.evaluate(*arguments, **options)
+        with self._lent() as policy:
+            return policy.evaluate(*arguments, **options)
+
+    def save_pretrained(self, directory: str | Path, state: State | None = None) -> None:
+        """As `CausalLMPolicy.save_pretrained`: the weights without the adapters, and the value head."""
+        super().save_pretrained(directory, base_state(self._adapted.state_dict()) if state is None else state)
 
     @contextlib.contextmanager
-    def _off(self) -> Iterator[None]:
-        layers = [layer for _, layer in _adapted_layers(self._adapted)]
-        for layer in layers:
-            layer.enable_adapters(False)
+    def _lent(self) -> Iterator[CausalLMPolicy]:
+        """The adapted policy with its adapters off and the settings of this one.
+
+        The methods must be those of the adapted policy itself: they gather its weights where those are sharded.
+        """
+        adapted, mine = self._adapted, vars(self)
+        layers = [layer for _, layer in _adapted_layers(adapted)]
+        before = {name: getattr(adapted, name) for name in SETTINGS}
         try:
-            yield
+            vars(adapted).update({name: mine[name] for name in SETTINGS})
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield adapted
         finally:
+            vars(adapted).update(before)
             for layer in layers:
                 layer.enable_adapters(True)
 

@@ -256,7 +256,10 @@ class CausalLMPolicy(nn.Module):
         logprobs, entropy = token_scores(logits, column)
         return Evaluation(logprobs, self._values(hidden), entropy)
 
-    forward = evaluate  # what data-parallel wrappers call
+    def forward(self, *arguments: Any, **options: Any) -> Evaluation:
+        """What data-parallel wrappers call: `evaluate`."""
+        # The class's: sharding wraps the instance's own in a second pair of its forward hooks.
+        return type(self).evaluate(self, *arguments, **options)
 
     def _backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # padding takes no position

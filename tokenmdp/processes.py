@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 State = dict[str, Any]
+LONGEST_WAIT = timedelta(hours=24)  # of the others while process 0 evaluates and reports; accelerate's is 10 minutes
 
 
 class OtherProcessFailed(RuntimeError):
@@ -111,7 +113,12 @@ class Processes:
         return policy.state_dict()
 
     def load_policy_state(self, policy: CausalLMPolicy, state: State) -> None:
-        """Put whole weights into a policy; those that ``state`` leaves out stay."""
+        """Put whole weights into a policy; those that ``state`` leaves out and that do not learn stay.
+
+        Raises:
+            ValueError: ``state`` lacks something that learns, or holds something that the policy does not have.
+        """
+        _check_names(policy, state)
         policy.load_state_dict(state, strict=False)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:
@@ -265,6 +272,7 @@ class Accelerated(Processes):
         if not self._sharded:
             super().load_policy_state(policy, state)
             return
+        _check_names(policy, state)
         set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:  # noqa: D102
@@ -309,7 +317,7 @@ def launched(device: str) -> Accelerator | None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not sharded:
         return None
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as error:
         raise DependencyNotInstalled(
             f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} processes need accelerate: pip install 'tokenmdp[accelerate]'"
@@ -318,7 +326,19 @@ def launched(device: str) -> Accelerator | None:
     if sharded and on_cpu:
         raise ValueError("accelerate shards weights on GPUs only; leave out --use_fsdp (data parallel works on CPUs)")
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # they never change
-    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[buffers])
+    patience = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[buffers, patience])
+
+
+def _check_names(policy: CausalLMPolicy, state: State) -> None:
+    missing = {name for name, weight in policy.named_parameters() if weight.requires_grad} - state.keys()
+    unknown = state.keys() - policy.state_dict().keys()
+    if problem := [
+        f"{len(names)} weights {what}, such as {min(names)}"
+        for what, names in (("that learn are missing", missing), ("are not the policy's", unknown))
+        if names
+    ]:
+        raise ValueError("; ".join(problem))
 
 
 def _sharded_modules(policy: CausalLMPolicy) -> list[Any]:

@@ -32,11 +32,15 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     transformers' own ``gradient_checkpointing_enable`` acts in training mode only, where dropout would be on.
     """
     layers = transformer_layers(model)
+    before = [vars(layer).get("forward") for layer in layers]  # the layer's own, such as one with accelerate's hooks
     for layer in layers:
         # Nothing here draws random numbers, so their state need not be kept.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own is there again
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward  # the class's is there again
+            else:
+                layer.forward = own

@@ -101,7 +101,8 @@ class StateReader:
         if not self._reuses:
             return read_states(self._policy, input_ids, attention_mask)
         texts = input_ids.where(attention_mask, EMPTY)
-        weights = list(self._policy.parameters())
+        # By part: a policy may use the weights of another (`tokenmdp.lora.WithoutAdapters`) and have none of its own.
+        weights = [*self._policy.lm.parameters(), *self._policy.value_head.parameters()]
         settings = _settings(self._policy)
         if self._weights is None or settings != self._settings or not self._weights.still_that_of(weights):
             self._state, self._weights, self._settings = None, WeightSample(weights), settings

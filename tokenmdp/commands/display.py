@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_SECONDS = 10.0  # at most one line in this time where the output is a file
+ECHO_SECONDS = 2.0  # in which a signal may be the first one again, passed on by a launcher
 
 
 def make_console() -> Console:
@@ -96,12 +97,12 @@ class Interruption:
 
     Args:
         console: says what happens.
-        patient: do not stop at a second one: launchers of several processes pass on the first twice.
+        patient: overlook a second one within `ECHO_SECONDS`: launchers of several processes pass on the first twice.
     """
 
     def __init__(self, console: Console, patient: bool = False) -> None:
         self.console, self.patient = console, patient
-        self.asked = False
+        self.asked, self.asked_at = False, 0.0
 
     def __enter__(self) -> Interruption:
         self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -114,10 +115,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and not self.patient:
+        if self.asked:
+            if self.patient and time.monotonic() - self.asked_at < ECHO_SECONDS:
+                return
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
-        if not self.asked:
-            again = "" if self.patient else " (Ctrl-C again leaves at once)"
-            self.console.print(f"finishing this update, then saving{again}")
-        self.asked = True
+        self.asked, self.asked_at = True, time.monotonic()
+        again = f" after {ECHO_SECONDS:.0f} seconds" if self.patient else ""
+        self.console.print(f"finishing this update, then saving (Ctrl-C again{again} leaves at once)")
