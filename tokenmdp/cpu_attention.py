@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -10,8 +12,9 @@ MOST_WEIGHTS = 1 << 22  # N * heads * S * T; beyond, keeping them for the backwa
 
 def attends(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` is for these."""
-    few = query.shape[2] == 1 or query.shape[:3].numel() * key.shape[2] <= MOST_WEIGHTS
-    return few and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return False
+    return query.shape[2] == 1 or math.prod(query.shape[:3]) * key.shape[2] <= MOST_WEIGHTS
 
 
 def attend(
