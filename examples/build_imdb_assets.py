@@ -1,6 +1,7 @@
-"""Build the bundled tokenizer, policy, reward model and prompts from the IMDb reviews.
+"""Build the bundled tokenizer, policy, reward models and prompts from the IMDb reviews.
 
     python examples/build_imdb_assets.py --data stanfordnlp/imdb     # or a directory of {split}-*.parquet files
+    python examples/build_imdb_assets.py --data DIR --gold           # only the gold reward model, for this bundle
     python examples/build_imdb_assets.py --data DIR --evaluate       # print the quality of what is bundled
 
 A stage whose result lies in ``--work`` is skipped and the long ones resume in the middle, so an interrupted build is
@@ -17,13 +18,20 @@ import time
 from pathlib import Path
 
 import torch
-from imdb_recipe import corpus, language_model, quality, reward_model
-from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
+from imdb_recipe import corpus, gold, language_model, quality, reward_model
+from transformers import (
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from tokenmdp.checkpoints import atomic_directory, write_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tokenmdp" / "assets" / "imdb"
 CARD = Path(__file__).resolve().parent / "imdb_recipe" / "card.md"
+PARTS = ("policy", "reward_model", "reward_model_plain", "reward_model_gold")
 
 
 class Build:
@@ -40,22 +48,32 @@ class Build:
         print(f"[{time.monotonic() - self.started:6.0f}s] {message}", flush=True)
 
     def run(self) -> None:
-        """Every stage."""
+        """Every stage, or those of the gold reward model."""
+        if self.arguments.gold:
+            self.gold_classifier(AutoTokenizer.from_pretrained(self.arguments.bundle / "policy"))
+            self.bundle("reward_model_gold")
+            return
         torch.manual_seed(self.arguments.seed)
         tokenizer, reviews = self.tokenizer()
         policy = self.policy(tokenizer, reviews)
         prompts = self.prompts(tokenizer, policy)
         plain = self.classifier(tokenizer, policy)
         self.aligned_classifier(tokenizer, policy, plain, prompts)
-        self.bundle()
+        self.gold_classifier(tokenizer)
+        self.bundle(*PARTS)
+        shutil.copy(self.work / "prompts.json", self.arguments.bundle / "prompts.json")
 
-    def tokenizer(self):
-        """The tokenizer, and all training reviews encoded with it."""
+    def texts(self, seed: int) -> list[str]:
+        """All training reviews in an order of this seed."""
         held_out = set(corpus.read_split(self.arguments.data, "test")[0])  # a few test reviews stand in other splits
         texts = [text for part in ("train", "unsupervised") for text in corpus.read_split(self.arguments.data, part)[0]]
         texts = sorted(set(texts) - held_out)
-        random.Random(self.arguments.seed).shuffle(texts)
-        folder = self.work / "tokenizer"
+        random.Random(seed).shuffle(texts)
+        return texts
+
+    def tokenizer(self):
+        """The tokenizer, and all training reviews encoded with it."""
+        texts, folder = self.texts(self.arguments.seed), self.work / "tokenizer"
         if not folder.exists():
             self.log(f"training the tokenizer on {len(texts)} reviews")
             with atomic_directory(folder) as target:
@@ -140,19 +158,47 @@ class Build:
         )  # fmt: skip
         self.save(model, tokenizer, folder)
 
+    def gold_classifier(self, tokenizer) -> None:
+        """The second reward model: a language model of its own, then phase 1 with another seed."""
+        folder, arguments, seed = self.work / "reward_model_gold", self.arguments, self.arguments.gold_seed
+        if folder.exists():
+            return
+        torch.manual_seed(seed)
+        config = gold.llama_config(tokenizer, arguments.gold_width, arguments.gold_layers, arguments.gold_heads)
+        if not (self.work / "gold_language_model").exists():
+            model = LlamaForCausalLM(config)
+            texts = corpus.encode(tokenizer, self.texts(seed)[: arguments.gold_reviews])
+            rows = corpus.language_model_rows(texts, tokenizer.eos_token_id, 256, random.Random(seed))
+            self.log(f"pretraining the gold model: {sum(map(len, rows)) / 1e6:.1f}M tokens an epoch")
+            language_model.pretrain(
+                model, rows, tokens=int(arguments.gold_tokens), batch_tokens=4096,
+                learning_rate=arguments.policy_learning_rate, seed=seed,
+                state_file=self.work / "gold_language_model_state.safetensors", device=self.device, log=self.log,
+            )  # fmt: skip
+            self.save(model, tokenizer, self.work / "gold_language_model")
+        model = LlamaForCausalLM.from_pretrained(self.work / "gold_language_model", dtype=torch.float32)
+        self.log("training the gold model: sentiment")
+        classifier = gold.from_language_model(model)
+        reviews, labels = self.labelled(tokenizer)
+        reward_model.classify(
+            classifier, reviews, labels, steps=arguments.gold_steps, size=32, width=256,
+            learning_rate=arguments.gold_learning_rate, seed=seed,
+            state_file=self.work / "gold_classify_state.safetensors", device=self.device, log=self.log,
+        )  # fmt: skip
+        self.save(classifier, tokenizer, folder)
+
     def save(self, model, tokenizer, folder: Path) -> None:
         """Write model and tokenizer, bf16, as one complete directory."""
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
             tokenizer.save_pretrained(target)
 
-    def bundle(self) -> None:
+    def bundle(self, *parts: str) -> None:
         """Copy the finished parts to where the package looks for them."""
-        for part in ("policy", "reward_model"):
+        for part in parts:
             with atomic_directory(self.arguments.bundle / part) as target:
                 shutil.copytree(self.work / part, target, dirs_exist_ok=True)
-        shutil.copy(self.work / "prompts.json", self.arguments.bundle / "prompts.json")
-        self.log(f"bundled in {self.arguments.bundle}")
+        self.log(f"bundled in {self.arguments.bundle}: {', '.join(parts)}")
 
     def evaluate(self) -> None:
         """Print the quality of the bundle on the test split and write it, with the model card, beside the weights."""
@@ -160,6 +206,8 @@ class Build:
         tokenizer = AutoTokenizer.from_pretrained(bundle / "policy")
         policy = GPT2LMHeadModel.from_pretrained(bundle / "policy", dtype=torch.float32)
         model = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model", dtype=torch.float32)
+        plain = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model_plain", dtype=torch.float32)
+        judge = LlamaForSequenceClassification.from_pretrained(bundle / "reward_model_gold", dtype=torch.float32)
         texts, labels = corpus.read_split(self.arguments.data, "test")
         rng = random.Random(0)
         if self.arguments.limit < len(texts):
@@ -171,15 +219,29 @@ class Build:
         responses = quality.sample_responses(policy, prompts, 16, device, seed=0)
         for prompt, response in list(zip(prompts, responses, strict=True))[:8]:
             print(repr(tokenizer.decode(prompt) + "|" + tokenizer.decode(response)))
+        sampled = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        openings, windows = ([review[:length] for review in reviews] for length in (24, 256))
         figures = {
             "test_reviews": len(texts),
             "policy_parameters": policy.num_parameters(),
             "reward_model_parameters": model.num_parameters(),
             "row_texts": len(prompts),
             **quality.row_faithfulness(model, prompts, responses, device),
-            "accuracy_24": quality.accuracy(model, [review[:24] for review in reviews], labels, device),
-            "accuracy_256": quality.accuracy(model, [review[:256] for review in reviews], labels, device),
+            "accuracy_24": quality.accuracy(model, openings, labels, device),
+            "accuracy_256": quality.accuracy(model, windows, labels, device),
             "bits_per_byte": quality.bits_per_byte(policy, tokenizer, texts, device),
+            "plain": {
+                "accuracy_24": quality.accuracy(plain, openings, labels, device),
+                "accuracy_256": quality.accuracy(plain, windows, labels, device),
+                **quality.row_faithfulness(plain, prompts, responses, device),
+                **quality.agreement(model, plain, sampled, device),
+            },
+            "gold": {
+                "parameters": judge.num_parameters(),
+                "accuracy_24": quality.accuracy(judge, openings, labels, device),
+                "accuracy_256": quality.accuracy(judge, windows, labels, device),
+                **quality.agreement(model, judge, sampled, device),
+            },
         }
         print(json.dumps(figures, indent=2))
         write_text(bundle / "quality.json", json.dumps(figures, indent=2) + "\n")
@@ -190,6 +252,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="hub name or local directory of the IMDb data set")
+    add("--gold", action="store_true", help="build the gold reward model only, with the bundle's tokenizer")
     add("--evaluate", action="store_true", help="print the quality of the bundle and rewrite its card")
     add("--limit", type=int, default=10**9, help="--evaluate: use this many test reviews")
     add("--work", type=Path, default=Path("runs/imdb-assets"), help="where unfinished stages are kept")
@@ -208,6 +271,14 @@ def parse() -> argparse.Namespace:
     add("--align-steps", type=int, default=800)
     add("--align-learning-rate", type=float, default=1e-3)
     add("--row-coef", type=float, default=2.0)
+    add("--gold-seed", type=int, default=1001)
+    add("--gold-width", type=int, default=160)
+    add("--gold-layers", type=int, default=2)
+    add("--gold-heads", type=int, default=5)
+    add("--gold-reviews", type=int, default=25_000, help="for its language model")
+    add("--gold-tokens", type=float, default=4e6)
+    add("--gold-steps", type=int, default=1000)
+    add("--gold-learning-rate", type=float, default=1e-3)
     return parser.parse_args()
 
 

@@ -6,7 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 
-EXTRAS = {"attribution": "captum", "datasets": "datasets", "sb3": "sb3_contrib", "torchrl": "torchrl"}
+EXTRAS = {
+    "attribution": "captum",
+    "datasets": "datasets",
+    "sb3": "sb3_contrib",
+    "study": "sacrebleu",
+    "torchrl": "torchrl",
+}
 MISSING = {extra for extra, library in EXTRAS.items() if find_spec(library) is None}
 
 collect_ignore = ["sb3_ledger.py"] if "sb3" in MISSING else []

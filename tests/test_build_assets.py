@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 pytest.importorskip("datasets", reason="needs the datasets extra: pip install 'tokenmdp[datasets]'")
 import pyarrow as pa
 import pyarrow.parquet
-from imdb_recipe import corpus, quality, reward_model
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from imdb_recipe import corpus, gold, quality, reward_model
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "build_imdb_assets.py"
 CPU = torch.device("cpu")
@@ -65,6 +66,35 @@ def test_leave_one_out_equals_a_plain_loop():
         torch.testing.assert_close(importance, torch.tensor(expected), atol=0.05, rtol=0.05)  # bf16 autocast
 
 
+def test_scores_of_grouped_rows_equal_single_ones():
+    model, rng = tiny_classifier(), random.Random(0)
+    rows = [[rng.randrange(2, 40) for _ in range(rng.randint(1, 20))] for _ in range(30)]
+    logits = torch.stack([model(torch.tensor([row])).logits[0].detach() for row in rows])
+    expected = (logits[:, 1] - logits[:, 0]).numpy()
+    assert quality.scores(model, rows, CPU, bf16=False) == pytest.approx(expected, abs=1e-5)
+    labels = [index % 2 for index in range(30)]
+    share = sum((score > 0) == label for score, label in zip(expected, labels, strict=True)) / 30
+    assert quality.accuracy(model, rows, labels, CPU) == pytest.approx(share, abs=1 / 30)  # bf16 autocast
+
+
+def test_a_model_agrees_with_itself():
+    model = tiny_classifier()
+    found = quality.agreement(model, model, [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]], CPU)
+    assert found["pearson"] == pytest.approx(1)
+    assert found["spearman"] == pytest.approx(1)
+    assert found["score_std"][0] == found["score_std"][1]
+
+
+def test_gold_classifier_keeps_the_backbone_of_its_language_model():
+    tokenizer = corpus.train_tokenizer(["a fine film", "a bad film"], vocab_size=270)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(gold.llama_config(tokenizer, width=24, layers=2, heads=3)).eval()
+    classifier, batch = gold.from_language_model(model).eval(), torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(classifier.model(batch).last_hidden_state, model.model(batch).last_hidden_state)
+    assert classifier(batch).logits.shape == (1, 2)
+    assert classifier.config.pad_token_id != classifier.config.eos_token_id
+
+
 def test_row_equals_eager_attention():
     model = tiny_classifier(attn_implementation="eager")
     texts = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -111,7 +141,8 @@ def write_reviews(folder: Path) -> None:
 
 def test_whole_recipe_on_made_up_reviews(tmp_path):
     write_reviews(tmp_path)
-    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 --align-steps 3"
+    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 --align-steps 3 "
+    sizes += "--gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3"
     bundle = tmp_path / "bundle"
     command = [
         sys.executable,
@@ -125,10 +156,21 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
     ]
     command += ["--bundle", str(bundle), *sizes.split(), "--written", "60"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
+    weights = bundle / "reward_model_gold" / "model.safetensors"
+    before = weights.read_bytes()
+    for built in [bundle / "reward_model_gold", *(tmp_path / "work").glob("*gold*")]:
+        shutil.rmtree(built) if built.is_dir() else built.unlink()
+    subprocess.run([*command, "--gold"], check=True, capture_output=True, timeout=300)
+    assert weights.read_bytes() == before
     report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout
     figures = json.loads(report[report.index("{\n") :])
     assert 0 < figures["bits_per_byte"] < 8
     assert f"{figures['bits_per_byte']:.3f}" in (bundle / "README.md").read_text()
+    for part, name in (("plain", "GPT2"), ("gold", "Llama")):
+        folder = bundle / f"reward_model_{part}"
+        assert json.loads((folder / "config.json").read_text())["architectures"] == [f"{name}ForSequenceClassification"]
+        assert 0 <= figures[part]["accuracy_24"] <= 1
+        assert -1 <= figures[part]["pearson_95"][0] <= figures[part]["pearson"] <= figures[part]["pearson_95"][1] <= 1
     tokenizer = AutoTokenizer.from_pretrained(bundle / "reward_model")
     assert tokenizer.decode(tokenizer.encode("Café\n ☃")) == "Café\n ☃"
     assert len(tokenizer) == GPT2LMHeadModel.from_pretrained(bundle / "policy").config.vocab_size == 300

@@ -22,21 +22,22 @@ BUNDLE = Path(tokenmdp.__file__).parent / "assets" / "imdb"
 IMDB = "tokenmdp:TextGen-IMDb-v0"
 
 
-def credited(text: str, prompt: str = "This movie"):
+def credited(text: str, prompt: str = "This movie", model: str = "imdb-tiny"):
     """Score of prompt + text, its pieces, and the attention row over them."""
     tokenizer = load_tokenizer("imdb-tiny")
     start, ids = tokenizer.encode(prompt), tokenizer.encode(text)
     mask = torch.ones(1, len(start) + len(ids), dtype=torch.bool)
     episode = Episode(torch.tensor([start + ids]), mask, mask[:, len(start) :])
-    output = load_reward_model("imdb-tiny")(episode, needs=frozenset({"attention"}))
+    output = load_reward_model(model)(episode, needs=frozenset({"attention"}))
     return output.score.item(), [tokenizer.decode(token) for token in ids], output.attention[0]
 
 
 def test_bundle_is_small_complete_and_in_bf16():
     files = [file for file in BUNDLE.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 20e6
+    assert sum(file.stat().st_size for file in files) < 31e6
+    assert sum(file.stat().st_size for file in files if file.parent.name == "reward_model_gold") < 3e6
     assert not {file.suffix for file in files} - {".json", ".md", ".safetensors"}
-    for part in ("policy", "reward_model"):
+    for part in ("policy", "reward_model", "reward_model_plain", "reward_model_gold"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
             file.name for file in (BUNDLE / part).iterdir()
         }
@@ -80,6 +81,28 @@ def test_vector_equals_single():
         assert terminated
         assert reward == pytest.approx(infos["score"][row], abs=1e-5)
         np.testing.assert_allclose(info["token_rewards"], infos["token_rewards"][row], atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["imdb-plain", "imdb-gold"])
+def test_further_reward_models_know_praise_from_blame(model):
+    praise, *_ = credited(" was a wonderful experience for all of us.", model=model)
+    blame, *_ = credited(" was a terrible waste of time for all of us.", model=model)
+    assert praise > 0.5 > -0.5 > blame
+    with gym.make(IMDB, reward_model=model) as env:  # the tokens of the policy
+        assert env.unwrapped.task.reward_model is load_reward_model(model)
+
+
+def test_the_gold_model_is_another_judge():
+    tiny, gold = load_reward_model("imdb-tiny"), load_reward_model("imdb-gold")
+    assert tiny.model.config.model_type != gold.model.config.model_type
+    figures = json.loads((BUNDLE / "quality.json").read_text())
+    assert gold.model.num_parameters() == figures["gold"]["parameters"]
+    assert 0.5 < figures["gold"]["pearson"] < 0.95  # it agrees, and it does not repeat
+
+
+def test_the_plain_row_follows_leave_one_out_less():
+    figures = json.loads((BUNDLE / "quality.json").read_text())
+    assert figures["plain"]["row_spearman_95"][1] < figures["row_spearman_95"][0]
 
 
 def test_reward_model_knows_praise_from_blame_and_where_it_stands():

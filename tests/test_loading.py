@@ -122,6 +122,13 @@ def test_missing_bundle_is_named(monkeypatch, tmp_path):
         load_causal_lm("imdb-tiny")
 
 
+def test_an_alias_of_a_reward_model_is_no_policy():
+    with pytest.raises(
+        ModelNotFound, match=r"'imdb-gold' is bundled as reward_model only; as policy there is imdb-tiny"
+    ):
+        load_causal_lm("imdb-gold")
+
+
 def _truncate(directory):
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])

@@ -1,4 +1,4 @@
-"""The ``tokenmdp`` command: ``train``, ``sample``, ``score``, ``eval``, ``credits`` and ``quality``.
+"""The ``tokenmdp`` command: ``train``, ``sample``, ``score``, ``eval``, ``credits``, ``quality`` and ``ablate``.
 
 This module only parses arguments and reports errors. Everything that needs torch is imported when a command runs, so
 that ``tokenmdp --help`` answers at once.
@@ -199,6 +199,61 @@ class Quality:
     """Also write quality.json, quality.md and texts.html, a page of the first texts, into this directory."""
 
 
+@dataclass(frozen=True)
+class Ablate:
+    """Compare credit methods: many training runs side by side, with statistics, verdicts and a report.
+
+    Run the same command again to go on: finished runs are kept. Several presets may share a directory; the report is
+    about all of them.
+    """
+
+    preset: Literal["quick", "imdb", "beta", "length", "kl", "faithful", "tune", "gpt2", "custom", "smoke"] = "quick"
+    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: two
+    reward models; tune: learning rates; gpt2: the paper's own models, on GPUs; custom: the methods you name; smoke: an
+    untrained toy model, seconds."""
+    out: Path | None = None
+    """Directory of the study; None is runs/PRESET."""
+    methods: tuple[str, ...] = ()
+    """Credit methods, with options as in attention:credit_beta=0.4 or shapley:budget=64, or module.Class for one of
+    your own; none takes the preset's."""
+    seeds: tuple[int, ...] = ()
+    """None takes the preset's."""
+    lengths: tuple[str, ...] = ()
+    """Response lengths such as 8-16, which are 8 to 15 tokens, or 16; none takes the preset's."""
+    credit_betas: tuple[float, ...] = ()
+    """Dense shares to try in every method that has one; none takes the preset's, or each method's own."""
+    kl_coefs: tuple[float, ...] = ()
+    """Fixed KL coefficients to try; none takes the preset's."""
+    reward_models: tuple[str, ...] = ()
+    """Bundled names, directories or hub names of sequence classifiers to try; none takes the preset's."""
+    policy: str | None = None
+    """Bundled name, directory or hub name of a causal language model, with its tokenizer; None takes the preset's."""
+    gold: str | None = None
+    """A second reward model that no policy is trained on, or "none"; None takes the preset's, or none with --policy."""
+    prompts: str | None = None
+    """File, directory or data-set name; None takes the preset's."""
+    updates: int | None = None
+    """PPO updates of each run; None takes the preset's."""
+    num_envs: int | None = None
+    """Episodes an update; None takes the preset's."""
+    eval_every: int | None = None
+    """Updates between evaluations on held-out prompts; None takes the preset's."""
+    eval_samples: int | None = None
+    """Responses in an evaluation; None takes the preset's."""
+    ppo: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of PPOConfig, such as --ppo kl_target=3; may be repeated."""
+    learning_rates: Path | None = None
+    """A JSON file of methods and learning rates, such as the learning_rates.json that the preset tune writes."""
+    device: str = "auto"
+    """cpu or cuda; auto takes cuda if there is one."""
+    jobs: int | None = None
+    """Runs at a time; None is the number of cores, or of GPUs."""
+    shard: str | None = None
+    """I/N: only every Nth run, from the Ith on, so that N commands share a study; the last to end reports."""
+    report_only: bool = False
+    """Run nothing: write the report of what is there."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
@@ -206,8 +261,9 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Credits, tyro.conf.subcommand("credits")]
     | Annotated[Quality, tyro.conf.subcommand("quality")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
 )
-Parsed = Train | Sample | Score | Eval | Credits | Quality
+Parsed = Train | Sample | Score | Eval | Credits | Quality | Ablate
 
 
 def installed_version() -> str:
@@ -232,6 +288,10 @@ def run(command: Parsed) -> int:
         from tokenmdp.commands import quality
 
         return quality.list_credits() if isinstance(command, Credits) else quality.measure_quality(command)
+    if isinstance(command, Ablate):
+        from tokenmdp.commands.ablate import ablate
+
+        return ablate(command)
     from tokenmdp.commands import inspection
 
     return inspection.sample(command) if isinstance(command, Sample) else inspection.evaluate_run(command)
@@ -241,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``tokenmdp`` command.
 
     Returns:
-        0; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C.
+        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
@@ -260,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(command)
     except KeyboardInterrupt:
-        print("interrupted" + ("; run the same command to go on" if isinstance(command, Train) else ""))
+        print("interrupted" + ("; run the same command to go on" if isinstance(command, Train | Ablate) else ""))
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError, GymnasiumError) as error:
         own = type(error).__module__.startswith("tokenmdp")

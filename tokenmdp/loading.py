@@ -34,6 +34,8 @@ ALIASES: dict[str, dict[Kind, Path]] = {
         "reward_model": ASSETS / "reward_model",
         "prompts": ASSETS / "prompts.json",
     },
+    "imdb-plain": {"reward_model": ASSETS / "reward_model_plain"},  # before its attention row was trained
+    "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, no policy's teacher
 }
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
@@ -172,6 +174,10 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
                 "restore a copy or save it again"
             ) from error
     if name in ALIASES:
+        if kind not in ALIASES[name]:
+            raise ModelNotFound(
+                f"{name!r} is bundled as {' and '.join(ALIASES[name])} only; as {kind} there is {_bundled(kind)}"
+            )
         raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
     _check_hub_name(kind, name)
     try:
@@ -214,13 +220,15 @@ def _check_hub_answers(kind: Kind, name: str) -> None:
 
 
 def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
-    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
-    aliases += BUILT_IN.get(kind, ())
     return ModelNotFound(
         f"no {kind.replace('_', ' ')} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
         f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. "
-        f"Bundled: {', '.join(aliases)}"
+        f"Bundled: {_bundled(kind)}"
     )
+
+
+def _bundled(kind: Kind) -> str:
+    return ", ".join([*(alias for alias, kinds in ALIASES.items() if kind in kinds), *BUILT_IN.get(kind, ())])
 
 
 @contextlib.contextmanager

@@ -1,18 +1,21 @@
-"""Pretrain the policy: a small GPT-2 on every review that is not in the test split."""
+"""Pretrain a small causal language model, as the policy is, on every review that is not in the test split."""
 
 from __future__ import annotations
 
 import random
+import re
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, PreTrainedModel
 
 from tokenmdp.checkpoints import load_state, save_state
 
 from .corpus import token_batches
+
+BLOCKS = r"\.(h|layers)\.\d"  # what GPT-2 and Llama call them
 
 
 def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2Config:
@@ -29,7 +32,7 @@ class Optimisation:
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
         self.model, self.learning_rate = model, learning_rate
-        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(BLOCKS, name)]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.optimizers = [
@@ -81,7 +84,7 @@ def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad).float()
 
 
-def pretrain(model: GPT2LMHeadModel, rows: list[list[int]], *, tokens: int, batch_tokens: int, learning_rate: float,
+def pretrain(model: PreTrainedModel, rows: list[list[int]], *, tokens: int, batch_tokens: int, learning_rate: float,
              seed: int, state_file: Path, device: torch.device, log) -> None:  # fmt: skip
     """Train on ``tokens`` tokens; saves every few minutes and goes on from the last save."""
     model.to(device).train()

@@ -50,16 +50,33 @@ def bits_per_byte(model, tokenizer, texts: list[str], device: torch.device, slot
 
 
 @torch.no_grad()
-def accuracy(model, rows: list[list[int]], labels: list[int], device: torch.device) -> float:
-    """Share of rows whose score has the sign of the label."""
+def scores(model, rows: list[list[int]], device: torch.device, bf16: bool = True) -> np.ndarray:
+    """``logit[1] - logit[0]`` of each row."""
     model.to(device).eval()
-    correct = 0
+    found = np.zeros(len(rows))
     for group in by_length(rows, 32768):
         batch = pad_rows([rows[index] for index in group], model.config.pad_token_id).to(device)
         lengths = torch.tensor([len(rows[index]) for index in group], device=device)
-        logits = prefix_logits(model, batch)[torch.arange(len(group)), lengths - 1]
-        correct += int((logits.argmax(-1).cpu() == torch.tensor([labels[index] for index in group])).sum())
-    return correct / len(rows)
+        logits = prefix_logits(model, batch, bf16)[torch.arange(len(group)), lengths - 1]
+        found[group] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
+    return found
+
+
+def accuracy(model, rows: list[list[int]], labels: list[int], device: torch.device) -> float:
+    """Share of rows whose score has the sign of the label."""
+    return float(((scores(model, rows, device) > 0) == np.array(labels)).mean())
+
+
+def agreement(model, other, texts: list[list[int]], device: torch.device) -> dict:
+    """Correlations of two models' scores over texts, with a 95% interval of Pearson's, and the spread of both."""
+    first, second = (scores(each, texts, device, bf16=False) for each in (model, other))
+    pearson = stats.pearsonr(first, second)
+    return {
+        "pearson": float(pearson.statistic),
+        "pearson_95": [float(end) for end in pearson.confidence_interval()],
+        "spearman": float(stats.spearmanr(first, second).statistic),
+        "score_std": [float(first.std()), float(second.std())],
+    }
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def from_policy(policy: GPT2LMHeadModel) -> GPT2ForSequenceClassification:
 def prefix_logits(model, batch: torch.Tensor, bf16: bool = True) -> torch.Tensor:
     """The score head at every position of right-padded rows: (N, T) -> (N, T, 2)."""
     with autocast(batch.device, bf16):
-        return model.score(model.transformer(input_ids=batch).last_hidden_state).float()
+        return model.score(model.base_model(input_ids=batch, use_cache=False).last_hidden_state).float()
 
 
 def scores_and_row(model, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

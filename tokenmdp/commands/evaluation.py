@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from rich.table import Table
 
 from tokenmdp.checkpoints import CheckpointError, write_text
@@ -17,6 +18,7 @@ from tokenmdp.commands.settings import RunSettings, make_envs
 from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.report.samples import Sample, samples_from_rollout
 from tokenmdp.rollouts import collect
+from tokenmdp.types import Rollout
 
 if TYPE_CHECKING:
     from tokenmdp.policy import CausalLMPolicy
@@ -47,12 +49,9 @@ def evaluate(
 ) -> Evaluation:
     """Play ``samples`` episodes; the same ``seed`` draws the same prompts whatever the policy."""
     envs = make_envs(settings, min(ROWS, samples), prompts)
-    generator = torch.Generator(policy.lm.device).manual_seed(EVALUATION_SEED + seed)
     tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
     result = Evaluation([], [], [], [])
-    while len(result.scores) < samples:
-        first_row_seed = EVALUATION_SEED * (1 + seed) + len(result.scores)
-        rollout, _ = collect(envs, policy, reference, generator, seed=first_row_seed)
+    for rollout in played(envs, policy, reference, samples=samples, seed=seed):
         kept = rollout.response_mask
         result.scores.extend(rollout.scores.tolist())
         result.kls.extend(((rollout.logprobs - rollout.ref_logprobs) * kept).sum(-1).tolist())
@@ -60,7 +59,20 @@ def evaluate(
         wanted = KEPT_SAMPLES - len(result.samples)
         result.samples.extend(samples_from_rollout(rollout, tokenizer)[: max(wanted, 0)])
     envs.close()
-    return Evaluation(result.scores[:samples], result.kls[:samples], result.lengths[:samples], result.samples[:samples])
+    return result
+
+
+def played(
+    envs: VectorEnv, policy: CausalLMPolicy, reference: CausalLMPolicy, *, samples: int, seed: int
+) -> Iterator[Rollout]:
+    """Rollouts of ``samples`` episodes together, the last one cut; prompts and sampling noise depend on ``seed`` only.
+
+    ``envs`` is what `make_envs` returns.
+    """
+    generator = torch.Generator(policy.lm.device).manual_seed(EVALUATION_SEED + seed)
+    for start in range(0, samples, envs.num_envs):
+        rollout, _ = collect(envs, policy, reference, generator, seed=EVALUATION_SEED * (1 + seed) + start)
+        yield Rollout(*(None if part is None else part[: samples - start] for part in rollout))  # type: ignore[arg-type]
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,24 @@ def list_credits() -> int:
 def measure_quality(arguments: cli.Quality) -> int:
     """Measure credit methods in the worlds asked for; print the tables and write them."""
     console = make_console()
+    results: list[WorldQuality] = []
+    labels: dict[str, str] = {}
+    for result, labels in measured(arguments, console):
+        results.append(result)
+        _show(console, result, labels)
+    console.print(" ".join(quality.LEGEND), style="dim", highlight=False)
+    if arguments.out is not None:
+        _write(arguments, arguments.out, results, labels)
+        console.print(f"written: {arguments.out}/quality.json, quality.md, texts.html", highlight=False, soft_wrap=True)
+    return 0
+
+
+def measured(arguments: cli.Quality, console: Console) -> Iterator[tuple[WorldQuality, dict[str, str]]]:
+    """Each world that ``arguments`` ask for, and what its methods are called with their options.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
     for flag, value, least in (("num", arguments.num, 2), ("max-forwards", arguments.max_forwards, 1)):
         if value < least:
             raise ValueError(f"--{flag} is {value}; it must be at least {least}")
@@ -84,7 +102,6 @@ def measure_quality(arguments: cli.Quality) -> int:
     names: Sequence[str] = arguments.methods or tuple(CREDIT_METHODS)
     methods, refused = credit_methods(names, options, arguments.credit_beta, "--option")
     labels = {name: quality.label(name, options.get(name, {})) for name in methods}
-    results = []
     for world in _worlds(arguments, device):
         lent = lend(
             arguments.policy,
@@ -105,13 +122,7 @@ def measure_quality(arguments: cli.Quality) -> int:
                 progress=partial(_advance, progress, bar),
             )
         result.methods.extend(MethodQuality(name, needs_of(name), reason) for name, reason in refused.items())
-        results.append(result)
-        _show(console, result, labels)
-    console.print(" ".join(quality.LEGEND), style="dim", highlight=False)
-    if arguments.out is not None:
-        _write(arguments, arguments.out, results, labels)
-        console.print(f"written: {arguments.out}/quality.json, quality.md, texts.html", highlight=False, soft_wrap=True)
-    return 0
+        yield result, labels
 
 
 def _worlds(arguments: cli.Quality, device: str) -> list[World]:

@@ -45,6 +45,8 @@ class RunSettings:
     credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
     align: str | None = None  # "offsets": the reward model has a tokenizer of its own
     reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
+    horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included
+    min_new_tokens: int = 0  # tokens before end-of-text becomes legal
     num_envs: int = 64
     seed: int = 1
     device: str = "cpu"
@@ -104,7 +106,7 @@ def settings_from(arguments: Train) -> RunSettings:
         "eval_prompts": arguments.eval_prompts,
     }
     given: dict[str, Any] = {
-        **{key: _absolute(name) for key, name in names.items()},
+        **{key: absolute_name(name) for key, name in names.items()},
         "max_new_tokens": arguments.max_new_tokens,
         "align": arguments.align,
         "reward_template": arguments.reward_template,
@@ -133,8 +135,8 @@ def settings_from(arguments: Train) -> RunSettings:
     )
 
 
-def _absolute(name: str | None) -> str | None:
-    """An existing path made absolute, since ``tokenmdp eval`` may run in another directory; other names as they are."""
+def absolute_name(name: str | None) -> str | None:
+    """An existing path made absolute, since a later command may run in another directory; other names as they are."""
     if name is None or name in ALIASES or not Path(name).expanduser().exists():
         return name
     return str(Path(name).expanduser().resolve())
@@ -144,7 +146,7 @@ def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Credit options with the policies and reward models among them as absolute paths, where they are paths."""
 
     def absolute(value: Any) -> Any:
-        return _absolute(value) if isinstance(value, str) else value
+        return absolute_name(value) if isinstance(value, str) else value
 
     found = {key: absolute(value) if key in POLICIES else value for key, value in options.items()}
     if isinstance(parts := found.get("parts"), list):
@@ -180,10 +182,12 @@ def settings_record(settings: RunSettings) -> dict[str, Any]:
 
     Later additions are left out where they are unset, so that the runs of earlier versions go on.
     """
-    without = {"device"} | {
-        name for name in ("credit_options", "align", "reward_template") if not getattr(settings, name)
-    }
-    return {key: value for key, value in asdict(settings).items() if key not in without}
+    later = ("credit_options", "align", "reward_template", "horizon_range", "min_new_tokens")
+    without = {"device"} | {name for name in later if not getattr(settings, name)}
+    record = {key: value for key, value in asdict(settings).items() if key not in without}
+    if settings.horizon_range is not None:
+        record["horizon_range"] = list(settings.horizon_range)  # as JSON gives it back
+    return record
 
 
 def settings_from_record(record: Mapping[str, Any]) -> RunSettings:
@@ -193,7 +197,9 @@ def settings_from_record(record: Mapping[str, Any]) -> RunSettings:
         ValueError: fields are missing or unknown, so another version wrote them.
     """
     try:
-        return RunSettings(**record)
+        settings = RunSettings(**record)
+        least_and_most = None if settings.horizon_range is None else (*settings.horizon_range,)
+        return replace(settings, horizon_range=least_and_most)
     except TypeError as error:
         raise ValueError(f"these run settings were written by another version of tokenmdp ({error})") from error
 
@@ -255,7 +261,11 @@ def credit_of(settings: RunSettings) -> CreditMethod:
 
 def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any] | None) -> gym.vector.VectorEnv:
     """The vector environment of a run under its credit wrapper, with its reward model loaded and checked."""
-    given: dict[str, Any] = {"prompts": prompts, "reward_template": settings.reward_template}
+    given: dict[str, Any] = {
+        "prompts": prompts,
+        "reward_template": settings.reward_template,
+        "horizon_range": settings.horizon_range,
+    }
     envs = gym.make_vec(
         f"tokenmdp:{settings.env}",
         num_envs=num_envs,
@@ -264,6 +274,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         tokenizer=settings.tokenizer,
         reward_model=settings.reward_model,
         max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
         reward_device=settings.device,
         align=settings.align,
         **{key: value for key, value in given.items() if value is not None},

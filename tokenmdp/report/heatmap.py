@@ -99,12 +99,13 @@ def _token_html(piece: str, credit: float, scale: float) -> str:
     return f'<span class="t {side}" style="--a:{share:.3f}" data-r="{label}">{markup.escape(printable(piece))}</span>'
 
 
-def _sample_html(sample: Sample, scale: float) -> str:
+def sample_html(sample: Sample, scale: float, *, digits: int = 3) -> str:
+    """One sample as a paragraph for a page with `tokenmdp.report.page.STYLE`; ``scale`` gets the full colour."""
     tokens = "".join(map(_token_html, sample.tokens, sample.credits, [scale] * len(sample.tokens)))
     # + 0.0: a rounding error below zero would read -0.000
     facts = [
-        f"score {sample.score:+.3f}",
-        *(f"{key} {round(value, 3) + 0.0:.3f}" for key, value in sample.facts.items()),
+        f"score {sample.score:+.{digits}f}",
+        *(f"{key} {round(value, digits) + 0.0:.{digits}f}" for key, value in sample.facts.items()),
     ]
     note = markup.escape(" · ".join(facts))
     return (
@@ -132,7 +133,7 @@ def html(
     scale = credit_scale([sample.credits for sample in samples])
     columns = "".join(
         f'<section style="--rows:{len(rows) + 1}"><h2>{markup.escape(heading)}</h2>'
-        + "".join(_sample_html(sample, scale) for sample in rows)
+        + "".join(sample_html(sample, scale) for sample in rows)
         + "</section>"
         for heading, rows in sections.items()
     )

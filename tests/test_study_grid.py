@@ -1,0 +1,357 @@
+"""From a preset and a command line to cells, and a study's directory read and written."""
+
+import json
+from collections import Counter
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+import pytest
+from study_doubles import grid_cells, make_cell, synthetic_study
+
+from tokenmdp import cli
+from tokenmdp import credit as credit_package
+from tokenmdp.commands import ablate, credit_options
+from tokenmdp.commands.settings import RunSettings, credit_of, make_envs, settings_from_record, settings_record
+from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.study import grid, results
+from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
+from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.results import (
+    CellResult,
+    StudyError,
+    cell_file,
+    cell_from_record,
+    cell_record,
+    declare,
+    load_study,
+    read_result,
+    write_result,
+)
+from tokenmdp.study.tuning import chosen_rates
+
+SIZES = {"quick": 12, "imdb": 60, "beta": 30, "length": 54, "kl": 48, "faithful": 40, "gpt2": 60, "smoke": 4}
+
+
+def plan_for(*words):
+    return ablate.plan_of(cli.tyro.cli(cli.Ablate, args=list(words)))
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_a_preset_has_its_cells_and_each_is_another_run(name, size):
+    cells = expand(PRESETS[name])
+    assert len(cells) == size == len({cell.id for cell in cells})
+    pairs = Counter((cell.setting, cell.method) for cell in cells)
+    assert set(pairs.values()) == {len(PRESETS[name].seeds)}
+    assert all(cell.seed == cell.settings.seed for cell in cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # stopped early, it is balanced
+
+
+def test_the_main_grid_is_the_papers_protocol():
+    cells = expand(PRESETS["imdb"])
+    assert {cell.method for cell in cells} == {"sparse", "uniform", "attention", "abc-d", "abc-d2", "red"}
+    assert {cell.seed for cell in cells} == set(range(1, 11))
+    for cell in cells:
+        settings = cell.settings
+        assert (settings.num_envs, cell.updates) == (16, 150)
+        assert (settings.horizon_range, settings.min_new_tokens, settings.max_new_tokens) == ((8, 15), 8, 15)
+        expected = {
+            "update_epochs": 4, "gamma": 1, "gae_lambda": 0.95, "clip_coef": 0.2, "vf_coef": 0.1, "kl_coef": 0.2,
+            "kl_target": 6,
+        }  # fmt: skip
+        assert expected.items() <= settings.ppo.items()
+        assert settings.credit_beta == (1.0 if cell.method == "red" else 0.8)
+
+
+def test_sweeps_vary_one_thing():
+    betas = [cell.settings.credit_beta for cell in expand(replace(PRESETS["beta"], seeds=(1,)))]
+    assert betas == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    for cell in expand(PRESETS["kl"]):
+        assert cell.settings.ppo["kl_target"] is None
+        assert cell.setting == f"8-16 tokens, kl_coef={cell.settings.ppo['kl_coef']:g}"
+    for cell in expand(PRESETS["faithful"]):
+        assert cell.setting.endswith(f"reward model {cell.settings.reward_model}")
+    rates = {cell.settings.ppo["learning_rate"] for cell in expand(PRESETS["tune"])}
+    assert len(rates) == len(PRESETS["tune"].tried_rates) > 1
+    assert all(seed > 100 for seed in PRESETS["tune"].seeds)  # none that a comparison uses
+
+
+def test_a_cell_of_two_grids_is_one_cell():
+    main, length = expand(PRESETS["imdb"]), expand(PRESETS["length"])
+    shared = {cell.id for cell in main} & {cell.id for cell in length}
+    assert len(shared) == 18
+    faithful = {cell.id: cell for cell in expand(PRESETS["faithful"])}
+    both = [(cell, faithful[cell.id]) for cell in main if cell.id in faithful]
+    assert len(both) == 20
+    assert all(one.setting != other.setting for one, other in both)  # under another label
+
+
+def test_an_id_is_what_a_cell_computes():
+    cell = make_cell()
+    again = cell_from_record(json.loads(json.dumps(cell_record(cell))))
+    assert again == cell
+    assert again.id == cell.id == replace(cell, method="another", setting="label").id
+    others = [
+        make_cell(seed=2), make_cell("red"), make_cell(credit_beta=0.4), make_cell(updates=151),
+        make_cell(ppo={"learning_rate": 1e-3}), make_cell(reward_model="imdb-plain"), make_cell(min_new_tokens=7),
+        replace(cell, gold=None), replace(cell, eval_every=7), replace(cell, eval_samples=7),
+    ]  # fmt: skip
+    assert len({cell.id, *(other.id for other in others)}) == 1 + len(others)
+    assert replace(cell, settings=replace(cell.settings, device="cuda")).id == cell.id  # it may move
+
+
+@pytest.mark.parametrize(
+    ("specification", "label", "beta", "options"),
+    [
+        ("sparse", "sparse", 0.8, {}),
+        ("red", "red", 1.0, {}),
+        ("attention:credit_beta=0.4", "attention credit_beta=0.4", 0.4, {}),
+        ("shapley:budget=64,credit_beta=0.5", "shapley budget=64 credit_beta=0.5", 0.5, {"budget": 64}),
+    ],
+)
+def test_methods_take_options(specification, label, beta, options):
+    method = parse_method(specification)
+    assert (method.label, method.credit_beta, method.options) == (label, beta, options)
+
+
+def test_a_method_of_ones_own_is_named_by_its_place(tmp_path, monkeypatch):
+    (tmp_path / "my_credit.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from tokenmdp.credit import SparseCredit\n\n"
+        "@dataclass(frozen=True)\nclass Mine(SparseCredit):\n    sharpness: float = 1.0\n\n"
+        "NOT_A_CLASS = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grid, "CREDIT_METHODS", methods := dict(CREDIT_METHODS))
+    monkeypatch.setattr(credit_package, "CREDIT_METHODS", methods)
+    monkeypatch.setattr(credit_options, "CREDIT_METHODS", methods)
+    plan = plan_for("--preset", "smoke", "--methods", "sparse", "my_credit.Mine:sharpness=2", "--seeds", "1")
+    _, cell = expand(plan)
+    assert cell.settings.credit == "my_credit.Mine"
+    assert cell.method == "my_credit.Mine sharpness=2"
+    assert credit_of(cell.settings).sharpness == 2
+    for wrong in ("my_credit.Yours", "my_credit.NOT_A_CLASS", "no_such_module.Mine"):
+        with pytest.raises(StudyError, match=f"--methods '{wrong}'"):
+            parse_method(wrong)
+
+
+def test_lengths_exclude_their_upper_end():
+    assert (parse_length("8-16"), parse_length("5")) == (Length(8, 15), Length(5, 5))
+    for wrong in ("16-8", "8-8", "0-4", "8-", "eight", ""):
+        with pytest.raises(StudyError, match="--lengths"):
+            parse_length(wrong)
+
+
+def test_responses_have_the_lengths_of_their_range():
+    (cell,) = expand(replace(PRESETS["smoke"], methods=("sparse",), seeds=(1,)))
+    envs = make_envs(cell.settings, 64, None)
+    task = envs.unwrapped.task
+    assert (task.horizon_range, task.min_new_tokens, task.max_new_tokens) == ((4, 7), 4, 7)
+    _, infos = envs.reset(seed=0)
+    assert set(infos["horizon"]) == {4, 5, 6, 7}
+    assert not envs.unwrapped.action_masks()[:, task.eos_token_id].any()
+    envs.close()
+
+
+def test_betas_go_to_the_methods_that_have_one():
+    cells = expand(
+        plan_for("--preset", "imdb", "--methods", "sparse", "red", "--credit-betas", "0.5", "1", "--seeds", "1")
+    )
+    assert [cell.method for cell in cells] == ["sparse", "red credit_beta=0.5", "red credit_beta=1"]
+
+
+def test_the_command_line_changes_a_preset(tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"attention": 2e-5, "attention credit_beta=0.4": 3e-5}))
+    plan = plan_for(
+        "--preset", "imdb", "--methods", "attention", "attention:credit_beta=0.4", "--seeds", "3", "4", "4",
+        "--lengths", "5-9", "--kl-coefs", "0.3", "--updates", "7", "--num-envs", "8", "--ppo", "kl_horizon=50",
+        "--gold", "none", "--eval-every", "2", "--eval-samples", "4", "--prompts", str(file),
+    )  # fmt: skip
+    cells = expand(plan, read_rates(file))
+    assert [(cell.method, cell.seed) for cell in cells] == [
+        ("attention", 3), ("attention credit_beta=0.4", 3), ("attention", 4), ("attention credit_beta=0.4", 4),
+    ]  # fmt: skip
+    for cell in cells:
+        settings = cell.settings
+        assert (cell.setting, cell.updates, cell.gold) == ("5-9 tokens, kl_coef=0.3", 7, None)
+        assert (cell.eval_every, cell.eval_samples, settings.num_envs) == (2, 4, 8)
+        assert (settings.horizon_range, settings.prompts) == ((5, 8), str(file))
+        assert settings.ppo["kl_horizon"] == 50
+        assert settings.ppo["learning_rate"] == (2e-5 if cell.method == "attention" else 3e-5)
+
+
+def test_another_policy_has_its_own_tokenizer_and_no_gold_model_that_reads_other_tokens(tmp_path):
+    plan = plan_for("--preset", "imdb", "--policy", str(tmp_path), "--reward-models", "lexicon")
+    (cell, *_) = expand(plan)
+    assert cell.settings.policy == cell.settings.tokenizer == str(tmp_path)
+    assert (cell.settings.reward_model, cell.gold) == ("lexicon", None)
+    assert plan_for("--preset", "imdb").gold == "imdb-gold"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "nothing"], "--methods 'nothing' names no credit method; choose from sparse"),
+        (["--methods", "shapley:budgett=3"], "no option budgett"),
+        (["--methods", "shapley:budget"], "not name=value"),
+        (["--preset", "custom"], "the grid 'custom' is empty: it has no methods; pass --methods"),
+        (["--lengths", "16-8"], "--lengths '16-8'"),
+        (["--updates", "0"], "--updates is 0"),
+        (["--eval-samples", "1"], "--eval-samples is 1"),
+        (["--num-envs", "0"], "--num-envs is 0"),
+        (["--num-envs", "2", "--ppo", "num_minibatches=4"], "--num-envs is 2, which does not fill num_minibatches=4"),
+        (["--ppo", "nothing=1"], "no field nothing"),
+        (["--shard", "0/2"], "--shard '0/2'"),
+        (["--shard", "3/2"], "--shard '3/2'"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--learning-rates", "rates.json"], "only for sparse"),
+        (["--learning-rates", "text.json"], "is no JSON object"),
+        (["--learning-rates", "missing.json"], "missing.json"),
+        (["--report-only"], "holds no study"),
+        (["--reward-models", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rates.json").write_text('{"sparse": 1e-3}')
+    (tmp_path / "text.json").write_text("[]")
+    preset = [] if "--preset" in words else ["--preset", "smoke"]
+    assert cli.main(["ablate", *preset, "--out", "study", "--device", "cpu", *words]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "study").exists()
+
+
+def test_directories_of_one_name_are_told_apart(tmp_path):
+    models = [str(tmp_path / folder / "model") for folder in ("a", "b")]
+    with pytest.raises(StudyError, match="two different cells would both be called"):
+        expand(replace(PRESETS["imdb"], reward_models=tuple(models)))
+
+
+def test_shards_share_out_all_cells():
+    cells = expand(PRESETS["imdb"])
+    shards = [shard_of(cells, f"{number}/7") for number in range(1, 8)]
+    assert sorted(cell.id for shard in shards for cell in shard) == sorted(cell.id for cell in cells)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_longer_cells_cost_more():
+    short, middle, long = (expand(replace(PRESETS["length"], lengths=(text,)))[0] for text in PRESETS["length"].lengths)
+    assert load_cost(short) < load_cost(middle) < load_cost(long)
+
+
+def test_settings_without_a_range_are_recorded_as_they_were():
+    """So that runs of earlier versions go on."""
+    settings = RunSettings("TextGen-Toy-v0", "toy", "toy", "toy-lexicon", None, None, 8)
+    assert not {"horizon_range", "min_new_tokens"} & settings_record(settings).keys()
+    ranged = replace(settings, horizon_range=(4, 8), min_new_tokens=4)
+    for each in (settings, ranged):
+        assert settings_from_record(json.loads(json.dumps(settings_record(each)))) == each
+
+
+def test_every_option_is_in_the_recorded_command():
+    arguments = cli.Ablate(
+        preset="imdb", methods=("red", "attention"), lengths=("8-16",), ppo=("kl_coef=0.1", "kl_target=3"), jobs=2
+    )
+    command = ablate.command_of(arguments)
+    words = "--methods red attention --lengths 8-16 --ppo kl_coef=0.1 --ppo kl_target=3"
+    assert command == f"tokenmdp ablate --preset imdb {words}"
+    unrecorded = {"preset", *ablate.UNRECORDED}
+    assert unrecorded < {field.name for field in fields(cli.Ablate)}
+
+
+def test_the_names_of_the_presets_are_the_command_lines():
+    assert set(PRESETS) == set(get_args(get_type_hints(cli.Ablate)["preset"]))
+    assert {name for plan in PRESETS.values() for name in plan.methods} <= set(CREDIT_METHODS)
+
+
+def test_two_grids_share_results_under_labels_of_their_own(tmp_path):
+    synthetic_study(tmp_path, grids=("imdb", "faithful"), seeds=2, updates=20)
+    study = load_study(tmp_path)
+    shared = set(study.grids["imdb"]) & set(study.grids["faithful"])
+    assert len(shared) == 8
+    assert set(study.cells) == set(study.results)
+    assert ("8-16 tokens", "red") in study.select("imdb")
+    assert ("8-16 tokens, reward model imdb-tiny", "red") in study.select("faithful")
+    for (setting, method), rows in study.select("faithful").items():
+        assert [row.cell.seed for row in rows] == [1, 2]
+        assert {(row.cell.setting, row.cell.method) for row in rows} == {(setting, method)}
+    assert study.select("no such grid") == {}
+
+
+def test_a_result_comes_back_with_six_digits(tmp_path):
+    cell = make_cell(updates=2)
+    declare(tmp_path, "imdb", [cell], {})
+    result = CellResult(cell, {"kl": [1 / 3, 123456.789]}, {"update": [0, 2]}, [], 1.25, {"torch": "2"})
+    write_result(tmp_path, result)
+    back = read_result(tmp_path, cell.id)
+    assert back.cell == cell
+    assert back.metrics == {"kl": [0.333333, 123457.0]}
+    again = write_result(tmp_path, back).read_text()
+    assert again == write_result(tmp_path, result).read_text()
+
+
+def test_a_study_of_another_version_is_read_but_not_added_to(tmp_path, monkeypatch):
+    cells = grid_cells("imdb", 1, 5)
+    monkeypatch.setattr(results, "tokenmdp_version", lambda: "0.0.1")
+    declare(tmp_path, "imdb", cells, {})
+    monkeypatch.undo()
+    before = (tmp_path / "study.json").read_text()
+    with pytest.raises(StudyError, match=r"holds results of tokenmdp 0\.0\.1 .* choose another --out"):
+        declare(tmp_path, "imdb", cells, {})
+    assert (tmp_path / "study.json").read_text() == before
+    assert load_study(tmp_path).version == "0.0.1"
+
+
+def test_what_is_no_study_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("text")
+    with pytest.raises(StudyError, match=r"holds mine\.txt but no study\.json"):
+        declare(tmp_path, "imdb", grid_cells("imdb", 1, 5), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(StudyError, match="holds no study"):
+        load_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 2}', "has format 2 and this version of tokenmdp reads 1"),
+        ("[]", "holds a list"),
+        ("{", "cannot be read"),
+        ('{"format": 1, "version": "x", "grids": {}}', "is damaged"),
+    ],
+)
+def test_another_format_and_damage_are_named(tmp_path, text, message):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(StudyError, match=message):
+        load_study(tmp_path)
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=5)
+    id = load_study(tmp_path).grids["imdb"][0]
+    for text in ("{", "[]", '{"format": 1}'):
+        cell_file(tmp_path, id).write_text(text)
+        with pytest.raises(StudyError, match="delete it and the cell is run again"):
+            load_study(tmp_path)
+
+
+def test_the_best_mean_area_chooses_the_rate(tmp_path):
+    areas = {"sparse": {1e-5: (1, 2), 1e-4: (3, 0), 1e-3: (2, 2)}, "red": {1e-5: (4, 4), 1e-4: (4, 4)}}
+    cells = []
+    for method, rates in areas.items():
+        for rate, seeds in rates.items():
+            for seed, area in enumerate(seeds):
+                cell = make_cell(method, seed, f"learning_rate={rate:g}", 2, ppo={"learning_rate": rate})
+                cells.append((cell, CellResult(cell, {"score_mean": [area - 1, area + 1]}, {}, [], 1.0, {})))
+    declare(tmp_path, "tune", [cell for cell, _ in cells], {})
+    for _, result in cells:
+        write_result(tmp_path, result)
+    record = chosen_rates(load_study(tmp_path))
+    assert record["learning_rates"] == {"sparse": 1e-3, "red": 1e-5}  # of equal ones the lower
+    assert record["at_the_edge_of_the_search"] == ["sparse", "red"]
+    assert {"method": "sparse", "learning_rate": 1e-4, "areas": {0: 3.0, 1: 0.0}, "mean": 1.5} in record["search"]
+    file = tmp_path / "learning_rates.json"
+    file.write_text(json.dumps(record))
+    assert read_rates(file) == record["learning_rates"]

@@ -1,0 +1,326 @@
+"""The report of a study: what the page holds and leaves out, its figures, and what a real browser makes of it."""
+
+import html as markup
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from study_doubles import Course, grid_cells, make_cell, make_result, paper_like, synthetic_study
+
+from tokenmdp.report.drawing import (
+    COLOURS,
+    DARK_COLOURS,
+    DARK_ORDERED,
+    ORDERED,
+    inline,
+    looks,
+    new_figure,
+    spread_apart,
+)
+from tokenmdp.report.study import _typeset, shared_settings, write_report
+from tokenmdp.report.study_figures import learning_curves
+from tokenmdp.report.study_sections import by_setting, correlations, family
+from tokenmdp.report.study_tradeoffs import score_against_kl
+from tokenmdp.study.results import load_study
+from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
+from tokenmdp.study.verdicts import verdicts
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DARK, LIGHT = 0, 1  # Chromium's preferredColorScheme
+FIGURES = ("curves", "beta", "length", "kl", "gold", "quality", "diversity")
+VOID = {"meta", "br", "use", "path", "rect"}
+
+
+class Outline(HTMLParser):
+    """Identifiers, references and text of a page; fails where an element is not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.targets, self.words = [], [], [], []
+        self.unfilled = []  # texts of figures without a colour of their own
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "text" and "fill:" not in given.get("style", ""):
+            self.unfilled.append(given)
+        self.ids += [given["id"]] if "id" in given else []
+        self.targets += [value[1:] for key, value in attributes if key in ("href", "xlink:href")]
+        self.targets += re.findall(r"url\(#([^)]*)\)", " ".join(str(value) for value in given.values()))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A study of every grid, with its report."""
+    path = synthetic_study(tmp_path_factory.mktemp("study"), seeds=3, updates=30)
+    study = load_study(path)
+    write_report(study, path / "report")
+    return study
+
+
+@pytest.fixture(scope="module")
+def page(full):
+    return (full.path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def outline(page):
+    return Outline(page)
+
+
+def test_the_page_needs_nothing_else(page, outline):
+    assert not re.search(r"https?:|<link|\bsrc=|@import|url\((?!#)", page)
+    assert len(outline.ids) == len(set(outline.ids))
+    assert set(outline.targets) <= set(outline.ids)
+    assert not outline.unfilled  # their black would not be seen on the dark page
+    assert "prefers-color-scheme: dark" in page
+    assert "I saw &lt;b&gt;it&lt;/b&gt; &amp;" in page
+    assert len(page) < 3_000_000
+
+
+def test_every_section_has_its_figure_as_png_and_svg(full, outline):
+    figures = full.path / "report" / "figures"
+    names = {file.stem for file in figures.iterdir()}
+    assert {name.split("-")[0] for name in names} == set(FIGURES)
+    assert len(names) == len(FIGURES)
+    for name in names:
+        pixels = matplotlib.image.imread(figures / f"{name}.png")
+        assert pixels[..., :3].std() > 0.02
+        svg = (figures / f"{name}.svg").read_text(encoding="utf-8")
+        assert svg.startswith("<?xml")
+        assert "<text" in svg
+    assert "Not in this study" not in " ".join(outline.words)
+
+
+def test_the_numbers_are_those_of_the_tables(full, page, outline):
+    words = " ".join(outline.words)
+    for verdict in verdicts(full):
+        for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where):
+            assert _typeset(text) in words
+    numbers = re.findall(r"<td>(.*?)</td>", page)
+    for row in method_table(full, "imdb"):
+        texts = method_texts(row)
+        assert len(texts) == len(METHOD_HEADINGS)
+        assert _typeset(texts[3]).replace(" [", "<small>[") + "</small>" in numbers
+    stored = json.loads((full.path / "report" / "verdicts.json").read_text())
+    assert [record["claim"] for record in stored] == [verdict.claim for verdict in verdicts(full)]
+    tables = (full.path / "report" / "tables.md").read_text()
+    assert all(f"## {grid}\n" in tables for grid in full.grids)
+
+
+def test_what_is_not_there_is_left_out_and_said(tmp_path):
+    def without_gold(result):
+        kept = {key: column for key, column in result.evaluations.items() if key != "gold"}
+        return replace(result, evaluations=kept)
+
+    path = synthetic_study(
+        tmp_path, grids=("quick",), seeds=2, updates=8, quality=(), change=without_gold,
+        keep=lambda cell: (cell.method, cell.seed) != ("uniform", 2),
+        crashed=lambda cell: (cell.method, cell.seed) == ("red", 1),
+    )  # fmt: skip
+    text = write_report(load_study(path), path / "report").read_text(encoding="utf-8")
+    words = " ".join(Outline(text).words)
+    assert text.count("Not in this study") == 5  # beta, length, kl, gold, quality
+    assert "tokenmdp ablate --preset length" in words
+    assert "MemoryError: 8.0 GiB for the <logits>" in words
+    assert "uniform: seed 2" in words
+    drawn = {file.name for file in (path / "report" / "figures").iterdir()}
+    assert drawn == {f"{name}-quick.{kind}" for name in ("curves", "diversity") for kind in ("png", "svg")}
+
+
+def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(tmp_path):
+    path = synthetic_study(tmp_path / "study", grids=("quick",), seeds=1, updates=6, quality=())
+    study = load_study(path)
+    stale = tmp_path / "first" / "figures" / "kl.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("old")
+    written = [write_report(study, tmp_path / name) for name in ("first", "second")]
+    files = [
+        {file.relative_to(page.parent): file.read_bytes() for file in page.parent.rglob("*.*")} for page in written
+    ]
+    assert files[0] == files[1]
+    assert not stale.exists()
+
+
+def test_the_arrow_says_the_share_of_the_steps(full):
+    """Curves without noise: sparse is highest at its end, and attention is there where its formula says."""
+
+    def course(cell):
+        half = {"sparse": 20.0, "attention": 8.0}[cell.method]
+        return Course(start=0, end=10, half=half, noise=0, spread=0)
+
+    groups = {
+        method: [make_result(cell, course(cell)) for cell in (make_cell(method, seed, updates=60) for seed in (1, 2))]
+        for method in ("sparse", "attention")
+    }
+    figure, remarks = learning_curves(groups)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    sparse, own = (np.array(groups[method][0].metrics["score_mean"]) for method in ("sparse", "attention"))
+    highest = max(np.mean(sparse[end - 5 : end]) for end in range(5, 61))
+    step = next(end for end in range(5, 61) if np.mean(own[end - 5 : end]) >= highest)
+    assert f"sparse's maximum {highest:.2f} at update 60" in texts
+    assert f"ABC is there after {step / 60:.0%} of the steps, update {step}" in texts
+    assert not remarks
+
+
+def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():
+    def course(cell):
+        return replace(paper_like(cell), collapse=0.5 if (cell.method, cell.seed) == ("sparse", 2) else 2.0)
+
+    groups = {}
+    for cell in grid_cells("quick", seeds=5, updates=40):
+        groups.setdefault(cell.method, []).append(make_result(cell, course(cell)))
+    figure, remarks = learning_curves(groups)
+    assert figure.axes[1].get_ylim()[0] > -20
+    assert len(remarks) == 1
+    assert "sparse leaves the picture" in remarks[0]
+
+
+def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
+    settings = {
+        setting: {method: list(results) for method, results in groups.items()}
+        for setting, groups in by_setting(full, "kl").items()
+    }
+    cell = settings["8-16 tokens, kl_coef=0.2"]["sparse"][0].cell
+    settings["8-16 tokens, kl_coef=0.2"]["sparse"][0] = make_result(cell, Course(collapse=0.5))
+    figure, remarks = score_against_kl(settings)
+    assert figure.axes[0].get_xlim()[0] > -10
+    assert remarks == ["Points outside of the picture, where seeds collapsed: 1"]
+
+
+def test_families_differ_in_what_is_varied_alone(full):
+    settings = by_setting(full, "kl")
+    assert family(settings, ("kl_coef",)).keys() == settings.keys()
+    assert len(family(settings | by_setting(full, "length"), ("kl_coef",))) == 4
+    assert len(family(settings, ("horizon_range",))) == 1
+
+
+def test_credit_quality_goes_by_what_a_method_is_not_by_its_label(full):
+    groups = {"mine": by_setting(full, "imdb")["8-16 tokens"]["attention"]}
+    assert correlations(full, "imdb-tiny", groups)["mine"][0] == pytest.approx(0.57)
+    assert correlations(full, "other", groups) == {}
+
+
+def test_shared_settings_leave_out_what_varies(full):
+    shared = shared_settings(full.declared("kl"))
+    assert shared["reward_model"] == "imdb-tiny"
+    assert not shared.keys() & {"seed", "credit", "ppo"}
+
+
+@given(st.lists(st.floats(-10, 10), max_size=8), st.floats(0.1, 3))
+def test_labels_move_apart_in_order_and_no_more_than_needed(places, gap):
+    moved = spread_apart(places, gap)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    for left, right in itertools.pairwise(order):
+        assert moved[right] - moved[left] >= gap - 1e-6
+    if all(places[right] - places[left] >= gap for left, right in itertools.pairwise(order)):
+        assert moved == pytest.approx(places)
+    assert sum(moved) == pytest.approx(sum(places), abs=1e-6)
+
+
+def test_methods_keep_their_looks_whoever_is_beside_them():
+    every = ["sparse", "uniform", "attention", "abc-d", "abc-d2", "red"]
+    for methods in (["red"], ["attention", "mine", "red"], [*every, "a", "b"]):
+        chosen = looks(methods)
+        assert len({look.colour for look in chosen.values()}) == len(methods)
+        assert all(chosen[method] == looks(every)[method] for method in methods if method in every)
+    assert len(looks([f"method {number}" for number in range(30)])) == 30
+
+
+def luminance(colour):
+    parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    return np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+
+def test_lines_stand_out_from_their_page():
+    for page_colour, colours in (("#fdfdfc", (*COLOURS, *ORDERED)), ("#17181b", (*DARK_COLOURS, *DARK_ORDERED))):
+        for colour in colours:
+            low, high = sorted((luminance(colour), luminance(page_colour)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+
+
+def test_an_inlined_figure_has_its_own_names_and_theme_colours():
+    svg = (
+        '<?xml version="1.0"?><svg xmlns="x" viewBox="0 0 1 1" width="1"><metadata>m</metadata><g id="a" '
+        'style="stroke: #c14f00; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
+    )
+    body = inline(svg, "kl", "a &amp; b")
+    assert body == (
+        '<svg viewBox="0 0 1 1" role="img" aria-label="a &amp; b"><g id="kl-a" style="stroke: var(--f-s2); fill: '
+        'var(--f-page)" clip-path="url(#kl-b)"><use xlink:href="#kl-c"/></g></svg>'
+    )
+    assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
+
+
+PROBE = """
+<script>{
+const rgba = text => text.match(/[\\d.]+/g).map(Number);
+const light = colour => colour.slice(0, 3).map(c => c / 255)
+  .map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const contrast = (element, key) => {
+  const [a, b] = [getComputedStyle(document.body).backgroundColor, getComputedStyle(element)[key]].map(rgba).map(light);
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+};
+const lowest = (query, key) => Math.min(...[...document.querySelectorAll(query)].map(e => contrast(e, key)));
+const both = () => [lowest("p, td, th, small, h2, summary, figcaption, a, button, .verdict", "color"),
+                    lowest("figure svg text", "fill")];
+const facts = { dark: matchMedia("(prefers-color-scheme: dark)").matches, contrast: both(),
+  width: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
+  figures: [...document.querySelectorAll("figure svg")].filter(svg => svg.getBoundingClientRect().height > 100).length,
+  inner: Math.max(...[...document.querySelectorAll(".scroll")].map(box => box.scrollWidth - box.clientWidth)) };
+document.getElementById("theme").click();
+facts.other = both();
+document.getElementById("theme").click();
+document.body.dataset.facts = JSON.stringify(facts);
+}</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path, so no page can be looked at")
+@pytest.mark.parametrize(("scheme", "width"), [(LIGHT, 1280), (DARK, 400)], ids=["light", "dark and narrow"])
+def test_a_browser_shows_it(page, tmp_path, scheme, width):
+    collect = "document.body.dataset.facts = frame.contentDocument.body.dataset.facts"  # a window has at least 500
+    whole = page.replace("</body>", PROBE)
+    (tmp_path / "frame.html").write_text(
+        f'<!doctype html><body style="margin:0"><iframe id="frame" style="border:0;width:{width}px;height:900px" '
+        f'onload="{collect}" srcdoc="{markup.escape(whole)}"></iframe></body>', encoding="utf-8",
+    )  # fmt: skip
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
+    options += [f"--window-size={max(width, 500)},900", "--dump-dom"]
+    command = [BROWSER, *options, (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<body[^>]*data-facts="([^"]*)"', done.stdout)
+    assert found, f"the page's script failed: {done.stderr[-2000:]}"
+    facts = json.loads(markup.unescape(found[1]))
+    assert facts["dark"] == (scheme == DARK)
+    assert facts["figures"] == len(FIGURES)
+    assert facts["scroll"] <= facts["width"] == width  # the body does not scroll sideways
+    assert (facts["inner"] > 0) == (width == 400)  # figures and tables do, where they must
+    assert min(facts["contrast"] + facts["other"]) >= 4.5

@@ -1,0 +1,137 @@
+"""Rows of the tables against the numbers that they are made of."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from study_doubles import SHORT, Course, grid_cells, synthetic_study
+
+from tokenmdp.study.claims import Verdict
+from tokenmdp.study.results import load_study
+from tokenmdp.study.statistics import Estimate
+from tokenmdp.study.tables import METHOD_HEADINGS, VERDICT_HEADINGS, markdown, method_table, method_texts, steps_text
+from tokenmdp.study.verdicts import verdicts
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return load_study(
+        synthetic_study(tmp_path_factory.mktemp("study"), grids=("imdb", "length", "faithful"), seeds=5, updates=30)
+    )
+
+
+def row_of(study, grid, method, setting=SHORT):
+    (found,) = (row for row in method_table(study, grid) if (row.method, row.setting) == (method, setting))
+    return found
+
+
+def test_numbers_of_a_row_are_those_of_its_cells(study):
+    own, other = (study.select("imdb")[SHORT, method] for method in ("attention", "sparse"))
+    areas, others = ([np.mean(result.metrics["score_mean"]) for result in results] for results in (own, other))
+    row = row_of(study, "imdb", "attention")
+    assert row.seeds == 5
+    assert row.mean.value == pytest.approx(np.mean(areas))
+    assert row.mean.low < row.mean.value < row.mean.high
+    assert row.iqm.value == pytest.approx(stats.trim_mean(areas, 0.25))
+    assert row.paper == pytest.approx((np.mean(areas), 2 * stats.sem(areas)))
+    assert row.last.value == pytest.approx(np.mean([result.metrics["score_mean"][-3:] for result in own]))
+    assert row.kl.value == pytest.approx(np.mean([result.metrics["kl"][-3:] for result in own]))
+    interval = stats.ttest_rel(areas, others).confidence_interval(0.95)
+    assert row.difference == pytest.approx((np.subtract(areas, others).mean(), interval.low, interval.high))
+    assert row.improvement.value == stats.mannwhitneyu(areas, others).statistic / 25
+
+
+def test_steps_are_the_median_seeds_update_at_sparses_maximum(study):
+    own, other = (
+        np.array([result.metrics["score_mean"] for result in study.select("imdb")[SHORT, method]])
+        for method in ("attention", "sparse")
+    )
+
+    def smoothed(curve):
+        return np.convolve(curve, np.full(5, 0.2), mode="valid")
+
+    level = smoothed(other.mean(0)).max()
+    steps = sorted(next((update for update, score in enumerate(smoothed(curve), 5) if score >= level), np.inf)
+                   for curve in own)  # fmt: skip
+    assert row_of(study, "imdb", "attention").steps.value == steps[2]
+
+
+def test_sparse_is_not_compared_with_itself(study):
+    row = row_of(study, "imdb", "sparse")
+    assert row.difference is None
+    assert row.improvement is None
+    assert row.steps is not None
+
+
+def test_all_settings_keep_strata_apart(study):
+    row = row_of(study, "length", "attention", "all 3 settings")
+    selected = study.select("length")
+    areas = {
+        method: np.array(
+            [
+                [np.mean(result.metrics["score_mean"]) for result in results]
+                for (_, name), results in selected.items()
+                if name == method
+            ]
+        )
+        for method in ("attention", "sparse")
+    }
+    assert row.seeds == 15
+    assert row.mean.value == pytest.approx(areas["attention"].mean())
+    by_seed = (areas["attention"] - areas["sparse"]).mean(0)  # five numbers, not fifteen
+    assert row.difference == pytest.approx(
+        (by_seed.mean(), *stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)), nan_ok=False
+    )
+    assert row.steps is None
+    assert row.paper is None
+
+
+def test_scores_of_different_reward_models_are_not_averaged(study):
+    assert not [row for row in method_table(study, "faithful") if row.setting.startswith("all")]
+
+
+def test_without_sparse_nothing_is_compared(tmp_path):
+    path = synthetic_study(tmp_path, grids=("imdb",), seeds=2, updates=20, keep=lambda cell: cell.method != "sparse")
+    rows = method_table(load_study(path), "imdb")
+    assert len(rows) == 5
+    assert all((row.difference, row.improvement, row.steps) == (None, None, None) for row in rows)
+
+
+def test_one_seed_has_numbers_without_intervals(tmp_path):
+    path = synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=3)
+    texts = [text for row in method_table(load_study(path), "imdb") for text in method_texts(row)]
+    assert not any("[" in text or "inf" in text or "nan" in text for text in texts)
+
+
+def test_a_method_that_never_arrives(tmp_path):
+    def course(cell):
+        return Course(end=3.0 if cell.method == "uniform" else 9.0)
+
+    path = synthetic_study(tmp_path, grids=("imdb",), seeds=3, updates=40, course=course)
+    row = row_of(load_study(path), "imdb", "uniform")
+    assert steps_text(row.steps) == "never [never, never]"
+
+
+def test_markdown_has_as_many_columns_as_headings(study):
+    for headings, rows in ((METHOD_HEADINGS, method_table(study, "imdb")), (VERDICT_HEADINGS, verdicts(study))):
+        lines = markdown(rows).splitlines()
+        assert len(lines) == len(rows) + 2
+        assert {line.count("|") for line in lines} == {len(headings) + 1}
+
+
+def test_markdown_escapes_bars():
+    verdict = Verdict("a|b", "", "", "", "not measured", "")
+    assert "a\\|b" in markdown([verdict])
+
+
+def test_an_unknown_grid_has_no_rows(study):
+    assert method_table(study, "quick") == []
+    assert markdown([]).count("\n") == 2
+
+
+def test_the_same_study_gives_the_same_table_whatever_the_order_of_its_files(study):
+    turned = replace(study, results=dict(reversed(study.results.items())))
+    assert markdown(method_table(turned, "imdb")) == markdown(method_table(study, "imdb"))
+    assert str(Estimate(1.0, 0.5, 1.5)) == "1.00 [0.50, 1.50]"
+    assert len(grid_cells("imdb", 5, 30)) == len(study.grids["imdb"])

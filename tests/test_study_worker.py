@@ -1,0 +1,279 @@
+"""One cell in a process of its own, and many side by side: what they compute, and what happens when one fails."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from study_doubles import make_result, paper_like
+
+from tokenmdp import cli
+from tokenmdp.agents.ppo import PPO
+from tokenmdp.commands import ablate
+from tokenmdp.commands.settings import make_envs, toy_policy
+from tokenmdp.commands.train import ppo_config
+from tokenmdp.study import results, scheduler, worker
+from tokenmdp.study.grid import expand
+from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.progress import Progress, Worker
+from tokenmdp.study.results import cell_file, declare, load_study, write_result
+
+SMOKE = PRESETS["smoke"]
+UNIX = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a worker is a shell script")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A worker computes on one thread; the other tests go on with theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cell():
+    return next(cell for cell in expand(SMOKE) if cell.method == "attention")
+
+
+def test_a_cell_trains_as_the_agent_does_whatever_it_evaluates(cell):
+    result = worker.run_cell(cell)
+    agent = PPO(toy_policy(1), make_envs(cell.settings, 4, None), ppo_config(cell.settings, 3)).learn(3)
+    for name, column in result.metrics.items():
+        assert column == [record[name] for record in agent.history], name
+    assert set(worker.COLUMNS) | set(worker.REPORTED) == set(result.metrics)
+    assert result.evaluations["update"] == [0, 2, 3]
+    assert {len(column) for column in result.evaluations.values()} == {3}
+    assert result.evaluations["kl"][0] == pytest.approx(0, abs=1e-5)
+    assert len(result.samples) == 8
+    assert worker.run_cell(cell).evaluations == result.evaluations
+
+
+def test_an_evaluation_at_the_end_is_made_once(cell):
+    assert worker.run_cell(replace(cell, updates=2)).evaluations["update"] == [0, 2]
+
+
+def test_the_worker_writes_the_result_and_nothing_else(tmp_path, cell):
+    declare(tmp_path, "smoke", [cell], {})
+    assert worker.main([str(tmp_path), cell.id]) == 0
+    assert torch.get_num_threads() == 1
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == [f"{cell.id}.json"]
+    assert load_study(tmp_path).results[cell.id].cell == cell
+
+
+def test_a_crash_leaves_its_trace_until_the_cell_succeeds(tmp_path, cell, monkeypatch, capsys):
+    declare(tmp_path, "smoke", [cell], {})
+    monkeypatch.setattr(worker, "run_cell", lambda *arguments: 1 / 0)
+    assert worker.main([str(tmp_path), cell.id]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert load_study(tmp_path).errors == {cell.id: "ZeroDivisionError: division by zero"}
+    monkeypatch.undo()
+    assert worker.main([str(tmp_path), cell.id]) == 0
+    assert load_study(tmp_path).errors == {}
+
+
+def test_a_full_disk_is_a_failure_that_says_so(tmp_path, cell, monkeypatch, capsys):
+    declare(tmp_path, "smoke", [cell], {})
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(results, "write_text", full)
+    monkeypatch.setattr(worker, "write_text", full)
+    assert worker.main([str(tmp_path), cell.id]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not cell_file(tmp_path, cell.id).exists()
+    assert not list(tmp_path.glob("cells/*"))
+
+
+def test_an_orphan_stops_and_its_cell_is_not_called_failed(tmp_path, cell, monkeypatch):
+    declare(tmp_path, "smoke", [cell], {})
+    parents = iter([1, 1, 2])
+    monkeypatch.setattr(worker.os, "getppid", lambda: next(parents))
+    assert worker.main([str(tmp_path), cell.id]) == 130
+    assert not list((tmp_path / "cells").iterdir())
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes workers of shell scripts; each of four cells can be given a line to run instead of being finished."""
+    study, ready = tmp_path / "study", tmp_path / "ready"
+    cells = expand(SMOKE)
+    declare(study, "smoke", cells, {})
+    (study / "cells").mkdir()
+    declare(ready, "smoke", cells, {})
+    for cell in cells:
+        double = replace(make_result(cell, paper_like(cell)), cell=cell)
+        write_result(ready, double)
+
+    def make(**lines):
+        cases = "".join(f"  *{name}*) {line} ;;\n" for name, line in lines.items())
+        script = tmp_path / "python"
+        script.write_text(
+            f'#!/bin/sh\necho "$4" >> {tmp_path}/started\ncase "$4" in\n{cases}'
+            f'  *) cp {ready}/cells/"$4".json "$3"/cells/ ;;\nesac\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setattr(scheduler.sys, "executable", str(script))
+        return study, cells
+
+    return make
+
+
+def run(study, cells, **options):
+    with (study.parent / "log").open("a") as log:
+        console = Console(file=log, width=200)
+        return scheduler.run_cells(study, cells, **{"jobs": 2, "device": "cpu", "console": console, **options})
+
+
+def started(study):
+    file = study.parent / "started"
+    return file.read_text().split() if file.exists() else []
+
+
+@UNIX
+def test_finished_cells_are_never_run_again(stand_in):
+    study, cells = stand_in()
+    assert run(study, cells[:3]) == {}
+    assert run(study, cells) == {}
+    assert sorted(started(study)) == sorted(cell.id for cell in cells)
+    log = (study.parent / "log").read_text()
+    assert "3 of 3 cells done" in log
+    assert "4 of 4 cells done" in log
+
+
+@UNIX
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("kill -SEGV $$", "killed by SIGSEGV"),
+        ("kill -KILL $$", "killed by SIGKILL, which is how Linux ends a process when memory runs out"),
+        ("echo Trace >&2; echo 'OSError: No space left on device' >&2; exit 1", "OSError: No space left on device"),
+        ("exit 3", "ended with status 3 and no message"),
+        ("echo half > $3/cells/$4.json", "delete it and the cell is run again"),
+        ("true", "FileNotFoundError"),
+    ],
+)
+def test_one_crash_leaves_the_others_going(stand_in, line, reason):
+    study, cells = stand_in(**{"attention-4to7-s1": line})
+    (failed,) = (cell for cell in cells if (cell.method, cell.seed) == ("attention", 1))
+    errors = run(study, cells)
+    assert errors.keys() == {failed.id}
+    assert reason in errors[failed.id]
+    assert all(cell_file(study, cell.id).exists() for cell in cells if cell is not failed)
+    assert reason in (study.parent / "log").read_text()
+    cell_file(study, failed.id).unlink(missing_ok=True)
+    assert reason in load_study(study).errors[failed.id]
+    stand_in()
+    assert run(study, cells) == {}
+    assert started(study).count(failed.id) == 2
+    assert load_study(study).errors == {}
+
+
+@UNIX
+def test_no_more_than_the_asked_number_run_at_once(stand_in, tmp_path):
+    line = f"echo + >> {tmp_path}/running; sleep 0.3; echo - >> {tmp_path}/running; exit 1"
+    study, cells = stand_in(s1=line, s2=line)
+    assert len(run(study, cells, jobs=2)) == 4
+    running = [1 if sign == "+" else -1 for sign in (tmp_path / "running").read_text().split()]
+    assert max(sum(running[:count]) for count in range(len(running) + 1)) == 2
+
+
+@UNIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in, tmp_path, number):
+    line = f"echo $$ > {tmp_path}/pid; exec sleep 60"
+    study, cells = stand_in(s2=line)
+
+    def interrupt():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(study, cells, jobs=1)
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert len(list((study / "cells").glob("*.json"))) == 2
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@UNIX
+def test_shards_share_a_study_and_the_last_one_reports(stand_in, monkeypatch, capsys):
+    study, cells = stand_in()
+    reported = []
+    monkeypatch.setattr(ablate, "report", lambda out, grid, console: reported.append(grid))
+    for shard in ("2/3", "1/3", "3/3"):
+        assert not reported
+        assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", "--shard", shard]) == 0
+    assert reported == ["smoke"]
+    assert sorted(started(study)) == sorted(cell.id for cell in cells)
+    assert "are left to other shards" in " ".join(capsys.readouterr().out.split())
+
+
+@UNIX
+def test_a_failed_cell_is_named_at_the_end_and_in_the_report(stand_in, capsys):
+    study, _ = stand_in(**{"sparse-4to7-s2": "echo 'MemoryError: too much' >&2; exit 1"})
+    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "failed: sparse, 4-8 tokens, seed 2: MemoryError: too much" in output
+    assert "3 of 4 cells" in output
+    assert "MemoryError: too much" in (study / "report" / "index.html").read_text(encoding="utf-8")
+    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--report-only"]) == 0
+    assert len(started(study)) == 4
+
+
+def test_the_time_left_follows_the_finished_cells_of_the_same_method(tmp_path):
+    fast, slow, *_ = cells = [replace(cell, updates=10) for cell in expand(SMOKE)]
+    assert (fast.method, slow.method) == ("sparse", "attention")
+    progress = Progress(tmp_path, 1, 4, list(cells[2:]))
+    assert progress.seconds_left() is None
+    progress.add(fast, 10.0)
+    assert progress.seconds_left() == pytest.approx(20)  # nothing else is known of attention
+    progress.add(slow, 30.0)
+    assert progress.seconds_left() == pytest.approx(40)
+    assert str(progress) == "2 of 4 cells done, about 0:40 left"
+    progress.jobs = 2
+    assert progress.seconds_left() == pytest.approx(20)
+    half = Worker(slow, None, 0, None, time.monotonic() - 15, {"update": 5})
+    progress.running.append(half)
+    assert half.share == 0.5
+    assert progress.seconds_left() == pytest.approx(27.5, abs=0.1)
+
+
+def test_every_process_has_a_gpu_or_one_thread(monkeypatch):
+    on_cpu = scheduler._environment({"HOME": "/"}, 1, "cpu")
+    assert on_cpu["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in on_cpu
+    gpus = [
+        scheduler._environment({"CUDA_VISIBLE_DEVICES": "2,5"}, slot, "cuda")["CUDA_VISIBLE_DEVICES"]
+        for slot in range(3)
+    ]
+    assert gpus == ["2", "5", "2"]
+    monkeypatch.setattr(scheduler.torch.cuda, "device_count", lambda: 2)
+    assert scheduler.default_jobs("cuda") == 2
+    assert scheduler._environment({}, 1, "cuda")["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path, monkeypatch):
+    plan = replace(PRESETS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
+    declare(tmp_path, "quick", expand(plan), {})
+    monkeypatch.setattr(ablate, "QUALITY_TEXTS", 3)
+    console = Console(quiet=True)
+    ablate.measure_credit_quality(tmp_path, "cpu", console)
+    record = load_study(tmp_path).quality["imdb-tiny"]
+    (world,) = record["worlds"]
+    assert {"reference", "random", "sparse", "attention"} == {method["name"] for method in world["methods"]}
+    before = (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns
+    ablate.measure_credit_quality(tmp_path, "cpu", console)
+    assert (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]["num"] == 3

@@ -1,0 +1,250 @@
+"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics, verdicts and a report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.error import Error as GymnasiumError
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from tokenmdp.checkpoints import write_text
+from tokenmdp.commands.display import clock, make_console
+from tokenmdp.commands.quality import measured
+from tokenmdp.commands.settings import (
+    TOY_POLICY,
+    absolute_name,
+    make_envs,
+    parse_options,
+    resolve_device,
+    split_prompts,
+)
+from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.report import quality as quality_report
+from tokenmdp.report.study import write_report
+from tokenmdp.study.grid import expand, read_rates, shard_of
+from tokenmdp.study.presets import PRESETS, Plan
+from tokenmdp.study.results import (
+    Cell,
+    Study,
+    StudyError,
+    cell_file,
+    declare,
+    load_study,
+    quality_file,
+)
+from tokenmdp.study.scheduler import default_jobs, run_cells
+from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
+from tokenmdp.study.text_metrics import self_bleu
+from tokenmdp.study.tuning import chosen_rates
+
+if TYPE_CHECKING:
+    from tokenmdp import cli
+
+QUALITY_TEXTS = 100
+SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "updates to sparse's maximum")
+UNRECORDED = ("out", "jobs", "shard", "device", "report_only")  # they do not change what a cell computes
+
+
+def ablate(arguments: cli.Ablate) -> int:
+    """Run what is missing of a grid, then report on the whole study; the exit status."""
+    logging.disable_progress_bar()
+    console = make_console()
+    out = arguments.out or Path("runs") / arguments.preset
+    if arguments.report_only:
+        report(out, arguments.preset, console)
+        return 0
+    device = resolve_device(arguments.device)
+    plan = plan_of(arguments)
+    cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
+    mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
+    jobs = default_jobs(device) if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise StudyError(f"--jobs is {jobs}; it must be at least 1")
+    with console.status("loading the models once, to find errors before the work"):
+        check_models(cells)
+    declare(out, plan.name, cells, {"command": command_of(arguments), **_given(arguments)})
+    share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
+    console.print(f"{out}: {len(mine)} cells{share}, {jobs} at a time on {device}", highlight=False, soft_wrap=True)
+    errors = run_cells(out, mine, jobs=jobs, device=device, console=console)
+    study = load_study(out)
+    left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
+    if not left:
+        measure_credit_quality(out, device, console)
+        report(out, plan.name, console)
+    else:
+        console.print(
+            f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the report, "
+            f"and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for cell in mine:
+        if cell.id in errors:
+            console.print(
+                f"failed: {cell.method}, {cell.setting}, seed {cell.seed}: {errors[cell.id]} "
+                f"(trace: {cell_file(out, cell.id, '.error.txt')}; the same command tries it again)",
+                style="red",
+                highlight=False,
+                soft_wrap=True,
+            )
+    return 1 if errors else 0
+
+
+def plan_of(arguments: cli.Ablate) -> Plan:
+    """The preset with what the command line changes."""
+    plan = PRESETS[arguments.preset]
+    varied: dict[str, Any] = {
+        "methods": arguments.methods,
+        "seeds": tuple(dict.fromkeys(arguments.seeds)),
+        "lengths": arguments.lengths,
+        "credit_betas": arguments.credit_betas,
+        "kl_coefs": arguments.kl_coefs,
+        "reward_models": tuple(str(absolute_name(name)) for name in arguments.reward_models),
+        "updates": arguments.updates,
+        "eval_every": arguments.eval_every,
+        "eval_samples": arguments.eval_samples,
+    }
+    names: dict[str, Any] = {
+        "policy": absolute_name(arguments.policy),
+        "tokenizer": absolute_name(arguments.policy),
+        "prompts": absolute_name(arguments.prompts),
+        "num_envs": arguments.num_envs,
+    }
+    if arguments.num_envs is not None and arguments.num_envs < 1:
+        raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
+    base = replace(
+        plan.base,
+        **{key: value for key, value in names.items() if value is not None},
+        ppo=plan.base.ppo | parse_options(arguments.ppo, "--ppo"),
+    )
+    gold = plan.gold if base.policy == plan.base.policy else None  # it reads the preset's tokens
+    if arguments.gold is not None:
+        gold = None if arguments.gold == "none" else absolute_name(arguments.gold)
+    given = {key: value for key, value in varied.items() if value not in ((), None)}
+    return replace(plan, **given, base=base, gold=gold)
+
+
+def check_models(cells: Sequence[Cell]) -> None:
+    """Load every combination of models once, at its longest, so that a wrong name does not fail every cell.
+
+    Raises:
+        ValueError: models that do not fit together or do not fit the lengths.
+        OSError: a name that resolves to nothing.
+        gymnasium.error.DependencyNotInstalled: an evaluation would need a library that is not there.
+    """
+    self_bleu([[0, 1], [0, 1]])
+    longest: dict[tuple[str | None, ...], Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.settings.max_new_tokens):
+        settings = cell.settings
+        longest[settings.policy, settings.tokenizer, settings.reward_model, settings.prompts, cell.gold] = cell
+    for cell in longest.values():
+        envs = make_envs(cell.settings, 1, split_prompts(cell.settings).training)
+        task = envs.unwrapped.task  # type: ignore[attr-defined]
+        if cell.gold is not None:
+            task.load_reward_model(cell.gold)
+        if cell.settings.policy != TOY_POLICY:
+            task.load_policy(cell.settings.policy)
+        envs.close()
+
+
+def measure_credit_quality(out: Path, device: str, console: Console) -> None:
+    """Where credit lands, for each method on each reward model of the study; measured once.
+
+    A study of the toy policy has none: that policy is made in code and writes no words.
+    """
+    from tokenmdp.cli import Quality
+
+    methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
+    for cell in load_study(out).cells.values():
+        if cell.settings.policy != TOY_POLICY:
+            _, names = methods.setdefault(cell.settings.reward_model, (cell.settings.policy, set()))
+            names.add(cell.settings.credit)
+    for reward_model, (policy, names) in methods.items():
+        place = quality_file(out, reward_model)
+        if place.exists() and names <= set(json.loads(place.read_text(encoding="utf-8"))["arguments"]["methods"]):
+            continue
+        known = [name for name in CREDIT_METHODS if name in names]
+        asked = Quality(
+            reward_model=reward_model,
+            num=QUALITY_TEXTS,
+            methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
+            policy=policy,
+            device=device,
+        )
+        console.print(f"measuring credit quality on {reward_model}: {', '.join(known)}", highlight=False)
+        try:
+            results = [result for result, _ in measured(asked, console)]
+        except (ValueError, OSError, RuntimeError, GymnasiumError) as error:
+            console.print(f"credit quality on {reward_model} was not measured: {error}", highlight=False)
+            continue
+        given = {"reward_model": reward_model, "policy": policy, "num": QUALITY_TEXTS, "methods": known}
+        write_text(place, json.dumps(quality_report.record(results, given), indent=1) + "\n")
+
+
+def report(out: Path, grid: str, console: Console) -> None:
+    """Write the report of a whole study and print the table of one grid.
+
+    Raises:
+        StudyError: there is no study, or no finished cell.
+    """
+    study = load_study(out)
+    if not study.results:
+        raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
+    if "tune" in study.grids:
+        write_text(out / "learning_rates.json", json.dumps(chosen_rates(study), indent=1) + "\n")
+        console.print(f"learning rates: {out / 'learning_rates.json'}", highlight=False, soft_wrap=True)
+    for name in [grid] if grid in study.grids else study.grids:
+        for table in tables_of(study, name):
+            console.print(table)
+    seconds = sum(result.seconds for result in study.results.values())
+    console.print(f"{len(study.results)} of {len(study.cells)} cells, {clock(seconds)} of computing", highlight=False)
+    page = write_report(study, out / "report")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def tables_of(study: Study, grid: str) -> list[Table]:
+    """The main columns of a grid's table for the terminal, one table a setting; the page has the others."""
+    tables: dict[str, Table] = {}
+    for row in method_table(study, grid):
+        texts = dict(zip(METHOD_HEADINGS, method_texts(row), strict=True))
+        if row.setting not in tables:
+            tables[row.setting] = table = Table(title=f"{grid}: {row.setting}", title_justify="left")
+            table.add_column("method")
+            for heading in SHOWN:
+                table.add_column(heading, justify="right")
+        tables[row.setting].add_row(texts["method"], *(texts[heading] for heading in SHOWN))
+    return list(tables.values())
+
+
+def command_of(arguments: cli.Ablate) -> str:
+    """The shell command that runs these cells again.
+
+    >>> from tokenmdp.cli import Ablate
+    >>> command_of(Ablate(preset="beta", seeds=(1, 2), jobs=4))
+    'tokenmdp ablate --preset beta --seeds 1 2'
+    """
+    words = ["tokenmdp", "ablate", "--preset", arguments.preset]
+    for name, value in _given(arguments).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "ppo":
+            words += [word for option in value for word in (flag, option)]
+        else:
+            words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+    return shlex.join(words)
+
+
+def _given(arguments: cli.Ablate) -> dict[str, Any]:
+    """What was given beside the preset and changes what is computed, as JSON values."""
+    defaults = {field.name: field.default for field in fields(arguments)}
+    return {
+        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in asdict(arguments).items()
+        if value != defaults[name] and name not in ("preset", *UNRECORDED)
+    }

@@ -1,0 +1,222 @@
+"""What the study's figures share: a colour a method, direct labels, files, and figures inside a page of two themes."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenmdp.checkpoints import write_text
+from tokenmdp.study.verdicts import NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER, INK, FAINT, GRID = "#fdfdfc", "#1c1c1e", "#66666b", "#dedee3"
+# Okabe and Ito's hues, darker for the light page and lighter for the dark one: each stands out from its page by at
+# least 4.5:1, as names are written in it. Dashes tell the lines apart without colour.
+COLOURS = ("#5f6670", "#1f78ad", "#c14f00", "#a0487f", "#946500", "#007d59", "#3d4fc4", "#8a5a44")
+DARK_COLOURS = ("#b4bac4", "#6cc1f5", "#ff8a4d", "#e29ac6", "#f0b840", "#2fc79a", "#9aa8ff", "#d0a48f")
+DASHES = ("solid", (0, (5, 1.5)), "solid", (0, (1.2, 1.2)), (0, (4, 1.2, 1.2, 1.2)), (0, (8, 1.5)), "solid", "dotted")
+MARKERS = "osD^vPX*"
+METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")  # keep their colours in every figure
+ORDERED = ("#3b1f5b", "#3b4fa0", "#1f77a4", "#0c7d6e", "#427c1a", "#7d6f00", "#b05600")
+DARK_ORDERED = ("#c9b3ff", "#93a4ff", "#62b8ee", "#45cdb8", "#8fd45f", "#d6c84a", "#ffab5c")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one line is drawn."""
+
+    colour: str
+    dashes: object
+    marker: str
+
+
+def name_of(method: str) -> str:
+    """What figures call a method: the paper's name, with its options.
+
+    >>> name_of("attention credit_beta=0.4"), name_of("vine")
+    ('ABC credit_beta=0.4', 'vine')
+    """
+    head, blank, options = method.partition(" ")
+    return NAMES.get(head, head) + blank + options
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """A look a method: the known ones have their own, others get what is left.
+
+    >>> looks(["red", "mine"])["red"] == looks(["red"])["red"]
+    True
+    """
+    free = [place for place in range(len(COLOURS)) if place >= len(METHODS) or METHODS[place] not in methods]
+    free.sort(key=lambda place: place < len(METHODS))  # the colours of absent known methods come last
+    chosen, taken = {}, 0
+    for method in methods:
+        if method in METHODS:
+            place = METHODS.index(method)
+        else:
+            place = free[taken % len(free)] if free else taken % len(COLOURS)
+            taken += 1
+        chosen[method] = Look(COLOURS[place], DASHES[place], MARKERS[place])
+    return chosen
+
+
+def ordered_colours(count: int) -> list[str]:
+    """``count`` colours for values in order."""
+    last = len(ORDERED) - 1
+    return [ORDERED[round(place * last / max(count - 1, 1))] for place in range(count)]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without pyplot, which would look for a display and keep state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """Faint grid, no box, labels."""
+    axes.set_facecolor("none")
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
+    axes.set_xlabel(xlabel, color=INK, fontsize=10)
+    axes.set_ylabel(ylabel, color=INK, fontsize=10)
+    if title:
+        axes.set_title(title, color=INK, fontsize=10.5, loc="left")
+
+
+def spread_apart(places: Sequence[float], gap: float) -> list[float]:
+    """The same places moved as little as needed so that neighbours are at least ``gap`` apart; the order stays.
+
+    >>> spread_apart([1.0, 1.0, 5.0], 1.0)
+    [0.5, 1.5, 5.0]
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    groups: list[list[float]] = []  # [sum of wanted first places, members]
+    for rank, index in enumerate(order):
+        groups.append([places[index] - rank * gap, 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
+            total, members = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += members
+    moved, rank = [0.0] * len(places), 0
+    for total, members in groups:
+        for _ in range(int(members)):
+            moved[order[rank]] = total / members + rank * gap
+            rank += 1
+    return moved
+
+
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], size: float = 9) -> None:
+    """Names at the right edge, ``label -> (height, colour)``, moved apart where they would overlap.
+
+    Call it when the limits of the axes are final.
+    """
+    ends = {label: end for label, end in ends.items() if math.isfinite(end[0])}
+    low, high = axes.get_ylim()
+    box = axes.get_window_extent()
+    inches = box.height / axes.figure.dpi
+    gap = (high - low) * size * 1.25 / 72 / max(inches, 0.5)
+    wanted = [min(max(height, low), high) for height, _ in ends.values()]
+    places = spread_apart(wanted, gap)
+    lift = max(low + gap / 2 - min(places, default=low), 0) or min(high - max(places, default=high), 0)
+    for (label, (height, colour)), place in zip(ends.items(), [place + lift for place in places], strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(
+            label,
+            (1.004, min(max(height, low), high)),
+            (1.04, place),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            fontsize=size,
+            va="center",
+            arrowprops=leader,
+            annotation_clip=False,
+        )
+
+
+def signed(value: float) -> str:
+    """With two decimals, a sign, and no zero below zero.
+
+    >>> signed(0.256), signed(-0.001)
+    ('+0.26', '0.00')
+    """
+    text = f"{round(value, 2) + 0.0:+.2f}"
+    return "0.00" if text == "+0.00" else text.replace("-", "\N{MINUS SIGN}")
+
+
+def finite(*numbers: float) -> bool:
+    """Whether all can be drawn."""
+    return all(map(math.isfinite, numbers))
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> str:
+    """Write ``name.png`` and ``name.svg``, which need nothing of this page, and return the SVG's text."""
+    import matplotlib as mpl
+
+    png, svg = io.BytesIO(), io.StringIO()
+    # Text stays text, to be read aloud, found and copied; without a date and with a fixed salt the same numbers give
+    # the same file.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.png").write_bytes(png.getvalue())
+    # A hundredth of a point is enough for what is drawn; what is written stays.
+    drawn = re.compile(r'\b(?:d|x|y|x1|x2|y1|y2|width|height|transform|points)="[^"]*"')
+    text = drawn.sub(lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg.getvalue())
+    write_text(folder / f"{name}.svg", text)
+    return text
+
+
+def theme_colours() -> str:
+    """The style sheet that gives figures inside a page their colours in both themes."""
+    light = dict(zip(_NAMES, (PAPER, INK, FAINT, GRID, *COLOURS, *ORDERED), strict=True))
+    dark_page = ("#17181b", "#ececee", "#a0a0a8", "#34363c")
+    dark = dict(zip(_NAMES, (*dark_page, *DARK_COLOURS, *DARK_ORDERED), strict=True))
+    rules = [" ".join(f"--f-{name}: {colour};" for name, colour in colours.items()) for colours in (light, dark)]
+    return (
+        f":root {{ {rules[0]} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {rules[1]} }} }}\n"
+        f":root[data-theme=dark] {{ {rules[1]} }}\n"
+    )
+
+
+_NAMES = (
+    "page", "ink", "faint", "grid", *(f"s{place}" for place in range(len(COLOURS))),
+    *(f"o{place}" for place in range(len(ORDERED))),
+)  # fmt: skip
+
+
+def inline(svg: str, name: str, description: str) -> str:
+    """An SVG of `write_figure` as part of a page: colours by theme, identifiers of its own, a description.
+
+    Args:
+        svg: the file's text.
+        name: unique on the page.
+        description: what the picture shows, for those who cannot see it; HTML.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r' xmlns(:\w+)?="[^"]*"', "", body)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    colours = dict(zip((PAPER, INK, FAINT, GRID, *COLOURS, *ORDERED), _NAMES, strict=True))
+    pattern = re.compile("|".join(map(re.escape, sorted(colours, key=len, reverse=True))))
+    body = pattern.sub(lambda match: f"var(--f-{colours[match[0]]})", body)
+    body = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{description}">', body
+    )
+    return body.strip()

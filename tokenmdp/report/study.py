@@ -1,0 +1,256 @@
+"""The report of a study: a page that needs nothing else, figures as files, tables as Markdown, verdicts as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tokenmdp.checkpoints import write_text
+from tokenmdp.commands.settings import settings_record
+from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
+from tokenmdp.report.heatmap import credit_scale, sample_html
+from tokenmdp.report.page import SCRIPT, STYLE
+from tokenmdp.report.study_sections import Picture, Section, by_setting, main_grids, sections
+from tokenmdp.report.study_style import STUDY_STYLE
+from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, counted
+from tokenmdp.study.results import Cell, Study
+from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
+from tokenmdp.study.verdicts import verdicts
+
+SHOWN_SAMPLES = 3  # a method
+MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
+CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
+
+
+def write_report(study: Study, path: str | Path) -> Path:
+    """Write the report of everything in ``study`` into the directory ``path``.
+
+    index.html     the page; needs nothing else
+    figures/       its figures, PNG and SVG
+    tables.md      the verdicts and the table of every grid
+    verdicts.json  the verdicts
+
+    What the study does not hold is left out, and the page says so. The same study gives the same bytes.
+
+    Returns:
+        The page.
+    """
+    path = Path(path)
+    decided = verdicts(study)
+    write_text(path / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
+    grids = [grid for grid in study.grids if study.select(grid)]
+    parts = ["# Study\n", "## Claims\n", markdown(decided)]
+    for grid in grids:
+        parts += [f"## {grid}\n", markdown(method_table(study, grid))]
+    write_text(path / "tables.md", "\n".join([*parts, LEGEND, ""]))
+    found = sections(study)
+    figures = path / "figures"
+    for stale in [*figures.glob("*.png"), *figures.glob("*.svg")]:
+        stale.unlink()  # of a grid or setting that is no longer here
+    shown = {
+        picture.name: write_figure(picture.figure, figures, picture.name)
+        for section in found
+        for picture in section.pictures
+    }
+    bodies = [
+        _claims(decided),
+        *(_section(study, section, shown) for section in found),
+        _samples(study),
+        _unfinished(study),
+        _how(study, [grid for grid in grids if not any(grid in section.grids for section in found)]),
+    ]
+    titles = [
+        title.split("</h2>")[0] for body in bodies for title in re.findall(r'<section id="\w+"><h2>.*?</h2>', body)
+    ]
+    links = " ".join(re.sub(r'<section id="(\w+)"><h2>(.*)', r'<a href="#\1">\2</a>', title) for title in titles)
+    seconds = sum(result.seconds for result in study.results.values())
+    note = (
+        f"{len(study.results)} of {counted(len(study.cells), 'training run')} finished, {seconds / 3600:.1f} hours of "
+        f"computing, {counted(len(grids), 'grid')}: {', '.join(grids)}."
+    )
+    title = "Dense reward for free: the claims, tried again"
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
+        f'<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
+        f'<p class="note">{escape(note)}</p>{_summary(decided)}<nav>{links}</nav><main>{"".join(bodies)}</main>'
+        f"<script>{SCRIPT}</script></body></html>"
+    )
+    write_text(path / "index.html", page)
+    return path / "index.html"
+
+
+def _summary(decided: Sequence[Verdict]) -> str:
+    counts = Counter(verdict.verdict for verdict in decided)
+    listed = ", ".join(f"<b>{counts[kind]}</b> {kind}" for kind in MARKS if counts[kind])
+    return (
+        "<p>Chan et al. (ICML 2024) spread a reward model's score over the tokens by the model's own attention (ABC: "
+        "attention-based credit) and report faster and steadier learning than with the score at the last token "
+        "(sparse) or in equal parts (uniform). ABC-D and ABC-D2 read the policy's attention instead. RED, which is not "
+        "in the paper, pays each token the change of the score of the text so far. Here is what became of their claims "
+        f"on these models, with questions that they left open. Of {counted(len(decided), 'claim')}: {listed}.</p>"
+    )
+
+
+def _claims(decided: Sequence[Verdict]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(verdict.claim)}</th>'
+        f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {verdict.verdict}</span></td>'
+        f"<td>{escape(_typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
+        f'{escape(_typeset(verdict.rule))}</details></td><td class="interval">'
+        f"{escape(_typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
+        f"<td>{escape(_typeset(verdict.paper))}</td></tr>"
+        for verdict in decided
+    )
+    return (
+        '<section id="claims"><h2>The claims</h2><p>A claim is reproduced if the whole 95% interval lies on its side, '
+        "not reproduced if all of it lies on the other, else inconclusive. Open the small line below a number to read "
+        'what was measured and how it was decided.</p><div class="scroll"><table class="claims"><thead><tr>'
+        '<th scope="col">claim</th><th scope="col">verdict</th><th scope="col">here</th>'
+        '<th scope="col">95% interval</th><th scope="col">the paper</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _typeset(text: str) -> str:
+    """With the signs that a keyboard lacks.
+
+    >>> _typeset("ABC - sparse: -0.25 +- 0.10 [-0.30, 0.20], 8-16 tokens")
+    'ABC \N{MINUS SIGN} sparse: \N{MINUS SIGN}0.25 ± 0.10 [\N{MINUS SIGN}0.30, 0.20], 8-16 tokens'
+    """
+    return re.sub(r"(?<![\w.])-(?=[\d. ])", "\N{MINUS SIGN}", text.replace("+-", "±"))
+
+
+def _section(study: Study, section: Section, shown: Mapping[str, str]) -> str:
+    if not section.pictures:
+        return (
+            f'<section id="{section.id}"><h2>{escape(section.title)}</h2>'
+            f'<p class="note">Not in this study: {escape(section.missing)}.</p></section>'
+        )
+    pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
+    tables = "".join(_grid_table(study, grid, opened=section.id == "curves") for grid in section.grids)
+    return (
+        f'<section id="{section.id}"><h2>{escape(section.title)}</h2><p>{escape(section.intro)}</p>{pictures}{tables}'
+        "</section>"
+    )
+
+
+def _picture(picture: Picture, svg: str) -> str:
+    return (
+        f'<figure><div class="scroll">{inline(svg, picture.name, escape(picture.title))}</div>'
+        f"<figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _grid_table(study: Study, grid: str, *, opened: bool = False) -> str:
+    head = "".join(f'<th scope="col">{escape(_typeset(heading))}</th>' for heading in METHOD_HEADINGS[1:])
+    body, last = "", None
+    for row in method_table(study, grid):
+        if row.setting != last:
+            last = row.setting
+            body += f'<tr class="group"><th colspan="{len(METHOD_HEADINGS) - 1}">{escape(row.setting)}</th></tr>'
+        _, method, *numbers = method_texts(row)
+        body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(_number, numbers))}</tr>'
+    return (
+        f"<details{' open' if opened else ''}><summary>all numbers of the grid {escape(grid)}</summary>"
+        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">{escape(_typeset(LEGEND))}</p></details>'
+    )
+
+
+def _number(text: str) -> str:
+    """A cell with the interval below its number."""
+    number, bracket, interval = _typeset(text).partition(" [")
+    below = f"<small>[{escape(interval)}</small>" if bracket else ""
+    return f"<td>{escape(number) or '&ndash;'}{below}</td>"
+
+
+def _samples(study: Study) -> str:
+    title = '<section id="samples"><h2>What they write in the end</h2>'
+    for grid in main_grids(study):
+        for setting, groups in by_setting(study, grid).items():
+            seeds = Counter(result.cell.seed for results in groups.values() for result in results)
+            seed, columns = min(seeds, key=lambda seed: (-seeds[seed], seed)), ""  # the one that most methods have
+            found = {cell.cell.method: cell.samples for results in groups.values() for cell in results
+                     if cell.cell.seed == seed}  # fmt: skip
+            for method, samples in ((method, kept[:SHOWN_SAMPLES]) for method, kept in found.items()):
+                scale = credit_scale([sample.credits for sample in samples])
+                texts = "".join(sample_html(sample, scale, digits=2) for sample in samples)
+                columns += (
+                    f'<div><h3>{escape(name_of(method))}</h3><p class="legend"><span class="num">&minus;{scale:.2f}'
+                    f'</span><span class="bar"></span><span class="num">+{scale:.2f}</span></p>{texts}</div>'
+                )
+            return (
+                f"{title}<p>The last evaluation of seed {seed} (grid {escape(grid)}, {escape(setting)}): the same "
+                "held-out prompts for every method, in grey. The colour of a token is its credit, "
+                '<b class="key up">rewarded</b> or <b class="key down">penalised</b>, on a scale of each method\'s '
+                f'own; point at a token for its number.</p><div class="columns">{columns}</div></section>'
+            )
+    return f'{title}<p class="note">Not in this study: needs finished cells of a main grid.</p></section>'
+
+
+def _unfinished(study: Study) -> str:
+    title = '<section id="unfinished"><h2>What is missing</h2>'
+    crashed = "".join(
+        f'<tr><th scope="row">{escape(name_of(study.cells[id].method))}</th><td>{escape(study.cells[id].setting)}</td>'
+        f"<td>{study.cells[id].seed}</td><td><code>{escape(error)}</code></td></tr>"
+        for id, error in study.errors.items()
+    )
+    table = (
+        f"<p>{counted(len(study.errors), 'run')} ended with an error; the same command tries again.</p>"
+        '<div class="scroll"><table class="errors"><thead><tr><th scope="col">method</th><th scope="col">setting</th>'
+        f'<th scope="col">seed</th><th scope="col">error</th></tr></thead><tbody>{crashed}</tbody></table></div>'
+        if crashed
+        else ""
+    )
+    lines = ""
+    for grid in study.grids:
+        left = [cell for cell in study.declared(grid) if cell.id not in study.results and cell.id not in study.errors]
+        for (setting, method), cells in _grouped(left).items():
+            seeds = f"seed{'s' * (len(cells) > 1)} {', '.join(str(cell.seed) for cell in cells)}"
+            lines += f"<li>grid {escape(grid)}, {escape(setting)}, {escape(name_of(method))}: {seeds}</li>"
+    waiting = f"<p>Not run yet:</p><ul>{lines}</ul>" if lines else ""
+    return f"{title}{table}{waiting or ('' if table else '<p>Nothing: every run has finished.</p>')}</section>"
+
+
+def _grouped(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.setting, cell.method), []).append(cell)
+    return found
+
+
+def _how(study: Study, others: Sequence[str]) -> str:
+    """Commands, versions, settings, and the tables of the grids that no other section shows."""
+    commands = "\n".join(
+        str(study.arguments.get(grid, {}).get("command", f"tokenmdp ablate --preset {grid}")) for grid in study.grids
+    )
+    versions = Counter(json.dumps(result.versions, sort_keys=True) for result in study.results.values())
+    listed = "".join(
+        f"<li>{counted(count, 'run')}: {escape(', '.join(map(' '.join, json.loads(kind).items())))}</li>"
+        for kind, count in versions.most_common()
+    )
+    settings = "".join(
+        f"<details><summary>settings that all runs of the grid {escape(grid)} share</summary>"
+        f"<pre>{escape(json.dumps(shared_settings(study.declared(grid)), indent=1))}</pre></details>"
+        for grid in study.grids
+        if study.declared(grid)
+    )
+    tables = "".join(_grid_table(study, grid) for grid in others)
+    return (
+        f'<section id="how"><h2>How it was made</h2><pre>{escape(commands)}</pre><ul>{listed}</ul>{settings}{tables}'
+        "</section>"
+    )
+
+
+def shared_settings(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What is the same in the settings of all cells."""
+    records = [{**settings_record(cell.settings), "updates": cell.updates, "gold": cell.gold} for cell in cells]
+    return {key: value for key, value in records[0].items() if all(record.get(key) == value for record in records)}

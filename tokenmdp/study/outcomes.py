@@ -1,0 +1,99 @@
+"""One number a finished cell, and the seeds of two methods paired: what tables and verdicts are computed from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenmdp.commands.settings import settings_record
+from tokenmdp.study.results import CellResult, Study, slug
+
+WINDOW = 5  # updates in a trailing mean, before a level is looked for
+TENTH = 10
+
+
+def area(result: CellResult) -> float:
+    """Area under the learning curve: the mean over updates of the mean score of the update's episodes."""
+    return float(np.mean(result.metrics["score_mean"]))
+
+
+def areas(rows: Sequence[Sequence[CellResult]]) -> np.ndarray:
+    """`area` of every cell: rows of n cells, (R, n)."""
+    return np.array([[area(result) for result in row] for row in rows])
+
+
+def last_tenth(result: CellResult, key: str = "score_mean") -> float:
+    """Mean of a metric over the last tenth of the updates, rounded up: where training ended."""
+    values = result.metrics[key]
+    return float(np.mean(values[-(-len(values) // TENTH) * -1 :]))
+
+
+def start(result: CellResult) -> float:
+    """The score before training: of the evaluation at update 0, else of the first update's episodes."""
+    evaluations = result.evaluations
+    if evaluations.get("update") and evaluations["update"][0] == 0:
+        return evaluations["score"][0]
+    return result.metrics["score_mean"][0]
+
+
+def curves(results: Sequence[CellResult], key: str = "score_mean") -> tuple[np.ndarray, np.ndarray]:
+    """Updates (K,) and a metric of every cell (R, K), cut to the shortest cell."""
+    length = min(len(result.metrics[key]) for result in results)
+    updates = np.asarray(results[0].metrics["update"][:length], dtype=np.float64)
+    return updates, np.array([result.metrics[key][:length] for result in results], dtype=np.float64)
+
+
+def window_for(updates: int) -> int:
+    """`WINDOW`, or less for a curve that is shorter."""
+    return min(WINDOW, updates)
+
+
+def by_seed(results: Sequence[CellResult]) -> dict[int, CellResult]:
+    """Seed -> cell.
+
+    Raises:
+        ValueError: two cells of one seed, so they differ in something that their labels do not name.
+    """
+    cells = {result.cell.seed: result for result in results}
+    if len(cells) != len(results):
+        label = f"{results[0].cell.method!r} in {results[0].cell.setting!r}"
+        raise ValueError(
+            f"{label} has {len(results)} cells of {len(cells)} seeds: the labels do not say in what they differ; "
+            "report the grids in directories of their own"
+        )
+    return cells
+
+
+def paired(*groups: Sequence[CellResult]) -> list[tuple[CellResult, ...]]:
+    """The cells of the seeds that all groups have, one tuple a seed, by seed."""
+    columns = [by_seed(group) for group in groups]
+    seeds = sorted(set(columns[0]).intersection(*columns[1:]))
+    return [tuple(column[seed] for column in columns) for seed in seeds]
+
+
+def length_of(result: CellResult) -> tuple[int, int]:
+    """The shortest and the longest response that a cell may write."""
+    settings = result.cell.settings
+    return settings.horizon_range or (settings.max_new_tokens, settings.max_new_tokens)
+
+
+def credit_quality(study: Study, reward_model: str) -> dict[str, Any] | None:
+    """What ``quality/`` says about a reward model's attention row: its level, entropy, mass and rank correlation.
+
+    None if it was not measured, or the model shows no attention.
+    """
+    record: Mapping[str, Any] = study.quality.get(slug(reward_model), study.quality.get(reward_model, {}))
+    rows = (world["attention"] for world in record.get("worlds", ()))
+    return next((row for row in rows if row is not None), None)
+
+
+def apart_from(result: CellResult, names: Sequence[str]) -> str:
+    """All that a cell computes but its seed and the named settings or PPO options, to be compared with another's."""
+    left_out = {"seed", *names}
+    record = settings_record(result.cell.settings)
+    ppo = {key: value for key, value in record["ppo"].items() if key not in left_out}
+    kept = {key: value for key, value in record.items() if key not in left_out}
+    return json.dumps(kept | {"ppo": ppo, "updates": result.cell.updates}, sort_keys=True)

@@ -1,0 +1,177 @@
+"""Where a run of many cells is, and how that is shown: a live table on a terminal, lines in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tokenmdp.commands.display import clock
+from tokenmdp.study.grid import load_cost
+from tokenmdp.study.results import Cell, cell_file, read_result
+
+LINE_SECONDS = 60.0  # between two lines about running cells where the output is a file
+
+
+@dataclass
+class Worker:
+    """A running process and its cell."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: int
+    stderr: IO[bytes]
+    started: float = field(default_factory=time.monotonic)
+    seen: dict[str, Any] = field(default_factory=dict)  # its progress file
+
+    def look(self, path: Path) -> None:
+        """Read the progress file, if there is one."""
+        with contextlib.suppress(OSError, ValueError):
+            self.seen = json.loads(cell_file(path, self.cell.id, ".progress").read_text(encoding="utf-8"))
+
+    @property
+    def share(self) -> float:
+        """How much of the cell is done, 0 to 1."""
+        return self.seen.get("update", 0) / self.cell.updates
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self.started
+
+
+@dataclass
+class Progress:
+    """Where a run of many cells is."""
+
+    path: Path
+    jobs: int
+    total: int
+    waiting: list[Cell]
+    running: list[Worker] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, list[float]] = field(default_factory=dict)  # credit method -> seconds a unit of cost
+    done: int = 0
+
+    @classmethod
+    def of(cls, path: Path, cells: Sequence[Cell], jobs: int) -> Progress:
+        """At the start: finished cells count, and tell how long others take."""
+        progress = cls(path, jobs, len(cells), [])
+        for cell in cells:
+            if cell_file(path, cell.id).exists():
+                result = read_result(path, cell.id)
+                progress.add(cell, result.seconds)
+            else:
+                progress.waiting.append(cell)
+        return progress
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """Count a finished cell and what it took."""
+        self.done += 1
+        self.rates.setdefault(cell.settings.credit, []).append(seconds / load_cost(cell))
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the finished cells, those of the same method first; None while there is nothing to go by."""
+        known = [rate for rates in self.rates.values() for rate in rates]
+        known = known or [
+            worker.elapsed / worker.share / load_cost(worker.cell) for worker in self.running if worker.share
+        ]
+        if not known:
+            return None
+
+        def seconds(cell: Cell) -> float:
+            rates = self.rates.get(cell.settings.credit, known)
+            return load_cost(cell) * sum(rates) / len(rates)
+
+        ending = [max(0.0, seconds(worker.cell) - worker.elapsed) for worker in self.running]
+        return max([(sum(ending) + sum(map(seconds, self.waiting))) / self.jobs, *ending])
+
+    def __str__(self) -> str:
+        """Such as ``12 of 60 cells done, 1 failed, about 4:10 left``."""
+        left = self.seconds_left() if self.waiting or self.running else None
+        parts = [f"{self.done} of {self.total} cells done"]
+        parts += [f"{len(self.errors)} failed"] if self.errors else []
+        parts += [] if left is None else [f"about {clock(left)} left"]
+        return ", ".join(parts)
+
+
+class TableDisplay:
+    """A line a running cell, live."""
+
+    def __init__(self, progress: Progress, live: Live) -> None:
+        self.progress, self.live = progress, live
+
+    def show(self) -> None:
+        """Draw anew."""
+        table = Table(caption=str(self.progress), box=None, padding=(0, 2, 0, 0))
+        for heading in ("cell", "seed", "update", "score", "KL", "time"):
+            table.add_column(heading, justify="left" if heading == "cell" else "right", no_wrap=heading != "cell")
+        for worker in self.progress.running:
+            cell, seen = worker.cell, worker.seen
+            numbers = [f"{seen['score']:+.2f}", f"{seen['kl']:.2f}"] if seen else ["", ""]
+            update = f"{seen.get('update', 0):.0f} of {cell.updates}"
+            table.add_row(f"{cell.method}, {cell.setting}", str(cell.seed), update, *numbers, clock(worker.elapsed))
+        self.live.update(table)
+
+    def ended(self, cell: Cell) -> None:
+        """Say of a cell that crashed what happened; a finished one counts in the table."""
+        if cell.id in self.progress.errors:
+            self.live.console.print(failure(cell, self.progress.errors[cell.id]), style="red", highlight=False)
+
+
+class LineDisplay:
+    """A line for each cell that ends and, now and then, one about those that run."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress, self.console, self.said = progress, console, time.monotonic()
+
+    def show(self) -> None:
+        """Say where the running cells are, if nothing was said for a while."""
+        if time.monotonic() - self.said < LINE_SECONDS:
+            return
+        running = ", ".join(
+            f"{worker.cell.method} seed {worker.cell.seed} update {worker.seen.get('update', 0):.0f}"
+            for worker in self.progress.running
+        )
+        self._say(f"running: {running} ({self.progress})")
+
+    def ended(self, cell: Cell) -> None:
+        """Say how a cell ended."""
+        failed = self.progress.errors.get(cell.id)
+        self._say(
+            f"{_name(cell)} finished ({self.progress})"
+            if failed is None
+            else f"{failure(cell, failed)} ({self.progress})"
+        )
+
+    def _say(self, line: str) -> None:
+        self.said = time.monotonic()
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def display_of(progress: Progress, console: Console) -> Iterator[TableDisplay | LineDisplay]:
+    """The display that fits the console."""
+    if not console.is_terminal:
+        yield LineDisplay(progress, console)
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        yield TableDisplay(progress, live)
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.method}, {cell.setting}, seed {cell.seed}"
+
+
+def failure(cell: Cell, reason: str) -> str:
+    """One line about a cell that crashed."""
+    return f"{_name(cell)} failed: {reason}"

@@ -1,0 +1,317 @@
+"""Statistics of a few seeds: estimates with 95% intervals from arrays; nothing here knows about runs or files.
+
+Two kinds of interval. Levels (of one method) are resampled: the stratified percentile bootstrap of Agarwal et al.,
+"Deep reinforcement learning at the edge of the statistical precipice" (2021). Paired differences have Student's t,
+because a percentile bootstrap of n seeds cannot reach beyond their extremes and so is too narrow below n = 6: with
+three seeds it excludes zero whenever they agree in sign, which one time in four is chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from tokenmdp.intervals import mean_interval
+
+RESAMPLES = 2000
+TAILS = (0.025, 0.975)
+Values: TypeAlias = Sequence[float] | np.ndarray
+
+
+class Estimate(NamedTuple):
+    """A number of any kind with its 95% interval; infinite ends say that one seed gives none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Such as ``1.25 [1.10, 1.40]``; ``1.25`` if there is no interval."""
+        value, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
+        return f"{value:.2f}" if self.low == -math.inf else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    def side(self, threshold: float = 0.0) -> int:
+        """1 if the whole interval lies above ``threshold``, -1 if below, 0 if neither or undefined.
+
+        >>> Estimate(2.0, 1.0, 3.0).side(0.5), Estimate(2.0, 1.0, 3.0).side(4.0), Estimate(2.0, 1.0, 3.0).side(1.0)
+        (1, -1, 0)
+        """
+        return int(self.low > threshold) - int(self.high < threshold)
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half over the last axis: ``floor(n / 4)`` values are dropped at each end.
+
+    >>> float(interquartile_mean(np.array([-100.0, 1.0, 3.0, 50.0])))
+    2.0
+    """
+    ordered = np.sort(values, axis=-1)
+    dropped = values.shape[-1] // 4
+    return ordered[..., dropped : values.shape[-1] - dropped].mean(-1)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return values.mean(-1)
+
+
+def stratified_bootstrap(
+    strata: Sequence[Values],
+    statistic: Callable[[np.ndarray], np.ndarray] = mean,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """``statistic`` of all values with its percentile interval; seeds are resampled within each stratum.
+
+    Args:
+        strata: one list of values, a value a seed, for each setting. They may differ in length.
+        statistic: reduces the last axis of (..., N), N values in all.
+        seed: of the resampling; the same sizes and seed give the same resamples.
+        resamples: how many.
+
+    Where no stratum has two values, nothing can be resampled and the interval is infinite.
+
+    Raises:
+        ValueError: no values.
+    """
+    columns = [np.asarray(values, dtype=np.float64) for values in strata]
+    if not sum(column.size for column in columns):
+        raise ValueError("no values: a bootstrap needs at least one seed")
+    value = float(statistic(np.concatenate(columns)))
+    if max(column.size for column in columns) < 2:
+        return Estimate(value, -math.inf, math.inf)
+    random = np.random.default_rng(seed)
+    drawn = [column[random.integers(column.size, size=(resamples, column.size))] for column in columns if column.size]
+    return percentile_interval(value, statistic(np.concatenate(drawn, axis=-1)))
+
+
+def percentile_interval(value: float, resampled: np.ndarray) -> Estimate:
+    """``value`` with the .025 and .975 quantiles of its resamples (B,), which may be infinite."""
+    if np.isfinite(resampled).all():
+        low, high = np.quantile(resampled, TAILS)
+    else:  # no interpolation: between a number and infinity there is nothing, and inf - inf is not a number
+        low, high = np.quantile(resampled, TAILS, method="inverted_cdf")
+    return Estimate(value, float(low), float(high))
+
+
+def paired_difference(values: Values, baseline: Values) -> Estimate:
+    """Mean of ``values - baseline``, index by index, with its t interval; a single pair has an infinite one.
+
+    Two methods under the same seed see the same prompts and starting weights, and what they share drops out.
+
+    >>> print(paired_difference([2.0, 3.0, 5.0], [1.0, 2.0, 3.0]))
+    1.33 [-0.10, 2.77]
+
+    Raises:
+        ValueError: the lengths differ, or there are no pairs.
+    """
+    left, right = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"{left.size} values and {right.size} of the baseline are no pairs; give one a seed of each")
+    return Estimate(*mean_interval(left - right))
+
+
+def probability_of_improvement(
+    values: Sequence[Values], baseline: Sequence[Values], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """``P(X > Y) + P(X = Y) / 2`` of one run of each method, averaged over strata (Agarwal et al., 2021).
+
+    In a stratum this is the Mann-Whitney U of all pairs divided by their number. Both methods are resampled
+    independently within each stratum. Where every run of one beats every run of the other, no resample differs, and
+    the interval is a point: it then says nothing about how sure that is.
+
+    >>> probability_of_improvement([[1.0, 2.0, 3.0]], [[0.0, 2.0]]).value
+    0.75
+
+    Raises:
+        ValueError: the numbers of strata differ, or one is empty.
+    """
+    random = np.random.default_rng(seed)
+    value, drawn, resampled = 0.0, np.zeros(resamples), False
+    for left, right in zip(values, baseline, strict=True):
+        x, y = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+        if not x.size or not y.size:
+            raise ValueError(f"a stratum holds {x.size} and {y.size} values; both methods need at least one")
+        wins = (x[:, None] > y) + (x[:, None] == y) / 2  # (n, m)
+        counts = [random.multinomial(size, np.full(size, 1 / size), resamples) / size for size in wins.shape]
+        value += float(wins.mean()) / len(values)
+        drawn += np.einsum("bn,nm,bm->b", counts[0], wins, counts[1]) / len(values)
+        resampled |= x.size > 1 and y.size > 1
+    return percentile_interval(value, drawn) if resampled else Estimate(value, -math.inf, math.inf)
+
+
+def two_standard_errors(values: Values) -> float:
+    """``2 * std / sqrt(n)`` with the sample's standard deviation: the paper's own +-; nan for a single value.
+
+    >>> round(two_standard_errors([1.0, 2.0, 3.0]), 3)
+    1.155
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    return float(2 * sample.std(ddof=1) / math.sqrt(sample.size)) if sample.size > 1 else math.nan
+
+
+def slope(values: np.ndarray, places: Values) -> np.ndarray:
+    """Least-squares slope over the last axis; values (..., K), places (K,) -> (...).
+
+    >>> float(slope(np.array([1.0, 2.0, 3.0]), [0.0, 2.0, 4.0]))
+    0.5
+
+    Raises:
+        ValueError: all places are equal.
+    """
+    at = np.asarray(places, dtype=np.float64)
+    centred = at - at.mean()
+    if not centred.any():
+        raise ValueError(f"a slope needs two different places, all are {at[0]:g}")
+    return np.asarray(values @ centred / (centred @ centred))
+
+
+def trailing_mean(curves: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last ``window`` values; (..., K) -> (..., K - window + 1), whose entry i ends at i + window - 1.
+
+    Only whole windows: at the ends of a curve a shorter one would be noisier, and a maximum picks noise.
+
+    >>> trailing_mean(np.array([0.0, 2.0, 4.0, 0.0]), 2).tolist()
+    [1.0, 3.0, 2.0]
+    """
+    if not 1 <= window <= curves.shape[-1]:
+        raise ValueError(f"window is {window}; it must be at least 1 and at most the {curves.shape[-1]} updates")
+    return np.lib.stride_tricks.sliding_window_view(curves, window, axis=-1).mean(-1)
+
+
+def steps_to_reach(curves: np.ndarray, level: float | np.ndarray) -> np.ndarray:
+    """Index of the first value that is at least ``level``, infinity for none; (..., K), (...) -> (...).
+
+    >>> steps_to_reach(np.array([[0.0, 1.0, 3.0], [0.0, 0.0, 1.0]]), 2.0).tolist()
+    [2.0, inf]
+    """
+    reached = curves >= np.asarray(level)[..., None]
+    return np.where(reached.any(-1), reached.argmax(-1), np.inf)
+
+
+def censored_median(steps: np.ndarray, reached: np.ndarray) -> np.ndarray:
+    """Kaplan and Meier's median: the first step at which at least half of the seeds would have got there.
+
+    ``S(t) = prod over steps s <= t of (1 - events(s) / at_risk(s))``, median = first t with S(t) <= 1/2, infinity if
+    there is none.
+
+    Args:
+        steps: (..., n): where a seed reached the level, or where it ended without reaching it.
+        reached: (..., n), bool: which of the two. Seeds that end at a step count as at risk there.
+
+    >>> float(censored_median(np.array([10.0, 30.0, 50.0]), np.array([True, True, False])))
+    30.0
+    """
+    order = np.lexsort((~reached, steps), axis=-1)  # among equal steps the events come first
+    times, events = np.take_along_axis(steps, order, -1), np.take_along_axis(reached, order, -1)
+    at_risk = np.arange(steps.shape[-1], 0, -1)
+    survival = np.cumprod(1 - events / at_risk, axis=-1)  # one factor an event: tied ones multiply to the same
+    halved = survival <= 0.5 + 1e-12
+    first = np.take_along_axis(times, halved.argmax(-1)[..., None], -1)[..., 0]
+    return np.where(halved.any(-1), first, np.inf)
+
+
+def median_steps(steps: Values, reached: Values, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """`censored_median` with a percentile bootstrap interval over seeds; ends may be infinite: never reached."""
+    times, events = np.asarray(steps, dtype=np.float64), np.asarray(reached, dtype=bool)
+    value = float(censored_median(times, events))
+    if times.size < 2:
+        return Estimate(value, -math.inf, math.inf)
+    drawn = np.random.default_rng(seed).integers(times.size, size=(resamples, times.size))
+    return percentile_interval(value, censored_median(times[drawn], events[drawn]))
+
+
+class Overtaking(NamedTuple):
+    """When one method's mean curve passes the highest point of another's; steps as numbers of updates."""
+
+    level: float  # the baseline's maximum
+    baseline_step: float  # where the baseline has it
+    step: float  # where the method reaches it; infinity: never
+    share: Estimate  # step / baseline_step
+
+
+def overtaking(
+    curves: np.ndarray,
+    baseline: np.ndarray,
+    updates: Values,
+    *,
+    window: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Overtaking:
+    """In what share of its steps a method reaches the maximum of the baseline's mean curve.
+
+    Both curves are trailing means over ``window`` updates of the mean over seeds. The interval resamples seeds, both
+    methods' together since they are pairs, and finds level and steps anew each time.
+
+    Args:
+        curves: (R, K), a row a seed.
+        baseline: (R, K), the same seeds.
+        updates: (K,), the number of each update.
+        window: updates in a trailing mean.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    places = np.asarray(updates, dtype=np.float64)[window - 1 :]
+
+    def measure(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = trailing_mean(counts @ curves, window)
+        other = trailing_mean(counts @ baseline, window)
+        level, first = other.max(-1), steps_to_reach(own, other.max(-1))
+        step = np.where(np.isfinite(first), places[np.where(np.isfinite(first), first, 0).astype(int)], np.inf)
+        return level, places[other.argmax(-1)], step
+
+    runs = curves.shape[0]
+    level, baseline_step, step = (float(part) for part in measure(np.full(runs, 1 / runs)))
+    if runs < 2:
+        share = Estimate(step / baseline_step, -math.inf, math.inf)
+    else:
+        counts = np.random.default_rng(seed).multinomial(runs, np.full(runs, 1 / runs), resamples) / runs
+        _, other_steps, steps = measure(counts)
+        share = percentile_interval(step / baseline_step, steps / other_steps)
+    return Overtaking(level, baseline_step, step, share)
+
+
+def score_at_kl(kl: Values, score: Values, at: Values) -> np.ndarray:
+    """Score at given KL by linear interpolation between the points (kl, score); nan outside of them.
+
+    >>> score_at_kl([4.0, 0.0], [3.0, 1.0], [1.0, 5.0]).tolist()
+    [1.5, nan]
+    """
+    places, heights = np.asarray(kl, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    order = np.argsort(places, kind="stable")
+    return np.interp(at, places[order], heights[order], left=np.nan, right=np.nan)
+
+
+def difference_at_equal_kl(points: tuple[Values, Values], baseline: tuple[Values, Values], places: int = 33) -> float:
+    """Mean difference of two interpolated (kl, score) curves over the KL that both cover; nan if they share none.
+
+    >>> difference_at_equal_kl(([0.0, 2.0], [1.0, 3.0]), ([1.0, 3.0], [1.0, 3.0]))
+    1.0
+    """
+    low = max(np.min(points[0]), np.min(baseline[0]))
+    high = min(np.max(points[0]), np.max(baseline[0]))
+    if low > high:
+        return math.nan
+    at = np.linspace(low, high, places)
+    return float(np.mean(score_at_kl(*points, at) - score_at_kl(*baseline, at)))
+
+
+def pareto_front(kl: Values, score: Values) -> list[int]:
+    """Indices of the points that no other beats (at most its KL and a higher score, or less KL and its score), by KL.
+
+    >>> pareto_front([3.0, 1.0, 2.0], [5.0, 2.0, 1.0])
+    [1, 0]
+    """
+    spent, gained = np.asarray(kl, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    front: list[int] = []
+    best = -math.inf
+    for place in np.lexsort((-gained, spent)):
+        if gained[place] > best:
+            front.append(int(place))
+            best = float(gained[place])
+    return front

@@ -1,0 +1,188 @@
+"""The numbers of a grid as rows, for the terminal, the page and Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenmdp.study import outcomes
+from tokenmdp.study.claims import Verdict
+from tokenmdp.study.results import CellResult, Study
+from tokenmdp.study.statistics import (
+    Estimate,
+    interquartile_mean,
+    mean,
+    median_steps,
+    paired_difference,
+    probability_of_improvement,
+    steps_to_reach,
+    stratified_bootstrap,
+    trailing_mean,
+    two_standard_errors,
+)
+
+BASELINE = "sparse"
+METHOD_HEADINGS = (
+    "setting",
+    "method",
+    "seeds",
+    "mean score",
+    "IQM",
+    "last tenth",
+    "KL, last tenth",
+    "- sparse",
+    "P(> sparse)",
+    "updates to sparse's maximum",
+    "mean +- 2 SE",
+)
+VERDICT_HEADINGS = ("claim", "paper", "ours", "95% interval", "verdict", "where", "rule")
+LEGEND = (
+    "Mean score and IQM (interquartile mean): over all updates, then over seeds, [95% stratified bootstrap interval]; "
+    "below four seeds the IQM is the mean. "
+    "Last tenth: the same of the last tenth of the updates; KL in nats a response. "
+    "- sparse: difference of the mean scores, paired by seed, [95% t interval]. "
+    "P(> sparse): probability that one run is better than one of sparse's, [bootstrap]. "
+    "Updates to sparse's maximum: the maximum of sparse's mean curve, and the Kaplan-Meier median over seeds of the "
+    f"updates until a seed's own curve is there, both as trailing means over {outcomes.WINDOW} updates; never: half of "
+    "the seeds or more did not get there. Mean +- 2 SE: the paper's summary, with the standard error over seeds."
+)
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method in one setting; what needs sparse under the same seeds is None without it."""
+
+    setting: str
+    method: str
+    seeds: int  # finished cells
+    mean: Estimate  # of the area under the learning curve
+    iqm: Estimate
+    last: Estimate  # mean score of the last tenth of the updates
+    kl: Estimate  # of the last tenth
+    difference: Estimate | None  # to sparse in area, paired by seed
+    improvement: Estimate | None  # probability of improvement over sparse
+    steps: Estimate | None  # updates to the maximum of sparse's mean curve; censored, so it may be infinite
+    paper: tuple[float, float] | None  # mean and two standard errors; None over several settings
+
+
+def method_table(study: Study, grid: str) -> list[MethodRow]:
+    """The rows of a grid in its order; with several settings alike in reward model, each method over all of them last.
+
+    Over all settings the seeds are resampled within each; a paired difference is averaged over the settings first, and
+    only seeds that have all of them count, since one seed's cells share their prompts.
+    """
+    selected = study.select(grid)
+    settings = list(dict.fromkeys(setting for setting, _ in selected))
+    methods = list(dict.fromkeys(method for _, method in selected))
+    rows = []
+    for setting, method in selected:
+        rows.append(_row(setting, method, [selected[setting, method]], [selected.get((setting, BASELINE), [])]))
+    models = {results[0].cell.settings.reward_model for results in selected.values()}
+    if len(settings) > 1 and len(models) == 1:  # the scores of different models have different scales
+        for method in methods:
+            if all((setting, method) in selected for setting in settings):
+                strata = [selected[setting, method] for setting in settings]
+                baseline = [selected.get((setting, BASELINE), []) for setting in settings]
+                rows.append(_row(f"all {len(settings)} settings", method, strata, baseline))
+    return rows
+
+
+def _row(
+    setting: str, method: str, strata: Sequence[Sequence[CellResult]], baseline: Sequence[Sequence[CellResult]]
+) -> MethodRow:
+    areas = [[outcomes.area(result) for result in results] for results in strata]
+    every = np.concatenate(areas)
+    compared = method != BASELINE and all(baseline)
+    return MethodRow(
+        setting,
+        method,
+        len(every),
+        stratified_bootstrap(areas, mean),
+        stratified_bootstrap(areas, interquartile_mean),
+        stratified_bootstrap([[outcomes.last_tenth(result) for result in results] for results in strata]),
+        stratified_bootstrap([[outcomes.last_tenth(result, "kl") for result in results] for results in strata]),
+        _difference(strata, baseline) if compared else None,
+        probability_of_improvement(areas, [[outcomes.area(cell) for cell in cells] for cells in baseline])
+        if compared
+        else None,
+        _steps(strata[0], baseline[0]) if len(strata) == 1 and baseline[0] else None,
+        (float(every.mean()), two_standard_errors(every)) if len(strata) == 1 else None,
+    )
+
+
+def _difference(strata: Sequence[Sequence[CellResult]], baseline: Sequence[Sequence[CellResult]]) -> Estimate | None:
+    rows = outcomes.paired(*strata, *baseline)
+    if not rows:
+        return None
+    areas = outcomes.areas(rows)  # (R, 2 * settings)
+    return paired_difference(areas[:, : len(strata)].mean(1), areas[:, len(strata) :].mean(1))
+
+
+def _steps(results: Sequence[CellResult], baseline: Sequence[CellResult]) -> Estimate:
+    """Updates until each seed reaches the maximum of sparse's mean curve; seeds that do not are censored at the end."""
+    updates, own = outcomes.curves(results)
+    window = outcomes.window_for(min(len(updates), len(outcomes.curves(baseline)[0])))
+    level = trailing_mean(outcomes.curves(baseline)[1].mean(0), window).max()
+    first = steps_to_reach(trailing_mean(own, window), level)
+    reached = np.isfinite(first)
+    places = updates[window - 1 :]
+    return median_steps(np.where(reached, places[np.where(reached, first, -1).astype(int)], places[-1]), reached)
+
+
+def method_texts(row: MethodRow) -> tuple[str, ...]:
+    """A row as the texts under `METHOD_HEADINGS`."""
+    return (
+        row.setting,
+        row.method,
+        str(row.seeds),
+        *map(str, (row.mean, row.iqm, row.last, row.kl)),
+        "" if row.difference is None else str(row.difference),
+        "" if row.improvement is None else str(row.improvement),
+        "" if row.steps is None else steps_text(row.steps),
+        "" if row.paper is None else paper_text(*row.paper),
+    )
+
+
+def paper_text(centre: float, two_errors: float) -> str:
+    """A mean with two standard errors, which one seed does not have.
+
+    >>> paper_text(8.316, 0.163), paper_text(8.316, math.nan)
+    ('8.32 +- 0.16', '8.32')
+    """
+    return f"{centre:.2f}" + ("" if math.isnan(two_errors) else f" +- {two_errors:.2f}")
+
+
+def steps_text(steps: Estimate) -> str:
+    """Numbers of updates, "never" where infinite.
+
+    >>> steps_text(Estimate(41.0, 38.5, math.inf)), steps_text(Estimate(41.0, -math.inf, math.inf))
+    ('41 [38, never]', '41')
+    """
+    value, low, high = ("never" if end == math.inf else f"{end:.0f}" for end in steps)
+    return value if steps.low == -math.inf else f"{value} [{low}, {high}]"
+
+
+def verdict_texts(verdict: Verdict) -> tuple[str, ...]:
+    """A verdict as the texts under `VERDICT_HEADINGS`."""
+    return (
+        verdict.claim,
+        verdict.paper,
+        verdict.ours,
+        verdict.interval,
+        verdict.verdict,
+        verdict.where,
+        verdict.rule,
+    )
+
+
+def markdown(rows: Sequence[MethodRow] | Sequence[Verdict]) -> str:
+    """A Markdown table of method rows or of verdicts."""
+    if all(isinstance(row, Verdict) for row in rows):
+        lines = [VERDICT_HEADINGS, *(verdict_texts(row) for row in rows if isinstance(row, Verdict))]
+    else:
+        lines = [METHOD_HEADINGS, *(method_texts(row) for row in rows if isinstance(row, MethodRow))]
+    texts = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]]) + "\n"
