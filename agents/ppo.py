@@ -153,8 +153,8 @@ class PPO:
         self.num_episodes = sum(shares)
         if self.num_episodes < cfg.num_minibatches:
             raise ValueError(
-                f"{self.num_episodes} episodes do not fill num_minibatches={cfg.num_minibatches}; "
-                "raise num_envs or lower num_minibatches"
+                f"num_envs={self.num_episodes} does not fill num_minibatches={cfg.num_minibatches}; raise num_envs or "
+                "lower num_minibatches (in the command, --num-envs or --ppo num_minibatches=...)"
             )
         credit = find_credit_wrapper(envs)
         if cfg.estimator == "vine" and credit is not None and not credit.credit.conserves_return:
@@ -291,7 +291,9 @@ class PPO:
                 policy = clipped_policy_loss(new.logprobs, old.logprobs, adv, mask, cfg.clip_coef)
                 value_loss = clipped_value_loss(new.values, old.values, targets, mask, cfg.clip_coef_value)
                 entropy = entropy_bonus(new.entropy, mask)
-                loss = policy.loss + cfg.vf_coef * value_loss - cfg.ent_coef * entropy
+                loss = policy.loss + cfg.vf_coef * value_loss
+                if cfg.ent_coef:  # a zero would still cost a pass over the vocabulary in the backward
+                    loss = loss - cfg.ent_coef * entropy
                 (loss * share).backward()  # the gradients are averaged over processes
                 losses = (policy.approx_kl, loss, policy.loss, value_loss, entropy, policy.clip_fraction)
                 numbers += torch.stack([number.detach() for number in losses]) * share

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokenmdp.agents.ppo import PPO
 
 FORMAT = "tokenmdp-ppo-1"
+CONFIG_FILE = "ppo_config.json"
 logger = logging.getLogger(__name__)
 
 
@@ -82,12 +83,12 @@ def save(agent: PPO, directory: str | Path) -> None:
     with processes.together():
         if processes.rank:
             return
-        if path.exists() and not (path / "ppo_config.json").exists() and (path.is_file() or any(path.iterdir())):
+        if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
             raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
         try:
             with atomic_directory(path) as new:
                 record = {"format": FORMAT, "config": asdict(agent.config)}
-                write_text(new / "ppo_config.json", json.dumps(record, indent=2) + "\n")
+                write_text(new / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
                 envs.tokenizer.save_pretrained(new)
                 if agent.config.lora_rank:
                     agent.policy.save_pretrained(new, merged_state(agent.policy, state))
@@ -117,9 +118,13 @@ def read(directory: str | Path, processes: Processes = ALONE) -> Checkpoint:
     with processes.together():
         if not processes.rank:  # it may rename, which one process can do
             recover_directory(path)
-    record = read_json(path / "ppo_config.json")
+    if not (path / CONFIG_FILE).exists() and (path / "checkpoint" / CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"{path} is a run of `tokenmdp train`; its checkpoint is {path / 'checkpoint'}: pass that"
+        )
+    record = read_json(path / CONFIG_FILE)
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
-        raise CheckpointError(f"{path / 'ppo_config.json'} is not of format {FORMAT}: another program wrote it")
+        raise CheckpointError(f"{path / CONFIG_FILE} is not of format {FORMAT}: another program wrote it")
     if not (path / VALUE_HEAD_FILE).exists():
         raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
     return Checkpoint(

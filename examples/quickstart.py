@@ -18,6 +18,8 @@ from tokenmdp.report.samples import samples_from_rollout
 from tokenmdp.rollouts import collect
 from tokenmdp.wrappers import vector
 
+SHOWN_SEED = 1_000  # draws the same prompts before and after
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--env", default="TextGen-IMDb-v0")
 parser.add_argument("--policy", default="imdb-tiny")
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     agent = PPO(args.policy, envs, PPOConfig(seed=1))
 
     def show(title: str) -> None:
-        rollout, metrics = collect(envs, agent.policy, agent.reference, agent.generator)
+        rollout, metrics = collect(envs, agent.policy, agent.reference, agent.generator, seed=SHOWN_SEED)
         console.print(f"{title}: mean score {metrics['score_mean']:+.2f}, KL {metrics['kl']:z.2f}")
         for sample in samples_from_rollout(rollout, envs.unwrapped.tokenizer)[:4]:
             console.print(

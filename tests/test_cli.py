@@ -260,7 +260,10 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
     out = tmp_path / "run"
     message = error("train", *SMALL, "--out", out, "--policy", tmp_path / "no such model")
     assert "no tokenizer" in message
-    assert "hf download" in message
+    assert "no such directory" in message
+    assert not out.exists()
+    out.mkdir()  # by somebody else
+    error("train", *SMALL, "--out", out, "--policy", tmp_path / "no such model")
     assert list(out.iterdir()) == []
 
 
@@ -276,6 +279,7 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
         (["--eval-samples", "1"], "--eval-samples is 1; it must be at least 2"),
         (["--credit-beta", "1.5"], "credit_beta is 1.5"),
         (["--device", "tpu9"], "'tpu9' is no device name"),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens is 0; it must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(more, message, tmp_path, error):

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tokenmdp.credit import MissingResource, SparseCredit, make_credit
-from tokenmdp.intervals import Interval, bootstrap_interval
+from tokenmdp.intervals import bootstrap_interval
 from tokenmdp.loading import load_tokenizer
 from tokenmdp.quality import (
-    AttentionVerdict,
     Lent,
     NegationLexicon,
     area_over_line,
@@ -366,25 +365,6 @@ def test_counting_changes_nothing(texts):
 def test_texts_survive_the_layout(pairs):
     episodes = episodes_of([Text(*pair) for pair in pairs])
     assert [tuple(text_of(episodes, row)) for row in range(len(pairs))] == pairs
-
-
-@pytest.mark.parametrize(
-    ("low", "entropy", "mass", "level", "words"),
-    [
-        (0.35, 0.9, 0.6, "informative", ()),
-        (0.35, 0.97, 0.6, "weakly informative", ("nearly uniform",)),
-        (0.2, 0.5, 0.05, "weakly informative", ("outside the response",)),
-        (0.05, 0.5, 0.6, "not informative", ()),
-    ],
-)
-def test_verdict(low, entropy, mass, level, words):
-    verdict = AttentionVerdict(Interval(low + 0.1, low, low + 0.2), entropy, mass, 0.0, 10)
-    assert verdict.level == level
-    assert f"The attention is {level}" in str(verdict)
-    for part in words:
-        assert part in str(verdict)
-    assert "0.3" in str(verdict)
-    assert "0.1" in str(verdict)
 
 
 class FailsAtLength(SparseCredit):

@@ -48,13 +48,13 @@ def test_no_warning_where_stable_baselines3_is_not_in_use(monkeypatch):
             play(env, [30])
 
 
-def play_rows(envs, count):
-    """``count`` episodes a row of five tokens and end-of-text; returns the warnings about attention."""
+def play_rows(envs, count, tokens=(3, 4, 5, 6, 7)):
+    """``count`` episodes a row of these tokens and end-of-text; returns the warnings about attention."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(count):
             envs.reset(seed=seed)
-            for token in (3, 4, 5, 6, 7, envs.unwrapped.eos_token_id):
+            for token in (*tokens, envs.unwrapped.eos_token_id):
                 envs.step(np.full(envs.num_envs, token))
     return [warning for warning in caught if warning.category is UninformativeAttention]
 
@@ -77,6 +77,17 @@ def test_nearly_uniform_attention_warns_once():
     assert "tokenmdp quality" in str(warning.message)
     assert play_rows(envs[1], 8) == []  # the same model under another wrapper
     assert play_rows(envs[2], 8) == []  # uneven rows
+
+
+@pytest.mark.usefixtures("forget")
+def test_responses_that_repeat_themselves_say_nothing_about_attention():
+    envs = wrapped_vec(
+        "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", max_new_tokens=24,
+        reward_model=ConstantAttention(),
+    )  # fmt: skip
+    assert play_rows(envs, 2, [13] * 12) == []
+    assert play_rows(envs, 2, [13] * 18 + [14, 15, 16]) == []  # 5 different ones of 22
+    assert len(play_rows(envs, 1, [13] * 8 + [14, 15, 16])) == 1
 
 
 @pytest.mark.usefixtures("forget")

@@ -8,24 +8,25 @@ import pytest
 from known_credit import position, single, true_reward
 
 ROOT = Path(__file__).parents[1]
-PAGES = {  # and the section, where only that one's blocks can run as they stand
-    "README.md": "## Use it with your own tools\n",
-    "agents/README.md": "",
-    "docs/bring_your_own_agent.md": "",
+PAGES = {  # and the sections, where only those have blocks that can run as they stand
+    "README.md": ("## The contract\n", "## Use it with your own tools\n"),
+    "agents/README.md": ("",),
+    "docs/bring_your_own_agent.md": ("",),
 }
-BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Without doctests, which pytest collects itself.
+BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(?!>>>)(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"num_updates=150": "num_updates=1", "num_envs=64": "num_envs=4"}
 
 
 def blocks():
-    for page, heading in PAGES.items():
+    for page, headings in PAGES.items():
         path = ROOT / page
         if not path.exists():
             yield pytest.param("", None, id=page, marks=pytest.mark.skip(f"{page} is not beside the tests"))
             continue
         text = path.read_text(encoding="utf-8")
-        if heading:
-            text = text.split(heading)[1].split("\n## ")[0]
+        if headings != ("",):
+            text = "\n".join(text.split(heading)[1].split("\n## ")[0] for heading in headings)
         for number, (needs, code) in enumerate(BLOCK.findall(text), start=1):
             yield pytest.param(code, needs, id=f"{page}-{number}{'-' * bool(needs)}{needs}")
 

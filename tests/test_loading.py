@@ -33,6 +33,14 @@ def policy_dir(tmp_path):
 
 
 @pytest.fixture
+def noise(monkeypatch):
+    """What transformers says of its own accord about weights."""
+    records = []
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "callHandlers", records.append)
+    return records
+
+
+@pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -112,8 +120,24 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
 
 def test_a_missing_path_is_not_sought_on_the_hub(tmp_path):
-    with pytest.raises(ModelNotFound, match="no such directory"):
-        load_causal_lm(str(tmp_path / "nowhere" / "model"))
+    for name in (str(tmp_path / "nowhere" / "model"), "./nowhere", "a/b/c"):
+        with pytest.raises(ModelNotFound, match="no such directory") as raised:
+            load_causal_lm(name)
+        assert "hf download" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "message"),
+    [
+        (load_causal_lm, "toy", "'toy' is a bundled tokenizer and no policy; only `tokenmdp train"),
+        (load_reward_model, "toy", r"'toy' is a bundled tokenizer and no reward model\. Bundled: imdb-tiny"),
+        (load_tokenizer, "lexicon", r"'lexicon' is a bundled reward model and no tokenizer\. Bundled: imdb-tiny, toy"),
+    ],
+)
+def test_a_bundled_name_of_another_kind_is_not_sought_on_the_hub(load, name, message, monkeypatch):
+    monkeypatch.setattr(loading, "_check_hub_answers", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelNotFound, match=message):
+        load(name)
 
 
 def test_missing_bundle_is_named(monkeypatch, tmp_path):
@@ -152,14 +176,15 @@ def _other_shapes(directory):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _break_config, _foreign_config, _remove_weights, _other_shapes])
-def test_corrupt_model_directory_is_named(policy_dir, damage):
+def test_corrupt_model_directory_is_named(policy_dir, damage, noise):
     damage(policy_dir)
     with pytest.raises(CheckpointError, match="restore a copy or save it again") as raised:
         load_causal_lm(str(policy_dir))
     assert str(policy_dir) in str(raised.value)
+    assert noise == []
 
 
-def test_weights_that_are_missing_are_refused_not_invented(policy_dir):
+def test_weights_that_are_missing_are_refused_not_invented(policy_dir, noise):
     GPT2ForSequenceClassification(CONFIG).save_pretrained(policy_dir)
     model = load_causal_lm(str(policy_dir))  # the language model's weights are all there, tied to the embedding
     assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
@@ -167,6 +192,7 @@ def test_weights_that_are_missing_are_refused_not_invented(policy_dir):
     (policy_dir / "config.json").write_text(json.dumps(three_layers))
     with pytest.raises(CheckpointError, match=r"no weights for .*h\.2\."):
         load_causal_lm(str(policy_dir))
+    assert noise == []
 
 
 def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):

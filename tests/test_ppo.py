@@ -381,7 +381,7 @@ def test_bad_numbers_are_named(options, message):
 
 
 def test_misfits_of_policy_and_environment_are_named():
-    with pytest.raises(ValueError, match="8 episodes do not fill num_minibatches=9"):
+    with pytest.raises(ValueError, match="num_envs=8 does not fill num_minibatches=9"):
         make_agent(num_minibatches=9)
     with pytest.raises(ValueError, match="10 logits and the environment 32 tokens"):
         PPO(make_lm(vocab_size=10, eos=1), make_envs(), PPOConfig(device="cpu"))

@@ -1,12 +1,13 @@
 import json
+import logging
 import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file
+from tokenmdp.loading import load_tokenizer, toy_tokenizer
+from tokenmdp.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file, unknown_words
 
 WORDS = "the film was good but the plot is dull and the actor is fun"
 DATASETS = "needs the datasets extra: pip install 'tokenmdp[datasets]'"  # why a test is skipped
@@ -68,6 +69,7 @@ def test_files_hold_prompts(name, content, tmp_path, encoder):
         ("p.json", "3"),
         ("p.jsonl", '{"text": "a"}'),
         ("p.jsonl", "a film"),
+        ("README.md", "the film"),
     ],
 )
 def test_other_files_are_refused_by_name(name, content, tmp_path):
@@ -83,6 +85,31 @@ def test_a_missing_or_empty_file_is_refused(tmp_path, encoder):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"empty.txt holds no prompts"):
         prompt_source(str(tmp_path / "empty.txt"), encoder, (1, 1))
+
+
+def test_a_file_of_another_kind_is_no_data_set(tmp_path, encoder):
+    (tmp_path / "README.md").write_text("the film")
+    with pytest.raises(ValueError, match=r"README.md is a file, but only .txt, .json, .jsonl files are read"):
+        prompt_source(str(tmp_path / "README.md"), encoder, (1, 1))
+
+
+def test_long_prompts_are_refused_without_noise_of_the_tokenizer(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "callHandlers", said.append)
+    tokenizer = toy_tokenizer()
+    tokenizer.model_max_length = 4
+    with pytest.raises(ValueError, match=r"14 tokens.*--max-prompt-tokens and --truncate-prompt"):
+        Encoder(tokenizer, len(tokenizer), max_prompt_tokens=4)(WORDS)
+    assert said == []
+
+
+def test_unknown_words_are_those_that_decode_to_the_unknown_token():
+    tokenizer = toy_tokenizer()
+    text = "I watched the <unk> film"
+    unknown = unknown_words(tokenizer, text)
+    assert unknown == ["I", "watched"]
+    ids = tokenizer.encode(text)
+    assert ids.count(tokenizer.unk_token_id) == len(unknown) + 1  # the last is written out
 
 
 def test_openings_are_the_first_tokens_of_long_texts(reviews, encoder):

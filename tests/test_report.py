@@ -98,14 +98,35 @@ def test_html_is_one_page_with_numbers_and_both_themes(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.count('data-r="+1.5000"') == 2
     assert 'data-r="-0.2500"' in text
-    assert "--a:1.000" in text
-    assert "--a:0.167" in text  # 0.25 of 1.5
+    assert "--own:1.000;--common:1.000" in text
+    assert "--own:0.167;--common:0.167" in text  # 0.25 of 1.5
     assert "&lt;b&gt;x&lt;/b&gt;" in text
     assert "<b>x</b>" not in text
     assert "T &amp; t" in text
     assert "score +1.250 · kl 0.500" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"https?:|<link|src=|@import|url\(", text)  # nothing to fetch
+
+
+def test_html_offers_each_text_a_scale_of_its_own(tmp_path):
+    weak, strong = (Sample("p", [" a", " b"], [credit, 0.0], credit, {}) for credit in (0.5, 2.0))
+    text = heatmap.html({"Before": [weak], "After": [strong]}, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("--own:1.000") == 2
+    assert ("--common:0.250" in text, "--common:1.000" in text) == (True, True)
+    assert 'id="scale"' in text
+    alone = heatmap.html({"Before": [weak]}, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'id="scale"' not in alone
+
+
+def test_html_tints_words_without_their_blanks_and_zero_not_at_all(tmp_path):
+    sample = Sample("p", ["  good", " ", "ness", "!"], [1.0, 0.5, -0.0, -1e-7], -1e-9, {"kl": -1e-9})
+    text = heatmap.html({"": [sample]}, tmp_path / "page.html").read_text(encoding="utf-8")
+    spans = re.findall(r'( *)<span class="t (\w*)"[^>]*data-r="([^"]*)">([^<]*)</span>', text)
+    assert spans == [
+        ("  ", "up", "+1.0000", "good"), ("", "up", "+0.5000", " "), ("", "", "+0.0000", "ness"),
+        ("", "down", "+0.0000", "!"),
+    ]  # fmt: skip
+    assert "score +0.000 · kl 0.000" in text
 
 
 def records(scores):

@@ -154,7 +154,9 @@ def test_responses_without_text_are_scored_as_the_prompt(causal):
     for template, expected in (("{prompt}{response}", causal.tokenizer("the film")["input_ids"]), ("{response}", None)):
         model = RetokenizedRewardModel(causal, TOY, template)
         output = model(only_end, needs=ROWS)
-        assert output.score[0] == model(alone, empty_responses=True).score
+        torch.testing.assert_close(
+            output.score[:1], model(alone, empty_responses=True).score
+        )  # batches add in other orders
         assert output.score[0].item() == pytest.approx(eager(causal, expected, -1)[0] if expected else 0.0, abs=1e-4)
         assert not output.attention[0].any()
         assert output.attention[1].any()

@@ -200,7 +200,7 @@ def test_text_longer_than_the_positions_is_refused():
     reward_model = HFRewardModel(gpt2(positions=8), None)
     assert reward_model.max_tokens == 8
     reward_model(episode(([1] * 4, [2] * 4)))
-    with pytest.raises(ValueError, match=r"text of 9 tokens exceeds the 8 positions.*lower max_new_tokens"):
+    with pytest.raises(ValueError, match=r"text of 9 tokens exceeds the 8 positions.*shorten it"):
         reward_model(episode(([1] * 4, [2] * 5)))
 
 

@@ -42,6 +42,15 @@ def test_two_credit_wrappers_are_refused(build):
         module.AttentionCreditReward(stats(build("UniformReward")))
 
 
+@pytest.mark.parametrize("name", ["CreditReward", "AttentionCreditReward", "OnlinePrefixReward"])
+def test_the_wrapper_of_the_other_form_is_named(name):
+    options = {"credit": "sparse"} if name == "CreditReward" else {}
+    with pytest.raises(TypeError, match=rf"wraps a single environment.*use tokenmdp\.wrappers\.vector\.{name}$"):
+        getattr(single, name)(gym.make_vec(TOY, num_envs=2), **options)
+    with pytest.raises(TypeError, match=rf"wraps a vector environment.*use tokenmdp\.wrappers\.{name}$"):
+        getattr(vector, name)(gym.make(TOY), **options)
+
+
 @pytest.mark.parametrize("build", [wrapped, wrapped_vec])
 def test_attention_credit_refuses_a_reward_model_without_attention(build):
     with pytest.raises(ValueError, match=r"does not provide attention.*UniformReward or SparseReward"):

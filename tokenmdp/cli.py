@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 from gymnasium.error import Error as GymnasiumError
@@ -34,7 +35,7 @@ CreditName = Literal[
     "fine-grained",
     "rto",
 ]
-AllOrOne = Literal["all"] | CreditName
+AllOrOne = Literal["all", CreditName]  # one Literal: of a union of two the parser would list the names unordered
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Train:
     """
 
     preset: Literal["quick", "smoke"] = "quick"
-    """quick: the bundled movie-review model, minutes on two CPU cores; smoke: an untrained toy model, seconds."""
+    """quick: the bundled movie-review model, minutes on two cores; smoke: an untrained toy model, under a minute."""
     credit: CreditName = "attention"
     """How the score is spread over the tokens."""
     credit_beta: float | None = None
@@ -72,6 +73,10 @@ class Train:
     """File, directory or data-set name; None takes the preset's."""
     eval_prompts: str | None = None
     """Prompts for the evaluation before and after; None keeps a fifth of the prompts out of training."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens; None takes the environment's."""
+    truncate_prompt: Literal["left", "right"] | None = None
+    """Which side a longer prompt loses; None refuses it."""
     max_new_tokens: int | None = None
     """Longest response in tokens; None takes the preset's."""
     ppo: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -83,7 +88,7 @@ class Train:
     device: str = "auto"
     """Where policy and reward model run: cpu, cuda, cuda:1; auto takes cuda if there is one."""
     out: Path | None = None
-    """Run directory; None is runs/PRESET-CREDIT-seedSEED."""
+    """Run directory; None is runs/PRESET-CREDIT-seedSEED, with loraRANK after the credit where adapters learn."""
     resume: bool = True
     """Go on from the run directory's checkpoint if it has one."""
     reexec: bool = True
@@ -106,6 +111,12 @@ class Sample:
     """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier; None takes the run's, or the bundled one."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer; None takes the run's."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens; None takes the run's, or the environment's."""
+    truncate_prompt: Literal["left", "right"] | None = None
+    """Which side a longer prompt loses; None takes the run's, or refuses it."""
     max_new_tokens: int | None = None
     """Longest response in tokens; None takes the run's, or 16."""
     temperature: float | None = None
@@ -318,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         reexecute_with_settings()
     try:
-        return run(command)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            return run(command)
     except KeyboardInterrupt:
         print("interrupted" + ("; run the same command to go on" if isinstance(command, Train | Ablate) else ""))
         return 130
@@ -327,11 +340,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("TOKENMDP_TRACEBACK") or (isinstance(error, RuntimeError) and not own):
             raise
         # These errors name the value and the remedy; a trace above them would hide both.
-        kind = "" if own or type(error) is ValueError else f"{type(error).__name__}: "
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
+        kind = "" if plain else f"{type(error).__name__}: "
+        console = error_console()
         console.print(Text.assemble(("error: ", "bold red"), f"{kind}{error}"))
         console.print("(TOKENMDP_TRACEBACK=1 shows where)", style="dim")
         return 2
+
+
+def error_console() -> Console:
+    """For messages to the user, which wrap as the terminal does."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Stands in for `warnings.showwarning`: one line for what is meant for users, Python's own form for the rest."""
+    if issubclass(category, UserWarning):
+        error_console().print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ ALIASES: dict[str, dict[Kind, Path]] = {
 }
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
+PATH_STARTS = ("/", "./", "../", "~")
 TOY_WORDS = [
     "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
     "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
@@ -122,23 +123,43 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 
 def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """`from_pretrained` for models: safetensors only, every weight present, eval mode, in ``dtype``.
+    """`from_pretrained` for models: safetensors only, every weight present in its shape, eval mode, in ``dtype``.
 
     In a worker process of environments PyTorch gets one thread: see `use_one_thread_in_workers`.
     """
     use_one_thread_in_workers()
-    model, report = from_pretrained(loader, kind, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    reporter = logging.getLogger("transformers.modeling_utils")
+    # It would warn of missing weights and other shapes, refused below. Not by setLevel: where the logger's own
+    # level is set, transformers checks more and warns of that.
+    reporter.addFilter(_no_warning)
+    try:
+        model, report = from_pretrained(
+            loader, kind, name,
+            dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    finally:
+        reporter.removeFilter(_no_warning)
+    if report["mismatched_keys"]:  # as for missing ones
+        weight, stored, expected = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{name} has {weight} of shape {tuple(stored)}, and its config.json asks for {tuple(expected)}; restore a "
+            "copy or save it again"
+        )
     if report["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise CheckpointError(
             f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "
-            f"pass a {kind.replace('_', ' ')} that was saved with these weights"
+            f"pass a {_words(kind)} that was saved with these weights"
         )
     for weight in model.parameters():
         # So far a view of the mapped file, at whatever offset its header leaves. Kernels round differently there, and a
         # resumed run would not repeat the unbroken one.
         weight.data = weight.data.clone()
     return model.eval()
+
+
+def _no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
 
 
 def use_one_thread_in_workers() -> None:
@@ -169,7 +190,7 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
                 return loader(path, local_files_only=True, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
-                f"cannot load a {kind.replace('_', ' ')} from {path}: {error}. It needs config.json, model.safetensors "
+                f"cannot load a {_words(kind)} from {path}: {error}. It needs config.json, model.safetensors "
                 "and the tokenizer files as save_pretrained writes them (pytorch_model.bin is not read); "
                 "restore a copy or save it again"
             ) from error
@@ -179,7 +200,7 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
                 f"{name!r} is bundled as {' and '.join(ALIASES[name])} only; as {kind} there is {_bundled(kind)}"
             )
         raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
-    _check_hub_name(kind, name)
+    _check_name(kind, name)
     try:
         with quiet():
             return loader(name, local_files_only=True, **options)
@@ -191,14 +212,23 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
         raise _not_found(kind, name, f"the hub has no such model or not its files ({error})") from error
 
 
-def _check_hub_name(kind: Kind, name: str) -> None:
+def _check_name(kind: Kind, name: str) -> None:
+    """Refuse what the hub need not be asked about: the path of no directory, and a name that means something else."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    what = _words(kind)
+    if others := [_words(other) for other, names in BUILT_IN.items() if name in names]:
+        toy = (kind, name) == ("policy", "toy")
+        hint = "; only `tokenmdp train --preset smoke` has an untrained policy of this name" if toy else ""
+        raise ModelNotFound(f"{name!r} is a bundled {others[0]} and no {what}{hint}. Bundled: {_bundled(kind)}")
+    missing = f"no {what} {name!r}: there is no such directory"
+    if name.startswith(PATH_STARTS):
+        raise ModelNotFound(f"{missing}; check the path. Bundled: {_bundled(kind)}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise _not_found(kind, name, "there is no such directory, and a hub name is OWNER/NAME") from error
+        raise ModelNotFound(f"{missing}, and a hub name is OWNER/NAME. Bundled: {_bundled(kind)}") from error
 
 
 def _check_hub_answers(kind: Kind, name: str) -> None:
@@ -221,14 +251,19 @@ def _check_hub_answers(kind: Kind, name: str) -> None:
 
 def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
     return ModelNotFound(
-        f"no {kind.replace('_', ' ')} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
-        f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. "
-        f"Bundled: {_bundled(kind)}"
+        f"no {_words(kind)} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
+        f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. Bundled: {_bundled(kind)}"
     )
 
 
+def _words(kind: Kind) -> str:
+    return kind.replace("_", " ")
+
+
 def _bundled(kind: Kind) -> str:
-    return ", ".join([*(alias for alias, kinds in ALIASES.items() if kind in kinds), *BUILT_IN.get(kind, ())])
+    """The names that need no file and no hub."""
+    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
+    return ", ".join([*aliases, *BUILT_IN.get(kind, ())])
 
 
 @contextlib.contextmanager

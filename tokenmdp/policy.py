@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenmdp import packed
 from tokenmdp.attention import install
 from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.fused import fuse_activations, token_scores
@@ -174,6 +176,17 @@ class CausalLMPolicy(nn.Module):
     def autocast(self) -> torch.autocast:
         """The precision of the forwards. Entered around a whole loop it casts each weight once, not once a forward."""
         return torch.autocast(self.lm.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    @contextlib.contextmanager
+    def decoding(self, rows: int, steps: int) -> Iterator[None]:
+        """Enter around ``steps`` calls of `append` with ``rows`` texts: `autocast`, and packed weights where they pay.
+
+        For sampling without gradients; the weights must not change meanwhile.
+        """
+        pays = steps >= packed.FEWEST_STEPS and packed.can_pack(self.lm.device)
+        layers = packed.packed_layers(self.lm, self.compute_dtype, rows) if pays else contextlib.nullcontext()
+        with self.autocast(), layers:
+            yield
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:
         """Read left-padded prompts (N, P), of different length if need be; the state before response token 0.

@@ -57,7 +57,12 @@ class Encoder:
             ValueError: the prompt is empty, or longer than its slots and ``truncate`` is None.
             TypeError: the prompt is neither a text nor a sequence of ids.
         """
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else self._ids(prompt)
+        # Not verbose: transformers would first warn of a text beyond the model's positions, which is refused below.
+        ids = (
+            self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
+            if isinstance(prompt, str)
+            else self._ids(prompt)
+        )
         if not ids:
             raise ValueError(
                 f"{name} is empty ({prompt!r} has no tokens); give at least one token, "
@@ -72,7 +77,8 @@ class Encoder:
         shown = prompt if isinstance(prompt, str) else str(self.tokenizer.decode(ids))
         raise ValueError(
             f"{name} has {len(ids)} tokens and max_prompt_tokens is {self.max_prompt_tokens}: {shorten(shown)!r}; "
-            "raise max_prompt_tokens, or pass truncate_prompt='left' (drops the start) or 'right' (drops the end)"
+            "raise max_prompt_tokens, or pass truncate_prompt='left' (drops the start) or 'right' (drops the end); in "
+            "the command, --max-prompt-tokens and --truncate-prompt"
         )
 
     def _ids(self, prompt: Sequence[int]) -> list[int]:
@@ -130,7 +136,7 @@ def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: 
             raise TypeError(f"prompts is a list of texts or a name, not {source!r}")
         return _given(source, encoder, "the list")
     path = Path(resolve("prompts", source))
-    if path.suffix in FILE_SUFFIXES:
+    if path.suffix in FILE_SUFFIXES or path.is_file():
         if not path.is_file():
             raise PromptsNotFound(
                 f"prompts {source!r}: no file {path}; give an existing {', '.join(FILE_SUFFIXES)} file"
@@ -148,6 +154,21 @@ def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: 
     if not texts:
         raise ValueError(f"prompts {source!r} holds no text longer than {MIN_TEXT_CHARACTERS} characters")
     return Openings(texts, encoder, (least, most))
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The parts of ``text`` that the vocabulary lacks, so that the model reads its unknown token in their places.
+
+    >>> from tokenmdp.loading import load_tokenizer
+    >>> unknown_words(load_tokenizer("toy"), "the submarine was great")
+    ['submarine']
+    """
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:  # slow tokenizers do not say where a token lies
+        return []
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    parts = [text[start:end] for token, (start, end) in places if token == tokenizer.unk_token_id]
+    return [part for part in parts if part != tokenizer.unk_token]
 
 
 def clean_text(text: str) -> str:
@@ -174,8 +195,10 @@ def read_prompt_file(path: Path) -> list[Any]:
     JSON holds a list, or ``{"prompts": [...]}``; each line of a JSONL file a string or ``{"prompt": ...}``.
 
     Raises:
-        ValueError: another structure.
+        ValueError: another kind of file, or another structure.
     """
+    if path.suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{path} is a file, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
         return [line for line in text.splitlines() if line.strip()]

@@ -107,7 +107,8 @@ def _play(
     support = torch.zeros(*logprobs.shape, policy.top_k, dtype=torch.long, device=device) if policy.top_k else None
 
     length = 0  # no response is longer
-    with policy.autocast(), _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
+    decoding = policy.decoding(envs.num_envs, task.max_new_tokens)
+    with decoding, _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
         state = policy.prefill(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),

@@ -55,7 +55,8 @@ def monte_carlo_values(
     mine = processes.rows(envs.num_envs)
     horizons = base.horizons.tolist()
     values = torch.zeros_like(rollout.values)
-    with processes.together(), processes.whole_weights(policy), policy.autocast():
+    horizon = base.task.max_new_tokens
+    with processes.together(), processes.whole_weights(policy), policy.decoding(envs.num_envs * num_rollouts, horizon):
         for t in range(rollout.response_mask.shape[1]):
             rows = rollout.response_mask[:, t].nonzero()[:, 0]
             branches = rows.repeat(num_rollouts)

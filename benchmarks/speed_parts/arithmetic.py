@@ -11,7 +11,7 @@ from speed_parts.shapes import Shape
 from speed_parts.timing import Numbers, alternate, column, now, ratio_interval
 
 MARK = 0.5
-MARKED_SHAPES = ("gpt2",)
+MARKED_SHAPES = ("gpt2", "gpt2-64")
 PRODUCT_SECONDS = 1.0  # how long a measurement of the matrix product goes on, at least
 
 

@@ -77,6 +77,7 @@ CHANGES: dict[str, Undo] = {
     "token scores in one pass": lambda agent: patch("tokenmdp.policy.token_scores", plain_scores),
     "activation in one kernel": plain_activations,
     "bfloat16 attention on the CPU": sdpa_alone,
+    "weights packed for decoding": lambda agent: patch("tokenmdp.packed.can_pack", lambda device: False),
     "keys and values in place": lambda agent: patch(
         "tokenmdp.policy.make_cache", lambda config: DynamicCache(config=config)
     ),

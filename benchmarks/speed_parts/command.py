@@ -21,7 +21,7 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "credit": (("bundled",), 12),
     "horizon": (("4x256",), 4),
     "overhead": (("bundled", "4x256", "gpt2"), 5),
-    "flops": (("gpt2",), 5),
+    "flops": (("gpt2-64", "gpt2"), 3),
     "changes": (("4x256",), 5),
 }
 
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> list[Finding]:
     for part in arguments.parts:
         for name in chosen_shapes(arguments, part):
             console.print(f"measuring {part} {name}", markup=False)
-            findings += run_part(part, SHAPES[name], device, arguments)
+            found = run_part(part, SHAPES[name], device, arguments)
+            # The marks are for the sizes that are measured in earnest.
+            findings += [finding.without_mark() for finding in found] if arguments.smoke else found
             if arguments.out is not None:
                 write_json(arguments.out, findings, described, vars(arguments))
     print_table(findings, described)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.allocator import SETTINGS, describe
+from tokenmdp.commands.display import count
 from tokenmdp.intervals import Interval
 from tokenmdp.policy import resolve_dtype
 
@@ -74,6 +75,14 @@ class Finding:
     def _print(self, number: float) -> str:
         return f"{100 * number:.2f}%" if self.percent else f"{number:.3f}"
 
+    def without_mark(self) -> Finding:
+        """The number alone.
+
+        >>> Finding("flops", "gpt2", "rate", Interval(0.4, 0.3, 0.5), "", at_least=0.5).without_mark().verdict
+        ''
+        """
+        return replace(self, at_least=None, at_most=None)
+
     def to_json(self) -> dict[str, Any]:
         """Infinite bounds (one repetition) become null."""
         bounds = [bound if math.isfinite(bound) else None for bound in self.interval[1:]]
@@ -126,7 +135,7 @@ def print_table(findings: list[Finding], described: dict[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(
-        f"{described['cpu']}, {described['threads']} threads of {described['cores']} cores, device "
+        f"{described['cpu']}, {count(described['threads'], 'thread')} of {count(described['cores'], 'core')}, device "
         f"{described['device']}, default dtype {described['default_dtype']}, torch {described['torch']}, transformers "
         f"{described['transformers']}, load {described['load_average'][0]:.1f}",
         soft_wrap=True,

@@ -77,6 +77,7 @@ SHAPES = {
         Shape("bundled", 4, 256, 4, 4096, episodes=64, prompt_tokens=8, response_tokens=24, bundled=True),
         Shape("4x256", 4, 256, 4, 4096, episodes=64, prompt_tokens=8, response_tokens=24),
         Shape("gpt2", 12, 768, 12, 50257, episodes=16, prompt_tokens=8, response_tokens=16),
+        Shape("gpt2-64", 12, 768, 12, 50257, episodes=64, prompt_tokens=8, response_tokens=24),
         Shape("smoke", 1, 16, 2, 64, episodes=4, prompt_tokens=2, response_tokens=3, num_minibatches=2),
     )
 }

@@ -28,13 +28,22 @@ def make_console() -> Console:
 def summary(metrics: Mapping[str, Any]) -> str:
     """The numbers worth watching.
 
-    >>> summary({"score_mean": 1.0, "kl": 0.5, "entropy": 2.25, "tokens_per_second": 812.4})
-    'score +1.00  KL 0.50  entropy 2.25  812 tokens/s'
+    >>> summary({"score_mean": 1.0, "kl": -0.0001, "entropy": 2.25, "tokens_per_second": 812.4})
+    'score +1.00  KL 0.00  entropy 2.25  812 tokens/s'
     """
     return (
-        f"score {metrics['score_mean']:+.2f}  KL {metrics['kl']:.2f}  entropy {metrics['entropy']:.2f}  "
+        f"score {metrics['score_mean']:+z.2f}  KL {metrics['kl']:z.2f}  entropy {metrics['entropy']:z.2f}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> count(1, "thread"), count(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:

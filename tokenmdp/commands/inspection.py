@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ from tokenmdp.commands.settings import (
     settings_from_record,
     split_prompts,
 )
+from tokenmdp.loading import load_tokenizer
 from tokenmdp.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.prompts import unknown_words
 from tokenmdp.rendering import SEPARATOR
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample, samples_from_rollout
@@ -71,11 +74,16 @@ def sample(arguments: cli.Sample) -> int:
         name = str(run.checkpoint)
     else:
         name = arguments.source
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            raise RunError(f"{name} is neither a run nor a model: it holds no run.json and no config.json")
         settings = replace(PRESETS["quick"].settings, tokenizer=name, policy=name)
     device = resolve_device(arguments.device)
     given: dict[str, Any] = {
         "credit": arguments.credit,
         "reward_model": arguments.reward_model,
+        "align": arguments.align,
+        "max_prompt_tokens": arguments.max_prompt_tokens,
+        "truncate_prompt": arguments.truncate_prompt,
         "max_new_tokens": arguments.max_new_tokens,
     }
     if arguments.credit is not None:  # the run's options belong to the run's method
@@ -85,6 +93,10 @@ def sample(arguments: cli.Sample) -> int:
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
     options = settings.ppo | {key: value for key, value in sampling.items() if value is not None}
+    for prompt in arguments.prompt:
+        if unknown := unknown_words(tokenizer := load_tokenizer(settings.tokenizer), prompt):
+            words = ", ".join(map(repr, unknown))
+            warnings.warn(f"not in the vocabulary, so read as {tokenizer.unk_token}: {words}", stacklevel=2)
     sources: list[Any] = [[prompt] for prompt in arguments.prompt] or [split_prompts(settings).held_out]
     samples: list[Sample] = []
     policy = None

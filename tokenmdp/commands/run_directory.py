@@ -10,10 +10,11 @@ report/             curve, samples page and summary, written at the end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class RunDirectory:
         self.before = self.path / "before.json"
         self.checkpoint = self.path / "checkpoint"
         self.report = self.path / "report"
+        self._made = False  # by this object
 
     def check(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
         """Make sure that a run with ``settings`` may use the directory; True if there is a checkpoint to go on from.
@@ -64,6 +66,17 @@ class RunDirectory:
             raise RunError(f"{self.path} holds a run with other settings ({changes}); choose another --out")
         return recover_directory(self.checkpoint).exists()
 
+    @contextlib.contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """Remove the directory if the block fails, where `check` made it and nothing is in it."""
+        try:
+            yield
+        except BaseException:
+            if self._made:
+                with contextlib.suppress(OSError):  # it holds something
+                    self.path.rmdir()
+            raise
+
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write ``run.json``, if it is not there."""
         if not self.record.exists():
@@ -78,7 +91,11 @@ class RunDirectory:
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except OSError as error:
-            raise RunError(f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error})") from error
+            holder = self.path.resolve().parent
+            hint = f"; it lies in the run {holder}: pass that" if (holder / self.record.name).exists() else ""
+            raise RunError(
+                f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error}){hint}"
+            ) from error
         except ValueError as error:
             raise RunError(
                 f"{self.record} is damaged ({error}); move {self.path} away, or use its checkpoint/ directory directly"
@@ -110,6 +127,7 @@ class RunDirectory:
     def _probe(self) -> None:
         """Make the directory and write a file in it, so that an hour of work is not lost at the first checkpoint."""
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path, prefix=".probe.")
             os.close(handle)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
 HELD_OUT_EVERY = 5  # every fifth prompt is kept out of training
 EXAMPLES = {"--ppo": "kl_coef=0.1", "--credit-option": "budget=64", "--option": "shapley.budget=64"}
+LATER_SETTINGS = (
+    "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
+    "truncate_prompt",
+)  # fmt: skip
 FEWEST_TO_SPLIT = 20  # with fewer prompts than this, evaluation uses the training prompts
 
 
@@ -47,6 +51,8 @@ class RunSettings:
     reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
     horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included
     min_new_tokens: int = 0  # tokens before end-of-text becomes legal
+    max_prompt_tokens: int | None = None  # None: the environment's own
+    truncate_prompt: str | None = None  # "left", "right"; None refuses a longer prompt
     num_envs: int = 64
     seed: int = 1
     device: str = "cpu"
@@ -108,13 +114,16 @@ def settings_from(arguments: Train) -> RunSettings:
     given: dict[str, Any] = {
         **{key: absolute_name(name) for key, name in names.items()},
         "max_new_tokens": arguments.max_new_tokens,
+        "max_prompt_tokens": arguments.max_prompt_tokens,
+        "truncate_prompt": arguments.truncate_prompt,
         "align": arguments.align,
         "reward_template": arguments.reward_template,
         "num_envs": arguments.num_envs,
         "eval_samples": arguments.eval_samples,
     }
     changed: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for key, least in (("num_envs", 1), ("max_new_tokens", 1), ("eval_samples", 2)):  # an interval needs two
+    leasts = {"num_envs": 1, "max_prompt_tokens": 1, "max_new_tokens": 1, "eval_samples": 2}  # an interval needs two
+    for key, least in leasts.items():
         if changed.get(key, least) < least:
             raise ValueError(f"--{key.replace('_', '-')} is {changed[key]}; it must be at least {least}")
     if arguments.reward_template is not None:
@@ -182,8 +191,7 @@ def settings_record(settings: RunSettings) -> dict[str, Any]:
 
     Later additions are left out where they are unset, so that the runs of earlier versions go on.
     """
-    later = ("credit_options", "align", "reward_template", "horizon_range", "min_new_tokens")
-    without = {"device"} | {name for name in later if not getattr(settings, name)}
+    without = {"device"} | {name for name in LATER_SETTINGS if not getattr(settings, name)}
     record = {key: value for key, value in asdict(settings).items() if key not in without}
     if settings.horizon_range is not None:
         record["horizon_range"] = list(settings.horizon_range)  # as JSON gives it back
@@ -265,6 +273,8 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         "prompts": prompts,
         "reward_template": settings.reward_template,
         "horizon_range": settings.horizon_range,
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "truncate_prompt": settings.truncate_prompt,
     }
     envs = gym.make_vec(
         f"tokenmdp:{settings.env}",

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.checkpoints import CheckpointError, write_text
 from tokenmdp.commands import allocator
-from tokenmdp.commands.display import Interruption, TrainingDisplay, make_console
+from tokenmdp.commands.display import Interruption, TrainingDisplay, count, make_console
 from tokenmdp.commands.evaluation import (
     Evaluation,
     comparison,
@@ -82,19 +82,55 @@ def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator:
         raise ValueError(f"--updates is {updates}; it must be at least 1")
     ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
     credit_of(settings)
-    run = RunDirectory(arguments.out or Path("runs") / f"{arguments.preset}-{settings.credit}-seed{settings.seed}")
+    run = RunDirectory(arguments.out or Path("runs") / default_name(arguments.preset, settings))
+    with run.setting_up():
+        agent, split = set_up(run, settings, updates, arguments.resume, accelerator, console)
+
+    before: Evaluation | None = None
+    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        if not processes.rank:
+            run.claim(settings_record(settings))  # only now: what fails in the set-up leaves no half-made run behind
+            before = evaluate_before(run, agent, settings, split, console)
+    if learn(run, agent, updates, preset.checkpoint_every, console):
+        raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        if before is not None:
+            report(run, agent, settings, split, before, console)
+    return 0
+
+
+def default_name(preset: str, settings: RunSettings) -> str:
+    """The directory below runs/ of a run that is given none."""
+    rank = settings.ppo.get("lora_rank")
+    return f"{preset}-{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
+
+
+def set_up(
+    run: RunDirectory,
+    settings: RunSettings,
+    updates: int,
+    resume: bool,
+    accelerator: Accelerator | None,
+    console: Console,
+) -> tuple[PPO, PromptSplit]:
+    """The agent, new or from the run's checkpoint, and the prompts.
+
+    Raises:
+        RunError: another run, or something else, is in the directory.
+    """
+    processes = processes_of(accelerator)
     with processes.together():
-        has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=arguments.resume)
+        has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
     has_checkpoint = processes.share(has_checkpoint)
     console.print(f"run directory: {run.path}", highlight=False)
     console.print(
-        f"{allocator.describe(os.environ)}; {torch.get_num_threads()} threads",
+        f"{allocator.describe(os.environ)}; {count(torch.get_num_threads(), 'thread')}",
         style="dim",
         highlight=False,
         soft_wrap=True,
     )
     if processes.size > 1:
-        console.print(f"{processes.size} processes with {settings.num_envs // processes.size} episodes each")
+        console.print(f"{processes.size} processes with {count(settings.num_envs // processes.size, 'episode')} each")
 
     split = split_prompts(settings)
     envs = make_envs(settings, settings.num_envs // processes.size, split.training)
@@ -106,19 +142,10 @@ def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator:
         agent = PPO(policy, envs, ppo_config(settings, updates), accelerator=accelerator)
         if settings.policy == TOY_POLICY:
             console.print("the toy policy starts untrained: random weights, random words")
+            if agent.config.lora_rank:
+                console.print("adapters learn little on it: the weights beside them stay random")
     console.print(f"{describe(agent)}; {split.note}", highlight=False, soft_wrap=True)
-
-    before: Evaluation | None = None
-    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
-        if not processes.rank:
-            run.claim(settings_record(settings))  # only now: a command that fails above leaves no half-made run behind
-            before = evaluate_before(run, agent, settings, split, console)
-    if learn(run, agent, updates, preset.checkpoint_every, console):
-        raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
-    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
-        if before is not None:
-            report(run, agent, settings, split, before, console)
-    return 0
+    return agent, split
 
 
 def ppo_config(settings: RunSettings, updates: int) -> PPOConfig:
@@ -159,7 +186,7 @@ def describe(agent: PPO) -> str:
     precision = str(agent.policy.compute_dtype).removeprefix("torch.")
     return (
         f"policy of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.policy.lm.device}; "
-        f"{agent.num_episodes} episodes of up to {task.max_new_tokens} tokens an update"
+        f"{count(agent.num_episodes, 'episode')} of up to {count(task.max_new_tokens, 'token')} an update"
     )
 
 

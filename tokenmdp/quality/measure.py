@@ -199,5 +199,6 @@ class _RowStatistics:
             return None
         _, entropy, mass, fell_back = every.mean(0).tolist()
         return AttentionVerdict(
-            bootstrap_interval(correlations.numpy(), seed), entropy, mass, fell_back, len(correlations)
-        )
+            bootstrap_interval(correlations.numpy(), seed), entropy, mass, fell_back,
+            texts=len(correlations), unusable=len(every) - len(correlations),
+        )  # fmt: skip

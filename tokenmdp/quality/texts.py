@@ -25,8 +25,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "") -> T
         ValueError: the text has no tokens.
     """
     joined = text if not prompt or text[:1].isspace() or prompt[-1:].isspace() else f" {text}"
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
-    ids = tokenizer.encode(joined, add_special_tokens=False)
+    # Not verbose: a text beyond the reward model's positions is refused where it is scored.
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False, verbose=False) if prompt else []
+    ids = tokenizer.encode(joined, add_special_tokens=False, verbose=False)
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens; give at least one word")
     return Text(prompt_ids, ids)

@@ -21,15 +21,19 @@ class AttentionVerdict:
     entropy: float  # of the renormalised row, as a share of its maximum; mean
     mass: float  # the row's share on the response, before renormalising; mean
     below_floor: float  # share of texts whose mass is too small to use
-    texts: int
+    texts: int  # with a rank correlation
+    unusable: int = 0  # without one: the row or leave-one-out is the same for all tokens
 
     @property
     def level(self) -> str:
-        """One of "informative", "weakly informative" and "not informative".
+        """One of "informative", "weakly informative", "not informative" and "unknown".
 
-        Not: the interval of the rank correlation reaches below `WEAK`. Informative: it lies above `INFORMATIVE` as a
-        whole, and the entropy is at most `NEARLY_UNIFORM`. Weakly: everything between.
+        Unknown: at most half of the texts have a rank correlation. Not: the interval of the rank correlation reaches
+        below `WEAK`. Informative: it lies above `INFORMATIVE` as a whole, and the entropy is at most `NEARLY_UNIFORM`.
+        Weakly: everything between.
         """
+        if self.unusable >= self.texts:
+            return "unknown"
         if self.spearman.low < WEAK:
             return "not informative"
         if self.spearman.low >= INFORMATIVE and self.entropy <= NEARLY_UNIFORM:
@@ -45,8 +49,15 @@ class AttentionVerdict:
             notes.append("most of the row lies outside the response")
         if self.below_floor:
             notes.append(f"{self.below_floor:.0%} of the texts fall back to uniform credit")
+        verdict = f"The attention is {self.level}"
+        if self.level == "unknown":
+            verdict = (
+                f"These texts do not show whether the attention is informative: on {self.unusable} of "
+                f"{self.unusable + self.texts} it has no rank correlation with |leave-one-out|, because one of the two "
+                "is the same for all tokens. Choose texts (--texts) with words that the reward model minds"
+            )
         return (
-            f"The attention is {self.level}{''.join(f'; {note}' for note in notes)}. Spearman correlation of the row "
+            f"{verdict}{''.join(f'; {note}' for note in notes)}. Spearman correlation of the row "
             f"with |leave-one-out| {self.spearman} over {self.texts} texts, entropy {self.entropy:.2f} of its maximum, "
             f"response mass {self.mass:.2f}. Informative: the whole interval at least {INFORMATIVE} and entropy at "
             f"most {NEARLY_UNIFORM}; not informative: the interval reaches below {WEAK}; weakly: between."

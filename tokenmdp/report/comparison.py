@@ -13,13 +13,12 @@ from pathlib import Path
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.report.heatmap import credit_scale, printable
-from tokenmdp.report.page import SCRIPT, STYLE
+from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch
 
 COLUMNS = 16  # tokens side by side; a longer text goes on in a further grid
 
 GRID_STYLE = """
 main { display: block; }
-.legend { margin: .25rem 0; } main { margin-top: 1.5rem; }
 section { display: block; margin: 0 0 2.2rem; }
 .text { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .text b { font-weight: 600; }
@@ -77,13 +76,6 @@ for (const grid of document.querySelectorAll("table")) {
   });
 }
 addEventListener("scroll", hide, true);
-const scale = document.getElementById("scale");
-scale.onclick = () => {
-  const common = document.documentElement.dataset.scale !== "common";
-  document.documentElement.dataset.scale = common ? "common" : "own";
-  scale.setAttribute("aria-pressed", common);
-  document.getElementById("scale-note").textContent = scale.dataset[common ? "common" : "own"];
-};
 """
 OWN = "Full colour is the largest |credit| of the method's own row: rows show where credit goes, not how much."
 COMMON = "Full colour is the largest |credit| of all methods on the text: rows can be compared in strength."
@@ -132,9 +124,7 @@ def html(texts: Sequence[Comparison], path: str | Path, *, title: str = "Credit 
     legend = (
         '<p class="legend"><span>penalised &minus;</span><span class="bar"></span><span>+ rewarded</span> · point at a '
         "cell, or focus it and use the arrow keys, for its numbers</p>"
-        f'<p class="legend"><button id="scale" type="button" aria-pressed="false" data-own="{markup.escape(OWN)}" '
-        f'data-common="{markup.escape(COMMON)}">one scale for all methods</button>'
-        f'<span id="scale-note" role="status">{markup.escape(OWN)}</span></p>'
+        f"{scale_switch('one scale for all methods', OWN, COMMON, common=False)}"
     )
     page = (
         '<!doctype html><html lang="en" data-scale="own"><head><meta charset="utf-8">'
@@ -142,7 +132,7 @@ def html(texts: Sequence[Comparison], path: str | Path, *, title: str = "Credit 
         f"<title>{markup.escape(title)}</title><style>{STYLE}{GRID_STYLE}</style></head><body>"
         f'<header><h1>{markup.escape(title)}</h1><button id="theme" type="button">dark / light</button></header>'
         f'<p class="note">{markup.escape(note)}</p>{legend}<main>{sections}</main><div id="tip" role="tooltip" hidden>'
-        f"</div><script>{SCRIPT}{GRID_SCRIPT}</script></body></html>"
+        f"</div><script>{SCRIPT}{SCALE_SCRIPT}{GRID_SCRIPT}</script></body></html>"
     )
     write_text(path, page)
     return Path(path)

@@ -14,13 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tokenmdp.report.page import SCRIPT, STYLE
+from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch
 from tokenmdp.report.samples import Sample
 
 # Equal lightness: only the hue and its strength change with credit, so the order reads the same on a dark and on a
 # light terminal, whose background we cannot know.
 _NEUTRAL, _REWARDED, _PENALISED = (168, 168, 168), (255, 153, 51), (92, 173, 255)
 _INK = "#101010"
+OWN = "Full colour is the largest |credit| of the token's own text: texts show where credit goes, not how much."
+COMMON = "Full colour is the largest |credit| of all texts: they can be compared in strength."
 
 
 def credit_scale(rows: Sequence[Sequence[float]]) -> float:
@@ -92,20 +94,25 @@ def terminal_line(tokens: Sequence[str], credits: Sequence[float], *, prompt: st
     return stream.getvalue()
 
 
-def _token_html(piece: str, credit: float, scale: float) -> str:
-    share = min(abs(credit) / scale, 1.0)
-    side = "up" if credit > 0 else "down"
-    label = f"{credit:+.4f}"
-    return f'<span class="t {side}" style="--a:{share:.3f}" data-r="{label}">{markup.escape(printable(piece))}</span>'
+def _token_html(piece: str, credit: float, own: float, common: float) -> str:
+    text = printable(piece)
+    # Outside the tint: at the end of a line a leading blank would leave a sliver of it, apart from its word.
+    word = text.lstrip(" ") or text
+    side = "up" if credit > 0 else "down" if credit < 0 else ""
+    strength = f"--own:{abs(credit) / own:.3f};--common:{abs(credit) / common:.3f}"
+    blanks = text[: len(text) - len(word)]
+    return f'{blanks}<span class="t {side}" style="{strength}" data-r="{credit:+z.4f}">{markup.escape(word)}</span>'
 
 
-def sample_html(sample: Sample, scale: float, *, digits: int = 3) -> str:
-    """One sample as a paragraph for a page with `tokenmdp.report.page.STYLE`; ``scale`` gets the full colour."""
-    tokens = "".join(map(_token_html, sample.tokens, sample.credits, [scale] * len(sample.tokens)))
-    # + 0.0: a rounding error below zero would read -0.000
+def sample_html(sample: Sample, common: float, *, digits: int = 3) -> str:
+    """One sample as a paragraph for a page with `tokenmdp.report.page.STYLE`; ``common`` gets the full colour."""
+    own = credit_scale([sample.credits])
+    tokens = "".join(
+        _token_html(piece, credit, own, common) for piece, credit in zip(sample.tokens, sample.credits, strict=True)
+    )
     facts = [
-        f"score {sample.score:+.{digits}f}",
-        *(f"{key} {round(value, digits) + 0.0:.{digits}f}" for key, value in sample.facts.items()),
+        f"score {sample.score:+z.{digits}f}",
+        *(f"{key} {value:z.{digits}f}" for key, value in sample.facts.items()),
     ]
     note = markup.escape(" · ".join(facts))
     return (
@@ -118,6 +125,8 @@ def html(
     sections: dict[str, Sequence[Sample]], path: str | Path, *, title: str = "Token credit", note: str = ""
 ) -> Path:
     """Write one page that needs nothing else: every section's samples on one common credit scale.
+
+    A button gives each text a scale of its own, for sections of which one has much weaker credit than the other.
 
     Args:
         sections: heading -> samples; two sections of equal length stand side by side on a wide screen.
@@ -137,18 +146,22 @@ def html(
         + "</section>"
         for heading, rows in sections.items()
     )
+    switch, script = "", ""
+    if len(samples) > 1:
+        switch, script = scale_switch("one scale for all texts", OWN, COMMON, common=True), SCALE_SCRIPT
     legend = (
         f'<p class="legend"><span class="num">&minus;{scale:.3g}</span><span class="bar"></span>'
         f'<span class="num">+{scale:.3g}</span> credit of a token: <b class="key up">rewarded</b> or '
         '<b class="key down">penalised</b> · point at a token for its number</p>'
+        f"{switch}"
     )
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{markup.escape(title)}</title><style>{STYLE}</style></head><body>"
         f'<header><h1>{markup.escape(title)}</h1><button id="theme" type="button">dark / light</button></header>'
         f'<p class="note">{markup.escape(note)}</p>{legend}<main>{columns}</main>'
-        f"<script>{SCRIPT}</script></body></html>"
+        f"<script>{SCRIPT}{script}</script></body></html>"
     )
     write_text(path, page)
     return Path(path)

@@ -1,4 +1,10 @@
-"""Style sheet and script of the HTML heat map, kept apart from the code that fills it."""
+"""Style sheet, script and scale button of the HTML pages, kept apart from the code that fills them.
+
+Colours have the strength ``--a`` in [0, 1]; a page whose root has ``data-scale`` sets it to an element's ``--own`` or
+``--common``.
+"""
+
+import html as markup
 
 STYLE = """
 :root { color-scheme: light; --page: #fdfdfc; --ink: #1c1c1e; --faint: #66666b; --line: #dedee2;
@@ -18,15 +24,19 @@ main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 
 section { display: grid; grid-template-rows: subgrid; grid-row: span var(--rows); margin-bottom: 1.5rem; }
 .note, .facts, .legend { color: var(--faint); font-size: .85rem; }
 .note { margin: .25rem 0; }
-.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem; margin: .25rem 0 1.5rem; }
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem; margin: .25rem 0; }
+main { margin-top: 1.5rem; }
 .bar { width: 9rem; height: .8rem; border-radius: .2rem;
        background: linear-gradient(90deg, rgb(var(--down)), transparent, rgb(var(--up))); }
 .num { font-variant-numeric: tabular-nums; }
 .key { --a: 1; color: var(--ink); font-weight: 500; padding: 0 .3rem; border-radius: .2rem; }
-.sample { margin: 0; padding: .6rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.sample { margin: 0; padding: .6rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere;
+          white-space: pre-wrap; }
 .prompt { color: var(--faint); }
 .facts { display: block; font-variant-numeric: tabular-nums; }
-.t { position: relative; white-space: pre-wrap; border-radius: .2rem; padding: .1rem 0; --a: 1; }
+.t { position: relative; border-radius: .2rem; padding: .1rem 0; --a: var(--own); }
+[data-scale=common] .t { --a: var(--common); }
+[data-scale=own] .num { display: none; }
 .up { background: rgb(var(--up) / var(--a)); } .down { background: rgb(var(--down) / var(--a)); }
 .t:hover { outline: 1.5px solid var(--ink); }
 .t:hover::after { content: attr(data-r); position: absolute; left: 50%; bottom: 100%; transform: translateX(-50%);
@@ -41,3 +51,23 @@ document.getElementById("theme").onclick = () => {
   root.dataset.theme = dark ? "light" : "dark";
 };
 """
+
+SCALE_SCRIPT = """
+const scale = document.getElementById("scale");
+scale.onclick = () => {
+  const common = document.documentElement.dataset.scale !== "common";
+  document.documentElement.dataset.scale = common ? "common" : "own";
+  scale.setAttribute("aria-pressed", common);
+  document.getElementById("scale-note").textContent = scale.dataset[common ? "common" : "own"];
+};
+"""
+
+
+def scale_switch(label: str, own: str, common_note: str, *, common: bool) -> str:
+    """The button that `SCALE_SCRIPT` serves, and beside it what the scale in use means."""
+    pressed, note = ("true", common_note) if common else ("false", own)
+    return (
+        f'<p class="legend"><button id="scale" type="button" aria-pressed="{pressed}" data-own="{markup.escape(own)}" '
+        f'data-common="{markup.escape(common_note)}">{markup.escape(label)}</button>'
+        f'<span id="scale-note" role="status">{markup.escape(note)}</span></p>'
+    )

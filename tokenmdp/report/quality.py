@@ -96,11 +96,13 @@ def notes(result: WorldQuality) -> list[str]:
     refused = refusals({method.name: method.unavailable for method in result.methods if method.unavailable})
     reasons = {method.name: method.stopped for method in result.methods if method.stopped and method.texts}
     stopped = [f"{name}: the first texts only, because {reason}" for name, reason in reasons.items()]
-    return [
-        *refused,
-        *stopped,
-        "The reward model shows no attention." if result.attention is None else str(result.attention),
-    ]
+    if result.attention is not None:
+        verdict = str(result.attention)
+    elif "attention" in result.world.model.provides:
+        verdict = "Fewer than two texts have a rank correlation of the attention row with |leave-one-out|."
+    else:
+        verdict = "The reward model shows no attention."
+    return [*refused, *stopped, verdict]
 
 
 def markdown(results: Sequence[WorldQuality], labels: Mapping[str, str], command: str) -> str:

@@ -76,7 +76,7 @@ def write_report(study: Study, path: str | Path) -> Path:
     )
     title = "Dense reward for free: the claims, tried again"
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
         f'<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'

@@ -173,8 +173,8 @@ class RewardModel(ABC):
         longest = int(attention_mask.sum(-1).max())
         if self.max_tokens is not None and longest > self.max_tokens:
             raise ValueError(
-                f"a text of {longest} tokens exceeds the {self.max_tokens} positions of {self}; "
-                "lower max_new_tokens or max_prompt_tokens, or use a reward model with more positions"
+                f"a text of {longest} tokens exceeds the {self.max_tokens} positions of {self}: shorten it (in an "
+                "environment, lower max_new_tokens or max_prompt_tokens), or use a reward model with more positions"
             )
 
     def _text(self, episodes: Episode, row: int) -> str:
@@ -197,7 +197,8 @@ class RewardModel(ABC):
                 f"the environment's tokenizer has {len(tokenizer)} tokens and {self} has {len(self.tokenizer)}; the "
                 f"first that differs is id {index}: {token!r} in the environment, {other!r} in the reward model. "
                 "Pass align='offsets' to let the reward model read the text with its own tokenizer and to move its "
-                "credit by characters; or tokenizer= with the reward model's own and a policy trained with it"
+                "credit by characters (in the command, --align offsets); or tokenizer= (--tokenizer) with the reward "
+                "model's own and a policy trained with it"
             )
 
     @property

@@ -54,6 +54,7 @@ class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
 
     def __init__(self, env: gym.Env, credit: str | CreditMethod, **options: Any) -> None:
         RecordConstructorArgs.__init__(self, credit=credit, **options)  # ignored if a subclass has recorded its own
+        self._check_form(env, gym.Env, "tokenmdp.wrappers.vector")
         gym.Wrapper.__init__(self, env)
         self._bind(method_of(credit, options))
 
@@ -94,7 +95,8 @@ class AttentionCreditReward(CreditReward):
     alpha is the reward model's last-layer attention row of the token it pools, averaged over heads, restricted to the
     response and renormalised. The terminal info also says ``attention_mass`` (the response's share of the row),
     ``attention_entropy`` (of alpha, as a share of its maximum) and ``credit_fallback`` (True where the mass is below
-    ``attention_floor`` and alpha is uniform). If the first rows are close to uniform, `UninformativeAttention` warns.
+    ``attention_floor`` and alpha is uniform). If the first rows are close to uniform, `UninformativeAttention` warns;
+    responses of few different tokens do not count, because equal tokens get equal attention.
 
     Source: Chan et al., "Dense Reward for Free in RLHF", ICML 2024.
 
@@ -125,6 +127,7 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
 
     def __init__(self, env: gym.Env, credit_beta: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, credit_beta=credit_beta)
+        self._check_form(env, gym.Env, "tokenmdp.wrappers.vector")
         gym.Wrapper.__init__(self, env)
         self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
         self._ledger = PrefixLedger(env.unwrapped, 1, credit_beta)  # type: ignore[arg-type]  # _bind has checked it

@@ -25,7 +25,8 @@ EVALUATIONS = (  # modules whose functions play episodes and learn nothing
 )
 
 ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
-LEAST_LENGTH_JUDGED = 4  # tokens: shorter rows are uneven or even by chance
+LEAST_DISTINCT_JUDGED = 4  # tokens: rows over fewer are uneven or even by chance
+LEAST_SHARE_DISTINCT = 0.25  # of a response's tokens
 
 
 class UninformativeAttention(UserWarning):
@@ -56,6 +57,20 @@ class CreditWrapper:
     env: Any
     _warned: ClassVar[bool] = False  # of unread episodes, once a process: a batch has many wrappers
     _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
+
+    def _check_form(self, env: Any, form: type, other: str) -> None:
+        """Refuse an environment of the other form; ``other`` is the module whose classes wrap that one.
+
+        Raises:
+            TypeError: ``env`` is single and this wraps vector environments, or the reverse.
+        """
+        if isinstance(env, (gym.Env, gym.vector.VectorEnv)) and not isinstance(env, form):
+            shipped = next(base for base in type(self).__mro__ if base.__module__.startswith("tokenmdp.wrappers"))
+            wraps, this = ("a single", "a vector") if form is gym.Env else ("a vector", "a single")
+            raise TypeError(
+                f"{type(self).__name__} wraps {wraps} environment and this is {this} one: use "
+                f"{other}.{shipped.__name__}"
+            )
 
     def _bind(self, credit: CreditMethod, needs: frozenset[str] | None = None) -> None:
         """Attach ``credit``; it needs ``credit.needs`` unless told otherwise. Called once the wrapper has its env."""
@@ -139,9 +154,16 @@ class CreditWrapper:
         self.env.unwrapped.token_credit[rows] = token_rewards
 
     def _judge_attention(self, entropy: np.ndarray, outcome: Outcome) -> None:
-        """Warn once if the first rows of attention are close to uniform: such credit follows nothing."""
-        lengths = outcome.episode.response_mask.sum(-1).numpy()
-        self._entropies += entropy[lengths >= LEAST_LENGTH_JUDGED].tolist()
+        """Warn once if the first rows of attention are close to uniform: such credit follows nothing.
+
+        Responses that repeat themselves are not judged: equal tokens get equal attention, whatever the model knows. A
+        trained policy may well write "brilliant brilliant brilliant".
+        """
+        mask = outcome.episode.response_mask
+        responses = outcome.episode.input_ids[:, outcome.episode.prompt_slots :]
+        distinct = np.array([len(ids[kept].unique()) for ids, kept in zip(responses, mask, strict=True)])
+        least = np.maximum(LEAST_DISTINCT_JUDGED, LEAST_SHARE_DISTINCT * mask.sum(-1).numpy())
+        self._entropies += entropy[distinct >= least].tolist()
         if len(self._entropies) < ROWS_JUDGED:
             return
         self._judged = True
