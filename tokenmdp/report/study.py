@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.settings import settings_record
 from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
 from tokenmdp.report.study_sections import Picture, Section, by_setting, main_grids, sections
 from tokenmdp.report.study_style import STUDY_STYLE
 from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, counted
-from tokenmdp.study.results import Cell, Study
+from tokenmdp.study.results import Cell, Study, cell_record
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
 
@@ -252,5 +251,5 @@ def _how(study: Study, others: Sequence[str]) -> str:
 
 def shared_settings(cells: Sequence[Cell]) -> dict[str, Any]:
     """What is the same in the settings of all cells."""
-    records = [{**settings_record(cell.settings), "updates": cell.updates, "gold": cell.gold} for cell in cells]
+    records = [{**cell_record(cell)["settings"], "updates": cell.updates, "gold": cell.gold} for cell in cells]
     return {key: value for key, value in records[0].items() if all(record.get(key) == value for record in records)}

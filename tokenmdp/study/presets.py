@@ -71,7 +71,7 @@ def _seeds(count: int) -> tuple[int, ...]:
 PRESETS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
-        Plan("quick", MAIN_METHODS, _seeds(3), updates=40, eval_every=20),
+        Plan("quick", MAIN_METHODS, _seeds(3), updates=40, eval_every=10),
         Plan("imdb", PAPER_METHODS, _seeds(10), updates=150),
         Plan(
             "beta",
