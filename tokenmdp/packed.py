@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 FEWEST_STEPS = 8  # the copy costs about as much as a few products with it save
 
@@ -34,6 +37,8 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
         dtype: of the products: float32 or bfloat16.
         rows: texts that are decoded together, for which the layout is chosen; other numbers work, too.
     """
+    from transformers.pytorch_utils import Conv1D
+
     layers: list[nn.Linear | Conv1D] = [
         module
         for module in model.modules()
@@ -52,7 +57,7 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
 
 def _product(layer: nn.Linear | Conv1D, dtype: torch.dtype, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     weight = layer.weight.detach().to(dtype)  # (out, in), or (in, out) of a Conv1D
-    weight = weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+    weight = weight if isinstance(layer, nn.Linear) else weight.t().contiguous()
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     multiply = torch.ops.mkldnn._linear_pointwise
