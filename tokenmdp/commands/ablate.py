@@ -75,25 +75,27 @@ def ablate(arguments: cli.Ablate) -> int:
     errors = run_cells(out, mine, jobs=jobs, device=device, console=console)
     study = load_study(out)
     left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
-    if not left:
-        measure_credit_quality(out, device, console)
-        report(out, plan.name, console)
-    else:
-        console.print(
-            f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the report, "
-            f"and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
-            highlight=False,
-            soft_wrap=True,
-        )
-    for cell in mine:
-        if cell.id in errors:
+    try:
+        if not left:
+            measure_credit_quality(out, device, console)
+            report(out, plan.name, console)
+        else:
             console.print(
-                f"failed: {cell.method}, {cell.setting}, seed {cell.seed}: {errors[cell.id]} "
-                f"(trace: {cell_file(out, cell.id, '.error.txt')}; the same command tries it again)",
-                style="red",
+                f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the "
+                f"report, and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
                 highlight=False,
                 soft_wrap=True,
             )
+    finally:  # on a full disk the report fails too
+        for cell in mine:
+            if cell.id in errors:
+                console.print(
+                    f"failed: {cell.method}, {cell.setting}, seed {cell.seed}: {errors[cell.id]} "
+                    f"(trace: {cell_file(out, cell.id, '.error.txt')}; the same command tries it again)",
+                    style="red",
+                    highlight=False,
+                    soft_wrap=True,
+                )
     return 1 if errors else 0
 
 
