@@ -1,10 +1,13 @@
 """What the `tokenmdp` command says when something is not as it should be, and the options that its messages name."""
 
+import io
 import re
+import sys
 import warnings
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from tokenmdp import cli
 from tokenmdp.agents.ppo import PPO
@@ -12,6 +15,7 @@ from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.commands.settings import settings_from, settings_from_record, settings_record
 from tokenmdp.commands.train import default_name
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.wrappers import UninformativeAttention
 
 SMALL = ["--preset", "smoke", "--updates", "1", "--num-envs", "4", "--eval-samples", "2", "--device", "cpu"]
 
@@ -38,7 +42,9 @@ def error(capsys):
 
 def test_paths_of_the_wrong_kind_are_told_apart(finished, tmp_path, error):
     assert f"it lies in the run {finished}: pass that" in error("eval", finished / "checkpoint")
-    assert "neither a run nor a model: it holds no run.json" in error("sample", finished / "report")
+    refused = error("sample", finished / "report")
+    assert "neither a run nor a model: it holds no run.json" in refused
+    assert "pass a run directory, its checkpoint/, or a directory" in refused
     assert "there is no such directory; check the path" in error("sample", tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"its checkpoint is .*/checkpoint: pass that"):
         PPO.load(finished, envs=None)
@@ -93,15 +99,26 @@ def test_choices_are_listed_in_the_librarys_order(capsys):
     assert [name for name in listed if name in ("all", *CREDIT_METHODS)] == ["all", *CREDIT_METHODS]
 
 
-def test_python_s_own_warnings_keep_their_place(monkeypatch, capsys):
+def test_warnings_of_others_keep_their_place(monkeypatch, capsys):
     def warn(command):
-        warnings.warn("for users", UserWarning, stacklevel=1)
-        warnings.warn("for programmers", FutureWarning, stacklevel=1)
+        warnings.warn("for users", UserWarning, stacklevel=2)  # placed in cli.py
+        warnings.warn("of our kind", UninformativeAttention, stacklevel=1)
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+        warnings.warn("for programmers", FutureWarning, stacklevel=2)
         return 0
 
     monkeypatch.setattr(cli, "run", warn)
     assert cli.main(["credits"]) == 0
-    first, second, *_ = capsys.readouterr().err.splitlines()
-    assert first == "warning: for users"
-    assert "test_cli_messages.py" in second
-    assert second.endswith("FutureWarning: for programmers")
+    shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(" ")]  # source lines
+    assert shown[:2] == ["warning: for users", "warning: of our kind"]
+    assert re.fullmatch(r".*test_cli_messages\.py:\d+: UserWarning: of another library", shown[2])
+    assert re.fullmatch(r".*cli\.py:\d+: FutureWarning: for programmers", shown[3])
+
+
+def test_a_warning_is_written_above_a_running_progress_display(monkeypatch):
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with console.status("evaluating"):  # stands in for sys.stderr
+        cli.show_warning("look", UninformativeAttention, __file__, 1)
+    assert "warning: look" in re.sub(r"\x1b\[[\d;]*m", "", written.getvalue())

@@ -91,6 +91,16 @@ def test_responses_that_repeat_themselves_say_nothing_about_attention():
 
 
 @pytest.mark.usefixtures("forget")
+def test_long_responses_are_judged_by_a_number_of_distinct_tokens_not_a_share():
+    envs = wrapped_vec(
+        "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", max_new_tokens=96,
+        reward_model=ConstantAttention(),
+    )  # fmt: skip
+    assert play_rows(envs, 1, [13] * 64 + [*range(14, 27)]) == []  # 15 different ones of 78
+    assert len(play_rows(envs, 1, [13] * 64 + [*range(14, 28)])) == 1
+
+
+@pytest.mark.usefixtures("forget")
 def test_short_responses_say_nothing_about_attention():
     envs = wrapped_vec(
         "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", reward_model=ConstantAttention()

@@ -19,6 +19,8 @@ MODELS = (
     "attention",
     "cpu_attention",
     "fused",
+    "packed",
+    "cpu_products",
     "recompute",
     "lora",
 )
@@ -27,6 +29,7 @@ COMMAND_GUARD = """if __name__ == '__main__':
     import sys
     from tokenmdp.cli import main
     sys.exit(main(['train', *sys.argv[1:]]))"""
+OF_LAYERS = ("packed", "cpu_products", "recompute")  # of transformers
 ADAPTERS = ("task", "env", "vector_env", "rendering", "wrappers")
 
 
@@ -117,7 +120,7 @@ def test_imports_go_one_way():
             or (layer == "agents" and root in ("transformers", "safetensors", "agents"))
             or (layer != "interop" and root in ("stable_baselines3", "sb3_contrib", "torchrl", "tensordict"))
             or (root in ("datasets", "accelerate", "peft") and at_import)
-            or (root == "transformers" and at_import and layer not in ("policy", "kv_cache", "recompute", "commands"))
+            or (root == "transformers" and at_import and layer not in (*OF_LAYERS, "policy", "kv_cache", "commands"))
         )
         if wrong:
             ahead.add((module, name))

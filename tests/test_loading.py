@@ -195,6 +195,19 @@ def test_weights_that_are_missing_are_refused_not_invented(policy_dir, noise):
     assert noise == []
 
 
+def test_weights_that_the_model_does_not_use_are_told(policy_dir, noise, caplog):
+    load_causal_lm(str(policy_dir))
+    assert caplog.text == ""
+    one_layer = json.loads((policy_dir / "config.json").read_text()) | {"n_layer": 1}
+    (policy_dir / "config.json").write_text(json.dumps(one_layer))
+    load_causal_lm(str(policy_dir))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{policy_dir} holds weights that a GPT2LMHeadModel does not use, such as transformer.h.1." in caplog.text
+    assert "restore a copy" in caplog.text
+    assert noise == []
+
+
 def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):
     (policy_dir / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer"):

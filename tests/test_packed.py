@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import gymnasium as gym
 import pytest
 import torch
 from torch import nn
@@ -10,9 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from tokenmdp import packed
+from tokenmdp.commands.settings import toy_policy
+from tokenmdp.lora import WithoutAdapters, add_adapters
 from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.rollouts import collect
+from tokenmdp.vine import monte_carlo_values
+from tokenmdp.wrappers import vector
 
-pytestmark = pytest.mark.skipif(not packed.can_pack(torch.device("cpu")), reason="this PyTorch has no oneDNN")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not packed.can_pack(CPU, torch.float32), reason="this PyTorch has no oneDNN")
 
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 24, "n_head": 2, "n_positions": 32},
@@ -42,6 +49,8 @@ def written(policy, contexts):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_decoding_gives_the_logits_of_the_plain_layers(kind, dtype, tolerance):
+    if not packed.can_pack(CPU, dtype):
+        pytest.skip("oneDNN packs no bfloat16 on this processor")
     policy = policy_of(kind, dtype)
     plain = written(policy, policy.autocast())
     torch.testing.assert_close(written(policy, policy.decoding(rows=3, steps=8)), plain, rtol=0, atol=tolerance)
@@ -85,3 +94,41 @@ def test_short_responses_are_not_worth_it():
     policy = policy_of("gpt2")
     with policy.decoding(rows=3, steps=packed.FEWEST_STEPS - 1):
         assert not any("forward" in vars(module) for module in policy.lm.modules())
+
+
+def test_weights_of_other_dtypes_stay():
+    model = nn.Sequential(nn.Linear(2, 2)).double()
+    with packed.packed_layers(model, torch.float32, rows=1):
+        assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_adapters_are_packed_with_what_they_adapt(active):
+    policy = policy_of("gpt2")
+    add_adapters(policy, 2, 4.0, "all-linear", seed=0)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+    reader = policy if active else WithoutAdapters(policy)
+    plain = written(reader, policy.autocast())
+    torch.testing.assert_close(written(reader, reader.decoding(rows=3, steps=8)), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["collect", "vine"])
+def test_rollouts_are_decoded_with_packed_weights(part, monkeypatch):
+    envs = gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=4, autoreset_mode="Disabled", max_new_tokens=8)
+    envs = vector.SparseReward(envs)
+    policy = CausalLMPolicy.for_task(toy_policy(0), envs.unwrapped.task)
+    rollout, _ = collect(envs, policy, policy, seed=1)
+    calls, pack = [], packed.packed_layers
+    monkeypatch.setattr(
+        packed, "packed_layers", lambda model, dtype, rows: calls.append(rows) or pack(model, dtype, rows)
+    )
+    if part == "collect":
+        again, _ = collect(envs, policy, policy, seed=1)
+        assert calls == [4]
+        assert again.input_ids.shape[0] == 4
+    else:
+        monte_carlo_values(envs, policy, rollout, 2)
+        assert calls == [8]

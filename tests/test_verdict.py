@@ -31,6 +31,14 @@ def test_verdict(low, entropy, mass, level, parts):
     assert "0.1" in str(verdict)
 
 
+def test_a_row_that_mostly_falls_back_is_not_informative_whatever_the_texts():
+    for below_floor, level in ((0.8, "not informative"), (0.2, "unknown")):
+        verdict = AttentionVerdict(Interval(0.5, 0.4, 0.6), 0.5, 0.01, below_floor, texts=3, unusable=12)
+        assert verdict.level == level
+        assert ("Choose texts" in str(verdict)) == (level == "unknown")
+        assert f"{below_floor:.0%} of the texts fall back" in str(verdict)
+
+
 def test_texts_without_a_correlation_are_counted_and_most_of_them_leave_the_verdict_open():
     tokenizer = load_tokenizer("toy")
     model = LexiconRewardModel(tokenizer, {"dull": -1.0, "great": 2.0})

@@ -49,6 +49,8 @@ def test_the_wrapper_of_the_other_form_is_named(name):
         getattr(single, name)(gym.make_vec(TOY, num_envs=2), **options)
     with pytest.raises(TypeError, match=rf"wraps a vector environment.*use tokenmdp\.wrappers\.{name}$"):
         getattr(vector, name)(gym.make(TOY), **options)
+    with pytest.raises(TypeError, match=r"wraps a single environment.*: wrap each single environment inside it$"):
+        getattr(single, name)(SyncVectorEnv([lambda: gym.make(TOY)] * 2), **options)
 
 
 @pytest.mark.parametrize("build", [wrapped, wrapped_vec])

@@ -361,9 +361,14 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Stands in for `warnings.showwarning`: one line for what is meant for users, Python's own form for the rest."""
-    if issubclass(category, UserWarning):
-        error_console().print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+    """Stands in for `warnings.showwarning`: one line for what tokenmdp tells users, Python's own form for the rest."""
+    own = category.__module__.startswith("tokenmdp") or Path(filename).is_relative_to(Path(__file__).parent)
+    if own and issubclass(category, UserWarning):
+        console = error_console()
+        with console.capture() as shown:
+            console.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+        # The console itself would write past a running progress display, which stands in for sys.stderr.
+        sys.stderr.write(shown.get())
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 

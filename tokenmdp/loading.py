@@ -129,16 +129,28 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
     """
     use_one_thread_in_workers()
     reporter = logging.getLogger("transformers.modeling_utils")
-    # It would warn of missing weights and other shapes, refused below. Not by setLevel: where the logger's own
-    # level is set, transformers checks more and warns of that.
-    reporter.addFilter(_no_warning)
+
+    def no_warning(record: logging.LogRecord) -> bool:  # its own for each call: another thread's load may go on
+        return record.levelno != logging.WARNING
+
+    # It would warn of unexpected and missing weights and of other shapes, answered below. Not by setLevel: where the
+    # logger's own level is set, transformers checks more and warns of that.
+    reporter.addFilter(no_warning)
     try:
         model, report = from_pretrained(
             loader, kind, name,
             dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     finally:
-        reporter.removeFilter(_no_warning)
+        reporter.removeFilter(no_warning)
+    if report["unexpected_keys"]:
+        logger.warning(
+            "%s holds weights that a %s does not use, such as %s; if it should use them, config.json does not belong "
+            "to this file: restore a copy",
+            name,
+            type(model).__name__,
+            min(report["unexpected_keys"]),
+        )
     if report["mismatched_keys"]:  # as for missing ones
         weight, stored, expected = min(report["mismatched_keys"])
         raise CheckpointError(
@@ -156,10 +168,6 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
         # resumed run would not repeat the unbroken one.
         weight.data = weight.data.clone()
     return model.eval()
-
-
-def _no_warning(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING
 
 
 def use_one_thread_in_workers() -> None:
@@ -220,7 +228,7 @@ def _check_name(kind: Kind, name: str) -> None:
     what = _words(kind)
     if others := [_words(other) for other, names in BUILT_IN.items() if name in names]:
         toy = (kind, name) == ("policy", "toy")
-        hint = "; only `tokenmdp train --preset smoke` has an untrained policy of this name" if toy else ""
+        hint = "; only `tokenmdp train` has an untrained policy of this name" if toy else ""
         raise ModelNotFound(f"{name!r} is a bundled {others[0]} and no {what}{hint}. Bundled: {_bundled(kind)}")
     missing = f"no {what} {name!r}: there is no such directory"
     if name.startswith(PATH_STARTS):

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    from transformers.pytorch_utils import Conv1D
+from tokenmdp.cpu_products import FASTER
 
 FEWEST_STEPS = 8  # the copy costs about as much as a few products with it save
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN, whose products these are, is there for ``device``; PyTorch's own are the same up to rounding."""
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN, whose products these are, is there; PyTorch's own are the same up to rounding."""
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)  # the user's switch
         and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
 
@@ -33,17 +34,17 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
     later changes to the weights, and have no gradient.
 
     Args:
-        model: on the CPU, with float32 weights. Layers whose ``forward`` something else replaced stay as they are.
+        model: on the CPU. Layers whose weights are not float32, or whose ``forward`` something else replaced, stay as
+            they are.
         dtype: of the products: float32 or bfloat16.
         rows: texts that are decoded together, for which the layout is chosen; other numbers work, too.
     """
-    from transformers.pytorch_utils import Conv1D
-
     layers: list[nn.Linear | Conv1D] = [
         module
         for module in model.modules()
         if isinstance(module, (nn.Linear, Conv1D))
-        and type(module) in (nn.Linear, Conv1D)  # a subclass may compute something else
+        and type(module) in (*FASTER, *FASTER.values())
+        and module.weight.dtype == torch.float32
         and "forward" not in vars(module)
     ]
     try:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenmdp import packed
 from tokenmdp.attention import install
 from tokenmdp.checkpoints import CheckpointError
+from tokenmdp.cpu_products import use_onednn
 from tokenmdp.fused import fuse_activations, token_scores
 from tokenmdp.kv_cache import make_cache
 from tokenmdp.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
@@ -62,7 +63,8 @@ class CausalLMPolicy(nn.Module):
     Attributes:
         lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))``. It is changed in place,
             to the same function: attention goes through `tokenmdp.attention` where the architecture allows it (sdpa,
-            whose rows can be captured), and GPT-2's activation becomes one kernel.
+            whose rows can be captured), GPT-2's activation becomes one kernel, and on some CPUs layers multiply
+            by oneDNN.
         vocab_size: V; models with padded vocabularies are sliced to the first V logits.
         eos_token_id: Masked out of the first ``min_new_tokens`` response tokens.
         min_new_tokens: Response tokens before the text may end.
@@ -96,6 +98,7 @@ class CausalLMPolicy(nn.Module):
             )
         self.lm = lm
         fuse_activations(lm)
+        use_onednn(lm)
         install(lm)
         self.value_head = nn.Linear(lm.config.hidden_size, 1, device=lm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
@@ -181,11 +184,11 @@ class CausalLMPolicy(nn.Module):
     def decoding(self, rows: int, steps: int) -> Iterator[None]:
         """Enter around ``steps`` calls of `append` with ``rows`` texts: `autocast`, and packed weights where they pay.
 
-        For sampling without gradients; the weights must not change meanwhile.
+        Without gradients; the weights must not change meanwhile.
         """
-        pays = steps >= packed.FEWEST_STEPS and packed.can_pack(self.lm.device)
+        pays = steps >= packed.FEWEST_STEPS and packed.can_pack(self.lm.device, self.compute_dtype)
         layers = packed.packed_layers(self.lm, self.compute_dtype, rows) if pays else contextlib.nullcontext()
-        with self.autocast(), layers:
+        with torch.no_grad(), self.autocast(), layers:
             yield
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:

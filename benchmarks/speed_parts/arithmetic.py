@@ -9,6 +9,7 @@ from speed_parts.report import Finding, dtype_name
 from speed_parts.rollout_clock import ClockedAgent
 from speed_parts.shapes import Shape
 from speed_parts.timing import Numbers, alternate, column, now, ratio_interval
+from tokenmdp.cpu_products import onednn_is_faster, product
 
 MARK = 0.5
 MARKED_SHAPES = ("gpt2", "gpt2-64")
@@ -51,8 +52,8 @@ def measure(shape: Shape, device: torch.device, repetitions: int) -> list[Findin
     for dtype in dict.fromkeys((dtype_name("auto", device), "float32")):
         agent = ClockedAgent(shape, dtype, device)
         size = 64 if shape.name == "smoke" else 8192 if device.type == "cuda" else 2048
-        product = MatrixProduct(size, getattr(torch, dtype), device, 0.0 if shape.name == "smoke" else PRODUCT_SECONDS)
-        records = alternate({"product": product.run, "update": agent.iteration}, repetitions)
+        large = MatrixProduct(size, getattr(torch, dtype), device, 0.0 if shape.name == "smoke" else PRODUCT_SECONDS)
+        records = alternate({"product": large.run, "update": agent.iteration}, repetitions)
         achieved = update_flops(shape) / column(records["update"], "update_seconds")
         possible = column(records["product"], "flops_per_second")
         findings.append(
@@ -68,18 +69,22 @@ def measure(shape: Shape, device: torch.device, repetitions: int) -> list[Findin
 
 
 class MatrixProduct:
-    """``size`` x ``size`` times itself, again and again."""
+    """``size`` x ``size`` times another, again and again, by the faster of the libraries that the agent uses."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> None:
         self.size, self.device, self.seconds = size, device, seconds
         self.left, self.right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         self.out = torch.empty_like(self.left)
+        self.onednn = device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
 
     def run(self) -> Numbers:
         """``2 size^3`` a product, over the time of all of them."""
         products, start = 0, now(self.device)
         while True:
-            torch.mm(self.left, self.right, out=self.out)
+            if self.onednn:
+                product(self.left, self.right, None)
+            else:
+                torch.mm(self.left, self.right, out=self.out)
             products += 1
             passed = now(self.device) - start
             if passed >= self.seconds:

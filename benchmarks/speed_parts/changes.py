@@ -72,12 +72,20 @@ def sdpa_alone(agent: PPO) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def mkl_products(agent: PPO) -> Iterator[None]:
+    """PyTorch's own float32 products."""
+    with patch("tokenmdp.cpu_products._takes", lambda *_: False):
+        yield
+
+
 CHANGES: dict[str, Undo] = {
+    "float32 products by oneDNN": mkl_products,
     "one random number a token": lambda agent: patch.object(CausalLMPolicy, "act", gumbel_act),
     "token scores in one pass": lambda agent: patch("tokenmdp.policy.token_scores", plain_scores),
     "activation in one kernel": plain_activations,
     "bfloat16 attention on the CPU": sdpa_alone,
-    "weights packed for decoding": lambda agent: patch("tokenmdp.packed.can_pack", lambda device: False),
+    "weights packed for decoding": lambda agent: patch("tokenmdp.packed.can_pack", lambda *_: False),
     "keys and values in place": lambda agent: patch(
         "tokenmdp.policy.make_cache", lambda config: DynamicCache(config=config)
     ),

@@ -75,7 +75,10 @@ def sample(arguments: cli.Sample) -> int:
     else:
         name = arguments.source
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-            raise RunError(f"{name} is neither a run nor a model: it holds no run.json and no config.json")
+            raise RunError(
+                f"{name} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
+                "its checkpoint/, or a directory that save_pretrained wrote"
+            )
         settings = replace(PRESETS["quick"].settings, tokenizer=name, policy=name)
     device = resolve_device(arguments.device)
     given: dict[str, Any] = {
@@ -93,8 +96,9 @@ def sample(arguments: cli.Sample) -> int:
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
     options = settings.ppo | {key: value for key, value in sampling.items() if value is not None}
+    tokenizer = load_tokenizer(settings.tokenizer)
     for prompt in arguments.prompt:
-        if unknown := unknown_words(tokenizer := load_tokenizer(settings.tokenizer), prompt):
+        if unknown := unknown_words(tokenizer, prompt):
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"not in the vocabulary, so read as {tokenizer.unk_token}: {words}", stacklevel=2)
     sources: list[Any] = [[prompt] for prompt in arguments.prompt] or [split_prompts(settings).held_out]
@@ -105,7 +109,6 @@ def sample(arguments: cli.Sample) -> int:
         envs = make_envs(settings, arguments.num, prompts)
         policy = policy or load_policy(name, envs, options, settings.device)
         rollout, _ = collect(envs, policy, policy, generator, seed=arguments.seed)
-        tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
         samples += [replace(item, facts={}) for item in samples_from_rollout(rollout, tokenizer)]
     scale = heatmap.credit_scale([item.credits for item in samples])
     for item in samples:

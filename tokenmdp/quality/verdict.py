@@ -28,10 +28,12 @@ class AttentionVerdict:
     def level(self) -> str:
         """One of "informative", "weakly informative", "not informative" and "unknown".
 
-        Unknown: at most half of the texts have a rank correlation. Not: the interval of the rank correlation reaches
-        below `WEAK`. Informative: it lies above `INFORMATIVE` as a whole, and the entropy is at most `NEARLY_UNIFORM`.
-        Weakly: everything between.
+        Not: most texts fall back to uniform credit, or the interval of the rank correlation reaches below `WEAK`.
+        Unknown: at most half of the texts have a rank correlation. Informative: the interval lies above `INFORMATIVE`
+        as a whole, and the entropy is at most `NEARLY_UNIFORM`. Weakly: everything between.
         """
+        if self.below_floor > 0.5:  # they have no rank correlation either, and no other texts would help
+            return "not informative"
         if self.unusable >= self.texts:
             return "unknown"
         if self.spearman.low < WEAK:
@@ -60,5 +62,6 @@ class AttentionVerdict:
             f"{verdict}{''.join(f'; {note}' for note in notes)}. Spearman correlation of the row "
             f"with |leave-one-out| {self.spearman} over {self.texts} texts, entropy {self.entropy:.2f} of its maximum, "
             f"response mass {self.mass:.2f}. Informative: the whole interval at least {INFORMATIVE} and entropy at "
-            f"most {NEARLY_UNIFORM}; not informative: the interval reaches below {WEAK}; weakly: between."
+            f"most {NEARLY_UNIFORM}; not informative: most texts fall back, or the interval reaches below {WEAK}; "
+            "weakly: between."
         )

@@ -27,6 +27,7 @@ EVALUATIONS = (  # modules whose functions play episodes and learn nothing
 ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
 LEAST_DISTINCT_JUDGED = 4  # tokens: rows over fewer are uneven or even by chance
 LEAST_SHARE_DISTINCT = 0.25  # of a response's tokens
+MOST_DISTINCT_NEEDED = 16  # tokens: long responses and small vocabularies never reach the share
 
 
 class UninformativeAttention(UserWarning):
@@ -67,10 +68,9 @@ class CreditWrapper:
         if isinstance(env, (gym.Env, gym.vector.VectorEnv)) and not isinstance(env, form):
             shipped = next(base for base in type(self).__mro__ if base.__module__.startswith("tokenmdp.wrappers"))
             wraps, this = ("a single", "a vector") if form is gym.Env else ("a vector", "a single")
-            raise TypeError(
-                f"{type(self).__name__} wraps {wraps} environment and this is {this} one: use "
-                f"{other}.{shipped.__name__}"
-            )
+            native = form is gym.vector.VectorEnv or isinstance(env.unwrapped, OffersOutcome)
+            remedy = f"use {other}.{shipped.__name__}" if native else "wrap each single environment inside it"
+            raise TypeError(f"{type(self).__name__} wraps {wraps} environment and this is {this} one: {remedy}")
 
     def _bind(self, credit: CreditMethod, needs: frozenset[str] | None = None) -> None:
         """Attach ``credit``; it needs ``credit.needs`` unless told otherwise. Called once the wrapper has its env."""
@@ -162,7 +162,8 @@ class CreditWrapper:
         mask = outcome.episode.response_mask
         responses = outcome.episode.input_ids[:, outcome.episode.prompt_slots :]
         distinct = np.array([len(ids[kept].unique()) for ids, kept in zip(responses, mask, strict=True)])
-        least = np.maximum(LEAST_DISTINCT_JUDGED, LEAST_SHARE_DISTINCT * mask.sum(-1).numpy())
+        share = LEAST_SHARE_DISTINCT * mask.sum(-1).numpy()
+        least = np.clip(share, LEAST_DISTINCT_JUDGED, MOST_DISTINCT_NEEDED)
         self._entropies += entropy[distinct >= least].tolist()
         if len(self._entropies) < ROWS_JUDGED:
             return
