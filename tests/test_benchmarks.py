@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -40,8 +43,9 @@ def sizes(shape):
 
 
 def counted(call):
-    # The fused attention kernel of a CPU is one operation that the counter does not know.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # The counter knows neither the fused attention kernel of a CPU nor oneDNN's products.
+    plain = patch("tokenmdp.cpu_products._takes", lambda *_: False)
+    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
@@ -249,3 +253,17 @@ def test_a_finished_environment_is_used_again_and_other_pins_are_installed(tmp_p
     monkeypatch.setattr(trl_process, "PINS", ("trl==0.11.3",))
     trl_process.make_environment(tmp_path)
     assert commands[-1][-1] == "trl==0.11.3"
+
+
+def test_the_profile_names_operations_with_and_without_the_changes():
+    script = BENCHMARKS / "profile_iteration.py"
+    environment = os.environ | {"TOKENMDP_REEXECUTED": "1"}
+    outputs = [
+        subprocess.run(
+            [sys.executable, script, "--shape", "smoke", "--dtype", "float32", *options],
+            env=environment, check=True, capture_output=True, text=True,
+        ).stdout
+        for options in ([], ["--without-changes"])
+    ]  # fmt: skip
+    assert all("| aten::" in output for output in outputs)
+    assert "aten::exponential_" not in outputs[0]  # the noise of the sampler that was replaced

@@ -100,20 +100,22 @@ LONGEST = 128  # response tokens in that case; horizons are drawn evenly from 8 
 
 def measure(shape: Shape, device: torch.device, repetitions: int) -> list[Finding]:
     """``seconds without the change / seconds as it is`` of `PPO.learn(1)`, for each change alone."""
-    dtype = dtype_name("auto", device)
+    dtypes = dict.fromkeys((dtype_name("auto", device), "float32"))
     longest = shape.response_tokens if shape.name == "smoke" else LONGEST
     mixed = replace(shape, response_tokens=longest)
     envs = make_envs(mixed, shortest=min(8, longest))
-    return [
-        *_undone(shape.name, make_agent(shape, make_envs(shape), dtype, str(device)), CHANGES, device, repetitions),
-        *_undone(
-            f"{shape.name}, 8 to {longest}", make_agent(mixed, envs, dtype, str(device)),
-            CHANGES_OF_LENGTHS, device, repetitions,
-        ),
-    ]  # fmt: skip
+    findings = []
+    for dtype in dtypes:
+        alike = make_agent(shape, make_envs(shape), dtype, str(device))
+        findings += _undone(shape.name, alike, CHANGES, dtype, device, repetitions)
+    unlike = make_agent(mixed, envs, dtype_name("auto", device), str(device))
+    name = f"{shape.name}, 8 to {longest}"
+    return findings + _undone(name, unlike, CHANGES_OF_LENGTHS, dtype_name("auto", device), device, repetitions)
 
 
-def _undone(name: str, agent: PPO, changes: dict[str, Undo], device: torch.device, repetitions: int) -> list[Finding]:
+def _undone(
+    name: str, agent: PPO, changes: dict[str, Undo], dtype: str, device: torch.device, repetitions: int
+) -> list[Finding]:
     def side(undo: Undo | None) -> Numbers:
         with contextlib.nullcontext() if undo is None else undo(agent):
             start = now(device)
@@ -125,7 +127,7 @@ def _undone(name: str, agent: PPO, changes: dict[str, Undo], device: torch.devic
     usual = column(records["as it is"], "seconds")
     return [
         Finding(
-            "changes", name, f"without / with: {change}",
+            "changes", name, f"without / with: {change}, {dtype}",
             ratio_interval(column(records[change], "seconds"), usual),
             f"{1e3 * column(records[change], 'seconds').mean():.3f} / {1e3 * usual.mean():.3f} ms a response token",
             measurements={"with": records["as it is"], "without": records[change]},
