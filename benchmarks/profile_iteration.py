@@ -10,7 +10,6 @@ time, without the operations that it calls.
 from __future__ import annotations
 
 import contextlib
-import sys
 
 from tokenmdp.commands.allocator import reexecute_with_settings
 
@@ -52,6 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv:
-        reexecute_with_settings()
+    reexecute_with_settings()
     main()

@@ -16,20 +16,33 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-@cache
-def onednn_is_faster() -> bool:
-    """Whether this processor is an x86 one not made by Intel, with an oneDNN whose products can be called."""
-    try:
-        makers = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id")}
-    except OSError:  # not Linux: unknown, so PyTorch's own
-        return False
+def has_onednn() -> bool:
+    """Whether this PyTorch has an oneDNN whose products can be called, and the user has not switched it off."""
     return (
-        bool(makers)
-        and not any("GenuineIntel" in line for line in makers)
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     )
+
+
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is there and PyTorch's own products are MKL's on an x86 processor not made by Intel."""
+    return has_onednn() and torch.backends.mkl.is_available() and _maker() not in ("", "GenuineIntel")
+
+
+@cache
+def _maker() -> str:
+    """The maker of an x86 processor under Linux, as it calls itself; elsewhere empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``inputs @ weight.T + bias`` by oneDNN, without gradients; (N, K) ``weight`` may be a copy in oneDNN's layout."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -38,7 +51,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(a, b)
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return multiply(a, b, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -96,4 +109,5 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = FASTER[type(module)]
 
 
-FASTER: dict[type, type] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}  # a subclass may compute something else
+FASTER: dict[type, type] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}
+LAYERS = (*FASTER, *FASTER.values())  # exactly these: another subclass may compute something else

@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from gymnasium.error import DependencyNotInstalled
 
-from tokenmdp.policy import CausalLMPolicy, DecodeState, Evaluation
+from tokenmdp.policy import SETTINGS, CausalLMPolicy, DecodeState, Evaluation
 
 State = dict[str, torch.Tensor]
-# What a policy does to its logits, and how it computes.
-SETTINGS = (
-    "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
-)  # fmt: skip
 
 
 def add_adapters(policy: CausalLMPolicy, rank: int, alpha: float, target_modules: str, seed: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tokenmdp.cpu_products import FASTER
+from tokenmdp.cpu_products import LAYERS, has_onednn, multiply
 
 FEWEST_STEPS = 8  # the copy costs about as much as a few products with it save
 
@@ -18,9 +18,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN, whose products these are, is there; PyTorch's own are the same up to rounding."""
     return (
         device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)  # the user's switch
-        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        and has_onednn()
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
@@ -43,7 +41,7 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
         module
         for module in model.modules()
         if isinstance(module, (nn.Linear, Conv1D))
-        and type(module) in (*FASTER, *FASTER.values())
+        and type(module) in LAYERS
         and module.weight.dtype == torch.float32
         and "forward" not in vars(module)
     ]
@@ -61,5 +59,4 @@ def _product(layer: nn.Linear | Conv1D, dtype: torch.dtype, rows: int) -> Callab
     weight = weight if isinstance(layer, nn.Linear) else weight.t().contiguous()
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    multiply = torch.ops.mkldnn._linear_pointwise
-    return lambda inputs: multiply(inputs.to(dtype), copy, bias, "none", [], "")
+    return lambda inputs: multiply(inputs.to(dtype), copy, bias)

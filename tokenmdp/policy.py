@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+# What a policy does to its logits, and how it computes.
+SETTINGS = (
+    "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
+)  # fmt: skip
 NEVER = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would make the entropy NaN
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 from tokenmdp.kv_cache import RoomyLayer, make_cache
-from tokenmdp.policy import CausalLMPolicy, DecodeState
+from tokenmdp.policy import SETTINGS, CausalLMPolicy, DecodeState
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class StateReader:
         texts = input_ids.where(attention_mask, EMPTY)
         # By part: a policy may use the weights of another (`tokenmdp.lora.WithoutAdapters`) and have none of its own.
         weights = [*self._policy.lm.parameters(), *self._policy.value_head.parameters()]
-        settings = _settings(self._policy)
+        settings = tuple(getattr(self._policy, name) for name in SETTINGS)
         if self._weights is None or settings != self._settings or not self._weights.still_that_of(weights):
             self._state, self._weights, self._settings = None, WeightSample(weights), settings
         # The cache changes in place: after an exception half way nothing of it may be used.
@@ -152,11 +152,6 @@ class WeightSample:
 
 def _marks(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return [(weight.data_ptr(), weight._version) for weight in weights]
-
-
-def _settings(policy: CausalLMPolicy) -> tuple[object, ...]:
-    """What an answer depends on besides the weights and the text."""
-    return policy.temperature, policy.compute_dtype, policy.min_new_tokens, policy.top_k
 
 
 def _every_kth(weight: torch.Tensor) -> torch.Tensor:

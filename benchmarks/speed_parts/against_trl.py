@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -42,13 +43,17 @@ def measure(shape: Shape, device: torch.device, repetitions: int, directory: Pat
         "device": device.type,
     }
     python, same = make_environment(directory), dict(os.environ)
-    plain = {key: value for key, value in same.items() if key not in SETTINGS}
-    with TRLProcess(python, order, plain) as trl, TRLProcess(python, order, same) as helped:
-        runs = {"TRL": trl.iteration, "TRL with our allocator settings": helped.iteration}
-        if plain == same:
-            del runs["TRL with our allocator settings"]
-        records = alternate(runs | {dtype: agent.iteration for dtype, agent in sides.items()}, repetitions)
-        versions = trl.versions
+    environments = {"TRL": {key: value for key, value in same.items() if key not in SETTINGS}}
+    if environments["TRL"] != same:
+        environments["TRL with our allocator settings"] = same
+    with contextlib.ExitStack() as stack:
+        runs = {
+            name: stack.enter_context(TRLProcess(python, order, environment))
+            for name, environment in environments.items()
+        }
+        iterations = {name: process.iteration for name, process in runs.items()}
+        records = alternate(iterations | {dtype: agent.iteration for dtype, agent in sides.items()}, repetitions)
+        versions = runs["TRL"].versions
     findings = []
     for theirs in runs:
         their_rates, their_times = rates(records[theirs]), records[theirs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -73,18 +75,17 @@ class MatrixProduct:
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> None:
         self.size, self.device, self.seconds = size, device, seconds
-        self.left, self.right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        self.out = torch.empty_like(self.left)
-        self.onednn = device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        by_onednn = device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
+        self.multiply = (
+            partial(product, left, right, None) if by_onednn else partial(torch.mm, left, right, out=left.clone())
+        )
 
     def run(self) -> Numbers:
         """``2 size^3`` a product, over the time of all of them."""
         products, start = 0, now(self.device)
         while True:
-            if self.onednn:
-                product(self.left, self.right, None)
-            else:
-                torch.mm(self.left, self.right, out=self.out)
+            self.multiply()
             products += 1
             passed = now(self.device) - start
             if passed >= self.seconds:

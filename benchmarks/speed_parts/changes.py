@@ -72,15 +72,8 @@ def sdpa_alone(agent: PPO) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def mkl_products(agent: PPO) -> Iterator[None]:
-    """PyTorch's own float32 products."""
-    with patch("tokenmdp.cpu_products._takes", lambda *_: False):
-        yield
-
-
 CHANGES: dict[str, Undo] = {
-    "float32 products by oneDNN": mkl_products,
+    "float32 products by oneDNN": lambda agent: patch("tokenmdp.cpu_products._takes", lambda *_: False),
     "one random number a token": lambda agent: patch.object(CausalLMPolicy, "act", gumbel_act),
     "token scores in one pass": lambda agent: patch("tokenmdp.policy.token_scores", plain_scores),
     "activation in one kernel": plain_activations,
@@ -100,17 +93,16 @@ LONGEST = 128  # response tokens in that case; horizons are drawn evenly from 8 
 
 def measure(shape: Shape, device: torch.device, repetitions: int) -> list[Finding]:
     """``seconds without the change / seconds as it is`` of `PPO.learn(1)`, for each change alone."""
-    dtypes = dict.fromkeys((dtype_name("auto", device), "float32"))
-    longest = shape.response_tokens if shape.name == "smoke" else LONGEST
-    mixed = replace(shape, response_tokens=longest)
-    envs = make_envs(mixed, shortest=min(8, longest))
+    usual = dtype_name("auto", device)
     findings = []
-    for dtype in dtypes:
+    for dtype in dict.fromkeys((usual, "float32")):
         alike = make_agent(shape, make_envs(shape), dtype, str(device))
         findings += _undone(shape.name, alike, CHANGES, dtype, device, repetitions)
-    unlike = make_agent(mixed, envs, dtype_name("auto", device), str(device))
+    longest = shape.response_tokens if shape.name == "smoke" else LONGEST
+    mixed = replace(shape, response_tokens=longest)
+    unlike = make_agent(mixed, make_envs(mixed, shortest=min(8, longest)), usual, str(device))
     name = f"{shape.name}, 8 to {longest}"
-    return findings + _undone(name, unlike, CHANGES_OF_LENGTHS, dtype_name("auto", device), device, repetitions)
+    return findings + _undone(name, unlike, CHANGES_OF_LENGTHS, usual, device, repetitions)
 
 
 def _undone(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.report.heatmap import credit_scale, printable
-from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch
+from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch, strength
 
 COLUMNS = 16  # tokens side by side; a longer text goes on in a further grid
 
@@ -193,5 +193,4 @@ def _cell(method: str, token: str, credit: float, score: float, own: float, comm
     side = "zero" if shown == "0" else "up" if credit > 0 else "down"
     share = f", {credit / score:.1%} of the score" if score else ""
     label = markup.escape(f"{method}, “{token}”: {credit:+.4f}{share}")
-    strength = f"--own:{abs(credit) / own:.3f};--common:{abs(credit) / common:.3f}"
-    return f'<td class="{side}" tabindex="-1" style="{strength}" aria-label="{label}">{shown}</td>'
+    return f'<td class="{side}" tabindex="-1" style="{strength(credit, own, common)}" aria-label="{label}">{shown}</td>'

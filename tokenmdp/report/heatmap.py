@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch
+from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch, strength
 from tokenmdp.report.samples import Sample
 
 # Equal lightness: only the hue and its strength change with credit, so the order reads the same on a dark and on a
@@ -99,9 +99,8 @@ def _token_html(piece: str, credit: float, own: float, common: float) -> str:
     # Outside the tint: at the end of a line a leading blank would leave a sliver of it, apart from its word.
     word = text.lstrip(" ") or text
     side = "up" if credit > 0 else "down" if credit < 0 else ""
-    strength = f"--own:{abs(credit) / own:.3f};--common:{abs(credit) / common:.3f}"
-    blanks = text[: len(text) - len(word)]
-    return f'{blanks}<span class="t {side}" style="{strength}" data-r="{credit:+z.4f}">{markup.escape(word)}</span>'
+    blanks, style = text[: len(text) - len(word)], strength(credit, own, common)
+    return f'{blanks}<span class="t {side}" style="{style}" data-r="{credit:+z.4f}">{markup.escape(word)}</span>'
 
 
 def sample_html(sample: Sample, common: float, *, digits: int = 3) -> str:

@@ -63,6 +63,15 @@ scale.onclick = () => {
 """
 
 
+def strength(credit: float, own: float, common: float) -> str:
+    """The style of one tinted token: its credit as a share of either scale.
+
+    >>> strength(-0.5, own=1.0, common=2.0)
+    '--own:0.500;--common:0.250'
+    """
+    return f"--own:{abs(credit) / own:.3f};--common:{abs(credit) / common:.3f}"
+
+
 def scale_switch(label: str, own: str, common_note: str, *, common: bool) -> str:
     """The button that `SCALE_SCRIPT` serves, and beside it what the scale in use means."""
     pressed, note = ("true", common_note) if common else ("false", own)

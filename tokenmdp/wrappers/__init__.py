@@ -54,7 +54,7 @@ class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
 
     def __init__(self, env: gym.Env, credit: str | CreditMethod, **options: Any) -> None:
         RecordConstructorArgs.__init__(self, credit=credit, **options)  # ignored if a subclass has recorded its own
-        self._check_form(env, gym.Env, "tokenmdp.wrappers.vector")
+        self._check_form(env)
         gym.Wrapper.__init__(self, env)
         self._bind(method_of(credit, options))
 
@@ -127,7 +127,7 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
 
     def __init__(self, env: gym.Env, credit_beta: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, credit_beta=credit_beta)
-        self._check_form(env, gym.Env, "tokenmdp.wrappers.vector")
+        self._check_form(env)
         gym.Wrapper.__init__(self, env)
         self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
         self._ledger = PrefixLedger(env.unwrapped, 1, credit_beta)  # type: ignore[arg-type]  # _bind has checked it

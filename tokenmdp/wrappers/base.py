@@ -59,16 +59,18 @@ class CreditWrapper:
     _warned: ClassVar[bool] = False  # of unread episodes, once a process: a batch has many wrappers
     _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
 
-    def _check_form(self, env: Any, form: type, other: str) -> None:
-        """Refuse an environment of the other form; ``other`` is the module whose classes wrap that one.
+    def _check_form(self, env: Any) -> None:
+        """Refuse an environment of the other form.
 
         Raises:
             TypeError: ``env`` is single and this wraps vector environments, or the reverse.
         """
-        if isinstance(env, (gym.Env, gym.vector.VectorEnv)) and not isinstance(env, form):
+        single = isinstance(self, gym.Wrapper)
+        if isinstance(env, gym.vector.VectorEnv if single else gym.Env):
             shipped = next(base for base in type(self).__mro__ if base.__module__.startswith("tokenmdp.wrappers"))
-            wraps, this = ("a single", "a vector") if form is gym.Env else ("a vector", "a single")
-            native = form is gym.vector.VectorEnv or isinstance(env.unwrapped, OffersOutcome)
+            wraps, this = ("a single", "a vector") if single else ("a vector", "a single")
+            other = "tokenmdp.wrappers.vector" if single else "tokenmdp.wrappers"
+            native = not single or isinstance(env.unwrapped, OffersOutcome)
             remedy = f"use {other}.{shipped.__name__}" if native else "wrap each single environment inside it"
             raise TypeError(f"{type(self).__name__} wraps {wraps} environment and this is {this} one: {remedy}")
 

@@ -42,7 +42,7 @@ class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArg
 
     def __init__(self, env: gym.vector.VectorEnv, credit: str | CreditMethod, **options: Any) -> None:
         RecordConstructorArgs.__init__(self, credit=credit, **options)  # ignored if a subclass has recorded its own
-        self._check_form(env, gym.vector.VectorEnv, "tokenmdp.wrappers")
+        self._check_form(env)
         gym.vector.VectorWrapper.__init__(self, env)
         self._bind(method_of(credit, options))
 
@@ -103,7 +103,7 @@ class OnlinePrefixReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstruc
 
     def __init__(self, env: gym.vector.VectorEnv, credit_beta: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, credit_beta=credit_beta)
-        self._check_form(env, gym.vector.VectorEnv, "tokenmdp.wrappers")
+        self._check_form(env)
         gym.vector.VectorWrapper.__init__(self, env)
         self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
         base: Any = env.unwrapped
