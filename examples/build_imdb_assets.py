@@ -2,6 +2,7 @@
 
     python examples/build_imdb_assets.py --data stanfordnlp/imdb     # or a directory of {split}-*.parquet files
     python examples/build_imdb_assets.py --data DIR --gold           # only the gold reward model, for this bundle
+    python examples/build_imdb_assets.py --data DIR --uniform        # only the one with a uniform row, for this bundle
     python examples/build_imdb_assets.py --data DIR --evaluate       # print the quality of what is bundled
 
 A stage whose result lies in ``--work`` is skipped and the long ones resume in the middle, so an interrupted build is
@@ -31,7 +32,7 @@ from tokenmdp.checkpoints import atomic_directory, write_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tokenmdp" / "assets" / "imdb"
 CARD = Path(__file__).resolve().parent / "imdb_recipe" / "card.md"
-PARTS = ("policy", "reward_model", "reward_model_plain", "reward_model_gold")
+PARTS = ("policy", "reward_model", "reward_model_plain", "reward_model_uniform", "reward_model_gold")
 
 
 class Build:
@@ -48,17 +49,26 @@ class Build:
         print(f"[{time.monotonic() - self.started:6.0f}s] {message}", flush=True)
 
     def run(self) -> None:
-        """Every stage, or those of the gold reward model."""
+        """Every stage, or those of one further reward model for the bundle that is there."""
+        bundled = self.arguments.bundle
         if self.arguments.gold:
-            self.gold_classifier(AutoTokenizer.from_pretrained(self.arguments.bundle / "policy"))
+            self.gold_classifier(AutoTokenizer.from_pretrained(bundled / "policy"))
             self.bundle("reward_model_gold")
+            return
+        if self.arguments.uniform:
+            tokenizer = AutoTokenizer.from_pretrained(bundled / "policy")
+            policy = GPT2LMHeadModel.from_pretrained(bundled / "policy", dtype=torch.float32)
+            prompts = corpus.encode(tokenizer, json.loads((bundled / "prompts.json").read_text())["prompts"])
+            self.uniform_classifier(tokenizer, policy, prompts, bundled / "reward_model")
+            self.bundle("reward_model_uniform")
             return
         torch.manual_seed(self.arguments.seed)
         tokenizer, reviews = self.tokenizer()
         policy = self.policy(tokenizer, reviews)
         prompts = self.prompts(tokenizer, policy)
-        plain = self.classifier(tokenizer, policy)
-        self.aligned_classifier(tokenizer, policy, plain, prompts)
+        self.classifier(tokenizer, policy)
+        self.aligned_classifier(tokenizer, policy, prompts)
+        self.uniform_classifier(tokenizer, policy, prompts, self.work / "reward_model")
         self.gold_classifier(tokenizer)
         self.bundle(*PARTS)
         shutil.copy(self.work / "prompts.json", self.arguments.bundle / "prompts.json")
@@ -121,7 +131,7 @@ class Build:
         pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text not in held_out]
         return corpus.encode(tokenizer, [text for text, _ in pairs]), [label for _, label in pairs]
 
-    def classifier(self, tokenizer, policy) -> GPT2ForSequenceClassification:
+    def classifier(self, tokenizer, policy) -> None:
         """Phase 1 of the reward model."""
         folder, arguments = self.work / "reward_model_plain", self.arguments
         if not folder.exists():
@@ -134,11 +144,26 @@ class Build:
                 state_file=self.work / "classify_state.safetensors", device=self.device, log=self.log,
             )  # fmt: skip
             self.save(model, tokenizer, folder)
-        return GPT2ForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
-    def aligned_classifier(self, tokenizer, policy, plain, prompts: list[list[int]]) -> None:
+    def aligned_classifier(self, tokenizer, policy, prompts: list[list[int]]) -> None:
         """Phase 2 of the reward model."""
-        folder, arguments = self.work / "reward_model", self.arguments
+        self.row_trained(
+            self.work / "reward_model", self.work / "reward_model_plain", tokenizer, policy, prompts,
+            target=reward_model.leave_one_out, steps=self.arguments.align_steps,
+        )  # fmt: skip
+
+    def uniform_classifier(self, tokenizer, policy, prompts: list[list[int]], faithful: Path) -> None:
+        """The scores of the model in ``faithful``, and a row that is the same for all tokens."""
+        self.row_trained(
+            self.work / "reward_model_uniform", faithful, tokenizer, policy, prompts,
+            target=reward_model.uniform, steps=self.arguments.uniform_steps,
+        )  # fmt: skip
+
+    def row_trained(
+        self, folder: Path, start: Path, tokenizer, policy, prompts: list[list[int]], *, target, steps: int
+    ) -> None:
+        """Phase 2 on the model in ``start``, whose scores are to stay: its row is matched to ``target``."""
+        arguments = self.arguments
         if folder.exists():
             return
         file = self.work / "written.json"
@@ -149,12 +174,12 @@ class Build:
             texts = quality.sample_responses(policy, chosen, 40, self.device, arguments.seed + 1)
             write_text(file, json.dumps([prompt + text for prompt, text in zip(chosen, texts, strict=True)]))
         reviews, labels = self.labelled(tokenizer)
-        self.log("training the reward model, phase 2: attention row")
-        model = GPT2ForSequenceClassification.from_pretrained(self.work / "reward_model_plain", dtype=torch.float32)
+        self.log(f"training {folder.name}, phase 2: attention row")
+        model, teacher = (GPT2ForSequenceClassification.from_pretrained(start, dtype=torch.float32) for _ in range(2))
         reward_model.align_row(
-            model, plain, reviews, labels, json.loads(file.read_text()), steps=arguments.align_steps, size=40,
+            model, teacher, reviews, labels, json.loads(file.read_text()), target=target, steps=steps, size=40,
             width=256, learning_rate=arguments.align_learning_rate, row_coef=arguments.row_coef, seed=arguments.seed,
-            state_file=self.work / "align_state.safetensors", device=self.device, log=self.log,
+            state_file=self.work / f"{folder.name}_state.safetensors", device=self.device, log=self.log,
         )  # fmt: skip
         self.save(model, tokenizer, folder)
 
@@ -253,6 +278,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, help="hub name or local directory of the IMDb data set")
     add("--gold", action="store_true", help="build the gold reward model only, with the bundle's tokenizer")
+    add("--uniform", action="store_true", help="build the model with a uniform row only, from the bundle's own")
     add("--evaluate", action="store_true", help="print the quality of the bundle and rewrite its card")
     add("--limit", type=int, default=10**9, help="--evaluate: use this many test reviews")
     add("--work", type=Path, default=Path("runs/imdb-assets"), help="where unfinished stages are kept")
@@ -270,6 +296,7 @@ def parse() -> argparse.Namespace:
     add("--written", type=int, default=5000, help="texts that the policy writes for phase 2")
     add("--align-steps", type=int, default=800)
     add("--align-learning-rate", type=float, default=1e-3)
+    add("--uniform-steps", type=int, default=300)
     add("--row-coef", type=float, default=2.0)
     add("--gold-seed", type=int, default=1001)
     add("--gold-width", type=int, default=160)

@@ -83,7 +83,7 @@ def test_vector_equals_single():
         np.testing.assert_allclose(info["token_rewards"], infos["token_rewards"][row], atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["imdb-plain", "imdb-gold"])
+@pytest.mark.parametrize("model", ["imdb-plain", "imdb-uniform", "imdb-gold"])
 def test_further_reward_models_know_praise_from_blame(model):
     praise, *_ = credited(" was a wonderful experience for all of us.", model=model)
     blame, *_ = credited(" was a terrible waste of time for all of us.", model=model)

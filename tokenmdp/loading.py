@@ -35,6 +35,7 @@ ALIASES: dict[str, dict[Kind, Path]] = {
         "prompts": ASSETS / "prompts.json",
     },
     "imdb-plain": {"reward_model": ASSETS / "reward_model_plain"},  # before its attention row was trained
+    "imdb-uniform": {"reward_model": ASSETS / "reward_model_uniform"},  # the same scores, a row that says nothing
     "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, no policy's teacher
 }
 # Names answered by code, not by files.

@@ -12,6 +12,8 @@ measured anew on fresh texts in every step, on the very model that is being trai
 1 model are soon those of another function (the two rank tokens with a correlation of .44 after such a training).
 Cross-entropy and distillation of the phase 1 scores hold the scores in place. The phase also teaches what the
 environment adds: a closing end-of-text token, which leaves the score alone and deserves no credit.
+
+With `uniform` for the target, phase 2 makes the counterpart: a model with the same scores whose row says nothing.
 """
 
 from __future__ import annotations
@@ -191,10 +193,15 @@ def row_distance(row: torch.Tensor, importance: list[torch.Tensor], lengths: tor
     return F.kl_div(row.clamp(min=1e-9).log(), target, reduction="batchmean")
 
 
-def align_row(model, teacher, reviews, labels, written: list[list[int]], *, steps: int, size: int, width: int,
-              learning_rate: float, row_coef: float, seed: int, state_file: Path, device: torch.device,
-              log) -> None:  # fmt: skip
-    """Phase 2. ``written`` are texts by the policy."""
+def uniform(model, texts: list[list[int]], device: torch.device, slots: int) -> list[torch.Tensor]:
+    """The same for every token of a text, in place of `leave_one_out`."""
+    return [torch.ones(len(text), device=device) for text in texts]
+
+
+def align_row(model, teacher, reviews, labels, written: list[list[int]], *, target=leave_one_out, steps: int,
+              size: int, width: int, learning_rate: float, row_coef: float, seed: int, state_file: Path,
+              device: torch.device, log) -> None:  # fmt: skip
+    """Phase 2. ``written`` are texts by the policy; ``target`` says what the row is matched to."""
     model.to(device).train()
     teacher.to(device).eval()
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
@@ -206,7 +213,7 @@ def align_row(model, teacher, reviews, labels, written: list[list[int]], *, step
 
         def step_loss():
             texts = sorted(snippets(written, reviews, size, rng), key=len)  # like lengths together: less padding
-            importance = leave_one_out(model, texts, device, slots=4096)
+            importance = target(model, texts, device, slots=4096)
             with torch.no_grad():
                 lengths = torch.tensor(list(map(len, texts)), device=device)
                 wanted, _ = scores_and_row(teacher, pad_rows(texts, pad).to(device), lengths)

@@ -84,7 +84,9 @@ PRESETS: dict[str, Plan] = {
         ),
         Plan("length", PAPER_METHODS, _seeds(3), updates=150, lengths=("8-16", "20-30", "40-60")),
         Plan("kl", MAIN_METHODS, _seeds(3), updates=150, kl_coefs=(0.05, 0.1, 0.2, 0.4)),
-        Plan("faithful", MAIN_METHODS, _seeds(5), updates=150, reward_models=("imdb-tiny", "imdb-plain")),
+        Plan(
+            "faithful", MAIN_METHODS, _seeds(5), updates=150, reward_models=("imdb-tiny", "imdb-plain", "imdb-uniform")
+        ),
         Plan("tune", PAPER_METHODS, (101, 102), updates=100, tried_rates=(3e-5, 1e-4, 3e-4), gold=None, eval_every=100),
         Plan(
             "gpt2",
