@@ -1,5 +1,7 @@
 """The captured row and the score against transformers' eager attention, and the memory it takes."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from tokenmdp.attention import capture_rows
 from tokenmdp.reward_models import HFRewardModel
 from tokenmdp.types import Episode
 
@@ -257,6 +260,19 @@ class Sizes(TorchDispatchMode):
                 if sum(size == self.length for size in tensor.shape) > 1 and bytes_held >= self.length**2:
                     self.square.append((str(function), tuple(tensor.shape)))
         return result
+
+
+def test_under_autocast_rows_keep_float32_and_no_keys():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 2, 5, 16, generator=generator).bfloat16() for _ in range(2))
+    last = torch.full((2, 1), 4)
+    with torch.autocast("cpu", torch.bfloat16), capture_rows(last) as capture:
+        capture.keep(query, key, None, None, is_causal=True)
+        alive = weakref.ref(key)
+        exact = (query.double() @ key.double().transpose(-1, -2) / 4).softmax(-1)[:, :, -1:].mean(1)
+        del key
+    torch.testing.assert_close(capture.rows().double(), exact, atol=1e-6, rtol=0)
+    assert alive() is None
 
 
 def measure(reward_model, length, padded):

@@ -1,8 +1,8 @@
 """The attention rows of a few tokens, captured at sdpa speed and without a T x T map.
 
 transformers gives attention weights only in its eager implementation, which holds (N, heads, T, T). Here a model runs
-an implementation of our own: sdpa, which inside `capture_rows` also keeps the queries of the rows and the keys of the
-latest call. After the forward those are the last layer's, and a row is one softmax over T numbers a head.
+an implementation of our own: sdpa, which inside `capture_rows` also computes the rows that were asked for, each one
+softmax over T numbers a head. After the forward the latest are the last layer's.
 """
 
 from __future__ import annotations
@@ -23,34 +23,44 @@ IMPLEMENTATION = "tokenmdp_row"
 
 
 class RowCapture:
-    """The query rows and the keys of the latest attention call, or of every call; see `capture_rows`."""
+    """The rows of the latest attention call, or of every call; see `capture_rows`.
+
+    They are computed as the call is made. Keeping its keys for later would keep more: in GPT-2 they are a view of one
+    tensor with queries and values, (N, T, 3 heads D), which would stay while the layer's widest activations are there.
+    """
 
     def __init__(self, index: torch.Tensor, every_layer: bool) -> None:
         self.index = index  # (N, R) int64: among the queries of a call, those whose rows are wanted
         self.every_layer = every_layer
-        self.query: torch.Tensor | None = None  # (N, heads, R, D)
-        self.key: torch.Tensor | None = None  # (N, key heads, T, D)
-        self.visible: torch.Tensor | None = None  # (N, 1 or heads, R, T), bool or additive; None: all
-        self.scaling: float | None = None
         self._layers: list[torch.Tensor] = []  # (N, heads, R, T) each
+
+    @property
+    def seen(self) -> bool:
+        """Whether there was any call."""
+        return bool(self._layers)
 
     def keep(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, is_causal: bool
     ) -> None:
         """Keep one call's rows: query (N, heads, S, D), key (N, key heads, T, D), mask (N, 1 or heads, 1 or S, T)."""
+        if not self.every_layer:
+            self._layers.clear()
         rows = torch.arange(query.shape[0], device=query.device)[:, None]  # (N, 1) against (N, R)
-        index = self.index.to(query.device)
-        self.query, self.key, self.scaling = query[rows, :, index].transpose(1, 2), key, scaling
+        index, key_heads = self.index.to(query.device), key.shape[1]
+        chosen = query[rows, :, index].transpose(1, 2).float()  # (N, heads, R, D)
+        chosen = chosen.unflatten(1, (key_heads, chosen.shape[1] // key_heads))  # query heads that share a key head
+        with torch.autocast(query.device.type, enabled=False):  # it would round the products
+            scores = torch.einsum("nkgrd,nktd->nkgrt", chosen, key.float()).flatten(1, 2)  # (N, heads, R, T)
+        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if mask is not None:
             mask = mask.expand(query.shape[0], -1, query.shape[2], -1)  # a view: no memory
-            self.visible = mask[rows, :, index].transpose(1, 2)  # (N, 1 or heads, R, T)
+            visible = mask[rows, :, index].transpose(1, 2)  # (N, 1 or heads, R, T)
+            scores = scores.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else scores + visible
         elif is_causal:
             cached = key.shape[2] - query.shape[2]  # keys of earlier calls stand before this call's
-            self.visible = (torch.arange(key.shape[2], device=key.device) <= cached + index[..., None])[:, None]
-        else:
-            self.visible = None
-        if self.every_layer:
-            self._layers.append(self._weights())
+            seen = torch.arange(key.shape[2], device=key.device) <= cached + index[..., None]  # (N, R, T)
+            scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        self._layers.append(scores.softmax(-1))
 
     def rows(self) -> torch.Tensor:
         """``mean over heads of softmax(q K^T * scaling)`` in float32; (N, R, T), each row sums to 1.
@@ -58,28 +68,16 @@ class RowCapture:
         Raises:
             ValueError: no attention call was seen.
         """
-        return self._weights().mean(1)
-
-    def layers(self) -> torch.Tensor:
-        """The rows of every layer and head, (N, layers, heads, R, T), where ``every_layer`` was asked for."""
-        return torch.stack(self._layers, dim=1)
-
-    def _weights(self) -> torch.Tensor:
-        """(N, heads, R, T) of the latest call."""
-        if self.query is None or self.key is None:
+        if not self.seen:
             raise ValueError(
                 "the model made no call through transformers' AttentionInterface, so its attention row cannot be "
                 "captured; use UniformReward or SparseReward, or a model such as GPT-2, Llama, BERT or DistilBERT"
             )
-        heads, key_heads, size = self.query.shape[1], self.key.shape[1], self.query.shape[-1]
-        query = self.query.float().unflatten(1, (key_heads, heads // key_heads))  # query heads that share a key head
-        scores = torch.einsum("nkgrd,nktd->nkgrt", query, self.key.float()).flatten(1, 2)  # (N, heads, R, T)
-        scores = scores * (size**-0.5 if self.scaling is None else self.scaling)
-        if self.visible is not None and self.visible.dtype == torch.bool:
-            scores = scores.masked_fill(~self.visible, -torch.inf)
-        elif self.visible is not None:
-            scores = scores + self.visible.float()
-        return scores.softmax(-1)
+        return self._layers[-1].mean(1)
+
+    def layers(self) -> torch.Tensor:
+        """The rows of every layer and head, (N, layers, heads, R, T), where ``every_layer`` was asked for."""
+        return torch.stack(self._layers, dim=1)
 
 
 _capture: ContextVar[RowCapture | None] = ContextVar("tokenmdp_row_capture", default=None)
@@ -90,8 +88,7 @@ def capture_rows(index: torch.Tensor, *, every_layer: bool = False) -> Iterator[
     """Keep the rows of queries ``index`` (N, R) of the last layer run in the block, by a model that `install` prepared.
 
     Layers run one after the other and each overwrites what the one before left, so the last one stays: no architecture
-    needs to be known, and one layer's keys are all the memory it takes. With ``every_layer`` each layer's rows are
-    computed as it runs and kept, whatever their number.
+    needs to be known. With ``every_layer`` the rows of all are kept.
     """
     capture = RowCapture(index, every_layer)
     token = _capture.set(capture)

@@ -274,7 +274,7 @@ class HFRewardModel(RewardModel):
         rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2)[None])
         with torch.no_grad(), capture_rows(torch.zeros_like(rows.last)[:, None]) as capture:
             self._forward(rows)
-        return capture.key is not None
+        return capture.seen
 
 
 def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
