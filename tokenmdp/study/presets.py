@@ -78,7 +78,8 @@ PRESETS: dict[str, Plan] = {
             ("attention",),
             _seeds(5),
             updates=250,
-            base=replace(BUNDLED, num_envs=8),
+            # One rate for all shares: that of dense rewards is too high without them.
+            base=replace(BUNDLED, num_envs=8, ppo=PAPER_PPO | {"learning_rate": LEARNING_RATE}),
             credit_betas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
             eval_every=50,
         ),
@@ -87,7 +88,15 @@ PRESETS: dict[str, Plan] = {
         Plan(
             "faithful", MAIN_METHODS, _seeds(5), updates=150, reward_models=("imdb-tiny", "imdb-plain", "imdb-uniform")
         ),
-        Plan("tune", PAPER_METHODS, (101, 102), updates=100, tried_rates=(3e-5, 1e-4, 3e-4), gold=None, eval_every=100),
+        Plan(
+            "tune",
+            PAPER_METHODS,
+            (101, 102),
+            updates=100,
+            tried_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+            gold=None,
+            eval_every=100,
+        ),
         Plan(
             "gpt2",
             PAPER_METHODS,
