@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.commands.settings import RunSettings
 from tokenmdp.intervals import Interval
 from tokenmdp.quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
@@ -40,6 +41,7 @@ class Course:
     gold: float = 6.0  # where the gold score would end if it rose all the way
     turn: float = 2.0  # the gold score turns at this share of the run; above 1 it never does
     collapse: float = 2.0  # from this share of the run the score falls to 0; above 1 it never does
+    collapsed_kl: float = 450.0  # that a collapse adds; a policy that puts all on a few words is far from the reference
     distinct: float = 0.5  # distinct-2 at the end
 
 
@@ -83,7 +85,7 @@ def make_cell(
     **changes: object,
 ) -> Cell:  # fmt: skip
     """One cell; ``changes`` are fields of its settings."""
-    settings = base_settings(credit=method, seed=seed, **changes)
+    settings = base_settings(**({"credit_beta": default_beta(method)} | changes), credit=method, seed=seed)
     return Cell(label or method, seed, setting, settings, updates, "imdb-gold", max(1, updates // 15), 64)
 
 
@@ -134,7 +136,13 @@ def make_result(cell: Cell, course: Course) -> CellResult:
         "update": updates, "entropy": 4.3 - 0.05 * metrics["kl"], "kl_coef": kl_coef,
         "learning_rate": np.full(cell.updates, 1e-4), "approx_kl": np.full(cell.updates, 0.01),
         "clip_fraction": np.full(cell.updates, 0.08), "response_length": 11.5 + 0.2 * noise[2],
+        "explained_variance": 0.7 * (1 - 0.5 ** (updates / 15)) + 0.02 * noise[2],
     }  # fmt: skip
+    if settings.credit in ("attention", "abc-d", "abc-d2"):
+        metrics |= {
+            "attention_mass": 0.6 + 0.02 * noise[2], "attention_entropy": 0.8 + 0.01 * noise[2],
+            "credit_fallback": np.zeros(cell.updates),
+        }  # fmt: skip
     at = np.unique([0, *range(cell.eval_every, cell.updates, cell.eval_every), cell.updates])
     evaluations = _columns(cell, course, at, level)
     share = at / cell.updates
@@ -159,7 +167,7 @@ def _columns(cell: Cell, course: Course, updates: np.ndarray, level: float) -> d
     way = 1 - 0.5 ** (updates / course.half)
     score = course.start + (course.end - course.start + level) * way
     fallen = np.clip((share - course.collapse) / 0.1, 0, 1)
-    return {"score": score * (1 - fallen), "kl": course.kl * way**1.5 - 450 * fallen}
+    return {"score": score * (1 - fallen), "kl": course.kl * way**1.5 + course.collapsed_kl * fallen}
 
 
 def make_samples(cell: Cell, score: float) -> list[Sample]:
@@ -182,7 +190,7 @@ def make_samples(cell: Cell, score: float) -> list[Sample]:
 
 
 def quality_record(model: str, methods: Sequence[str] = METHODS) -> dict:
-    """The record of a reward model whose row is faithful, or, for imdb-plain, nearly uniform."""
+    """The record of a reward model whose row is faithful, or, for imdb-plain, unrelated to what the score hangs on."""
     faithful = model != "imdb-plain"
     row = 0.57 if faithful else 0.05
     values = {"sparse": 0.1, "uniform": 0.0, "attention": row, "abc-d": 0.12, "abc-d2": 0.1, "red": 0.58}

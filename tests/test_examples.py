@@ -4,17 +4,22 @@ import re
 
 import cleanrl_style
 import credit_ablation
+import gpt2_study
 import gymnasium as gym
 import mdp_by_hand
 import pytest
 import quickstart
 import swap_wrappers
+import torch
 import tune_on_preferences
 from doubles import SB3
 
+from tokenmdp.commands import ablate
 from tokenmdp.commands.settings import toy_policy
 from tokenmdp.credit import CREDIT_METHODS, make_credit
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.loading import load_causal_lm, load_tokenizer
+from tokenmdp.study import worker
+from tokenmdp.study.results import load_study
 from tokenmdp.wrappers import CreditReward
 
 
@@ -158,3 +163,53 @@ def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     credit_ablation.main([*sizes, "--methods", "rto"])
     assert "rto: left out, it needs --tuned" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cells_in_this_process(monkeypatch):
+    """A study without the start of a process for every cell."""
+
+    def run_cells(out, cells, *, device, **_):
+        return {cell.id: "failed" for cell in cells if worker.main([str(out), cell.id, "--device", device])}
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(ablate, "run_cells", run_cells)
+    monkeypatch.setattr(ablate, "QUALITY_TEXTS", 4)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_gpt2_study_tries_untrained_models_and_says_what_they_cost(cells_in_this_process, tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="needs the study extra: pip install 'tokenmdp[study]'")
+    sizes = ["--layers", "1", "--width", "64", "--updates", "2", "--num-envs", "4", "--eval-samples", "2"]
+    assert gpt2_study.main(["--random-weights", "--out", str(tmp_path), "--device", "cpu", *sizes]) == 0
+    output = capsys.readouterr().out
+    rows = re.findall(r"8-16 tokens +(\S+) +1 +(\S+) +(\S+) +(\S+) GiB", output)
+    assert "on cpu, torch." in output
+    assert [row[0] for row in rows] == ["sparse", "attention"]
+    assert all(float(number) > 0 for row in rows for number in row[1:])
+    settings = [result.cell.settings for result in load_study(tmp_path / "study").results.values()]
+    assert {(one.ppo["learning_rate"], one.horizon_range) for one in settings} == {(1.41e-5, (8, 15))}  # the paper's
+
+
+def test_gpt2_study_runs_the_command_on_the_models_that_are_named(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpt2_study.cli, "main", lambda words: commands.append(words) or 2)
+    assert gpt2_study.main(["--policy", "mine", "--out", "there", "--seeds", "1", "2"]) == 2
+    assert commands == [["ablate", "--preset", "gpt2", "--out", "there", "--policy", "mine", "--seeds", "1", "2"]]
+
+
+def test_gpt2_study_fills_up_the_vocabulary_and_writes_the_shape_that_is_asked_for(tmp_path):
+    named = gpt2_study.make_models(tmp_path, layers=2, width=128)
+    weights = [tmp_path / f"{kind}-2x128" / "model.safetensors" for kind in ("policy", "reward_model")]
+    written = [file.stat().st_mtime_ns for file in weights]
+    assert gpt2_study.make_models(tmp_path, layers=2, width=128) == named
+    assert [file.stat().st_mtime_ns for file in weights] == written
+    tokenizer, policy = load_tokenizer(str(tmp_path / "policy-2x128")), load_causal_lm(str(tmp_path / "policy-2x128"))
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == policy.config.vocab_size == 50257
+    text = "An unused1 film; naïve, yes."
+    assert tokenizer.encode(text) == load_tokenizer("imdb-tiny").encode(text)
+    assert tokenizer.convert_ids_to_tokens(50256) == "unused50256"
+    assert (policy.config.n_layer, policy.config.n_embd, policy.config.n_head) == (2, 128, 2)
+    with pytest.raises(SystemExit):
+        gpt2_study.make_models(tmp_path, layers=2, width=100)

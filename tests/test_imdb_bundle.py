@@ -34,7 +34,7 @@ def credited(text: str, prompt: str = "This movie", model: str = "imdb-tiny"):
 
 def test_bundle_is_small_complete_and_in_bf16():
     files = [file for file in BUNDLE.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 31e6
+    assert sum(file.stat().st_size for file in files) < 42e6
     assert sum(file.stat().st_size for file in files if file.parent.name == "reward_model_gold") < 3e6
     assert not {file.suffix for file in files} - {".json", ".md", ".safetensors"}
     for part in ("policy", "reward_model", "reward_model_plain", "reward_model_gold"):

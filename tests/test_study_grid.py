@@ -1,35 +1,40 @@
 """From a preset and a command line to cells, and a study's directory read and written."""
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from study_doubles import grid_cells, make_cell, synthetic_study
+from study_doubles import make_cell
 
 from tokenmdp import cli
 from tokenmdp import credit as credit_package
 from tokenmdp.commands import ablate, credit_options
 from tokenmdp.commands.settings import RunSettings, credit_of, make_envs, settings_from_record, settings_record
 from tokenmdp.credit import CREDIT_METHODS
-from tokenmdp.study import grid, results
+from tokenmdp.study import grid
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
 from tokenmdp.study.presets import PRESETS
 from tokenmdp.study.results import (
-    CellResult,
     StudyError,
-    cell_file,
     cell_from_record,
     cell_record,
-    declare,
-    load_study,
-    read_result,
-    write_result,
 )
-from tokenmdp.study.tuning import chosen_rates
 
-SIZES = {"quick": 12, "imdb": 60, "beta": 30, "length": 54, "kl": 48, "faithful": 40, "gpt2": 60, "smoke": 4}
+SIZES = {
+    "quick": 12,
+    "imdb": 60,
+    "beta": 30,
+    "length": 54,
+    "kl": 48,
+    "faithful": 60,
+    "tune": 48,
+    "gpt2": 60,
+    "smoke": 4,
+}
 
 
 def plan_for(*words):
@@ -188,6 +193,14 @@ def test_another_policy_has_its_own_tokenizer_and_no_gold_model_that_reads_other
     assert plan_for("--preset", "imdb").gold == "imdb-gold"
 
 
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
+    (cell, *_) = expand(plan_for("--preset", "quick", "--align", "offsets"))
+    envs = make_envs(cell.settings, 2, ["This film"])
+    assert envs.unwrapped.task.align == "offsets"
+    envs.close()
+    assert cell.id != expand(PRESETS["quick"])[0].id
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -204,6 +217,7 @@ def test_another_policy_has_its_own_tokenizer_and_no_gold_model_that_reads_other
         (["--shard", "0/2"], "--shard '0/2'"),
         (["--shard", "3/2"], "--shard '3/2'"),
         (["--jobs", "0"], "--jobs is 0"),
+        (["--quality-texts", "1"], "--quality-texts is 1"),
         (["--learning-rates", "rates.json"], "only for sparse"),
         (["--learning-rates", "text.json"], "is no JSON object"),
         (["--learning-rates", "missing.json"], "missing.json"),
@@ -250,6 +264,21 @@ def test_settings_without_a_range_are_recorded_as_they_were():
         assert settings_from_record(json.loads(json.dumps(settings_record(each)))) == each
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"methods": ("shapley:budget=64,credit_beta=0.5", "my_credit.Mine"), "seeds": (1, 2), "gold": "none"},
+        {"reward_models": ("a folder/model", "imdb-tiny"), "policy": "it's", "prompts": "p.txt", "align": "offsets"},
+        {"credit_betas": (0.0, 0.5), "kl_coefs": (0.1,), "learning_rates": Path("rates.json"), "ppo": ("dtype=auto",)},
+        {"updates": 3, "num_envs": 4, "eval_every": 2, "eval_samples": 8, "lengths": ("8-16", "20")},
+    ],
+)
+def test_the_recorded_command_is_the_one_that_was_given(given):
+    arguments = cli.Ablate(preset="imdb", **given)
+    command = ablate.command_of(arguments)
+    assert cli.tyro.cli(cli.Ablate, args=shlex.split(command)[2:]) == arguments
+
+
 def test_every_option_is_in_the_recorded_command():
     arguments = cli.Ablate(
         preset="imdb", methods=("red", "attention"), lengths=("8-16",), ppo=("kl_coef=0.1", "kl_target=3"), jobs=2
@@ -257,6 +286,7 @@ def test_every_option_is_in_the_recorded_command():
     command = ablate.command_of(arguments)
     words = "--methods red attention --lengths 8-16 --ppo kl_coef=0.1 --ppo kl_target=3"
     assert command == f"tokenmdp ablate --preset imdb {words}"
+    assert cli.tyro.cli(cli.Ablate, args=shlex.split(command)[2:]) == replace(arguments, jobs=None)
     unrecorded = {"preset", *ablate.UNRECORDED}
     assert unrecorded < {field.name for field in fields(cli.Ablate)}
 
@@ -264,94 +294,3 @@ def test_every_option_is_in_the_recorded_command():
 def test_the_names_of_the_presets_are_the_command_lines():
     assert set(PRESETS) == set(get_args(get_type_hints(cli.Ablate)["preset"]))
     assert {name for plan in PRESETS.values() for name in plan.methods} <= set(CREDIT_METHODS)
-
-
-def test_two_grids_share_results_under_labels_of_their_own(tmp_path):
-    synthetic_study(tmp_path, grids=("imdb", "faithful"), seeds=2, updates=20)
-    study = load_study(tmp_path)
-    shared = set(study.grids["imdb"]) & set(study.grids["faithful"])
-    assert len(shared) == 8
-    assert set(study.cells) == set(study.results)
-    assert ("8-16 tokens", "red") in study.select("imdb")
-    assert ("8-16 tokens, reward model imdb-tiny", "red") in study.select("faithful")
-    for (setting, method), rows in study.select("faithful").items():
-        assert [row.cell.seed for row in rows] == [1, 2]
-        assert {(row.cell.setting, row.cell.method) for row in rows} == {(setting, method)}
-    assert study.select("no such grid") == {}
-
-
-def test_a_result_comes_back_with_six_digits(tmp_path):
-    cell = make_cell(updates=2)
-    declare(tmp_path, "imdb", [cell], {})
-    result = CellResult(cell, {"kl": [1 / 3, 123456.789]}, {"update": [0, 2]}, [], 1.25, {"torch": "2"})
-    write_result(tmp_path, result)
-    back = read_result(tmp_path, cell.id)
-    assert back.cell == cell
-    assert back.metrics == {"kl": [0.333333, 123457.0]}
-    again = write_result(tmp_path, back).read_text()
-    assert again == write_result(tmp_path, result).read_text()
-
-
-def test_a_study_of_another_version_is_read_but_not_added_to(tmp_path, monkeypatch):
-    cells = grid_cells("imdb", 1, 5)
-    monkeypatch.setattr(results, "tokenmdp_version", lambda: "0.0.1")
-    declare(tmp_path, "imdb", cells, {})
-    monkeypatch.undo()
-    before = (tmp_path / "study.json").read_text()
-    with pytest.raises(StudyError, match=r"holds results of tokenmdp 0\.0\.1 .* choose another --out"):
-        declare(tmp_path, "imdb", cells, {})
-    assert (tmp_path / "study.json").read_text() == before
-    assert load_study(tmp_path).version == "0.0.1"
-
-
-def test_what_is_no_study_is_left_alone(tmp_path):
-    (tmp_path / "mine.txt").write_text("text")
-    with pytest.raises(StudyError, match=r"holds mine\.txt but no study\.json"):
-        declare(tmp_path, "imdb", grid_cells("imdb", 1, 5), {})
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(StudyError, match="holds no study"):
-        load_study(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"format": 2}', "has format 2 and this version of tokenmdp reads 1"),
-        ("[]", "holds a list"),
-        ("{", "cannot be read"),
-        ('{"format": 1, "version": "x", "grids": {}}', "is damaged"),
-    ],
-)
-def test_another_format_and_damage_are_named(tmp_path, text, message):
-    (tmp_path / "study.json").write_text(text)
-    with pytest.raises(StudyError, match=message):
-        load_study(tmp_path)
-
-
-def test_a_damaged_cell_is_named(tmp_path):
-    synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=5)
-    id = load_study(tmp_path).grids["imdb"][0]
-    for text in ("{", "[]", '{"format": 1}'):
-        cell_file(tmp_path, id).write_text(text)
-        with pytest.raises(StudyError, match="delete it and the cell is run again"):
-            load_study(tmp_path)
-
-
-def test_the_best_mean_area_chooses_the_rate(tmp_path):
-    areas = {"sparse": {1e-5: (1, 2), 1e-4: (3, 0), 1e-3: (2, 2)}, "red": {1e-5: (4, 4), 1e-4: (4, 4)}}
-    cells = []
-    for method, rates in areas.items():
-        for rate, seeds in rates.items():
-            for seed, area in enumerate(seeds):
-                cell = make_cell(method, seed, f"learning_rate={rate:g}", 2, ppo={"learning_rate": rate})
-                cells.append((cell, CellResult(cell, {"score_mean": [area - 1, area + 1]}, {}, [], 1.0, {})))
-    declare(tmp_path, "tune", [cell for cell, _ in cells], {})
-    for _, result in cells:
-        write_result(tmp_path, result)
-    record = chosen_rates(load_study(tmp_path))
-    assert record["learning_rates"] == {"sparse": 1e-3, "red": 1e-5}  # of equal ones the lower
-    assert record["at_the_edge_of_the_search"] == ["sparse", "red"]
-    assert {"method": "sparse", "learning_rate": 1e-4, "areas": {0: 3.0, 1: 0.0}, "mean": 1.5} in record["search"]
-    file = tmp_path / "learning_rates.json"
-    file.write_text(json.dumps(record))
-    assert read_rates(file) == record["learning_rates"]

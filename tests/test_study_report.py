@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from study_doubles import Course, grid_cells, make_cell, make_result, paper_like, synthetic_study
+from study_doubles import Course, grid_cells, make_cell, make_result, paper_like, quality_record, synthetic_study
 
 from tokenmdp.report.drawing import (
     COLOURS,
@@ -26,17 +26,20 @@ from tokenmdp.report.drawing import (
     new_figure,
     spread_apart,
 )
-from tokenmdp.report.study import _typeset, shared_settings, write_report
-from tokenmdp.report.study_figures import learning_curves
-from tokenmdp.report.study_sections import by_setting, correlations, family
+from tokenmdp.report.study import _typeset, write_report
+from tokenmdp.report.study_figures import diagnostics, learning_curves
+from tokenmdp.report.study_protocol import protocol, rates_of, shared_settings
+from tokenmdp.report.study_sections import correlations
 from tokenmdp.report.study_tradeoffs import score_against_kl
+from tokenmdp.study.claims import multiplicity
+from tokenmdp.study.outcomes import by_setting, family
 from tokenmdp.study.results import load_study
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DARK, LIGHT = 0, 1  # Chromium's preferredColorScheme
-FIGURES = ("curves", "beta", "length", "kl", "gold", "quality", "diversity")
+FIGURES = ("curves", "beta", "length", "kl", "gold", "quality", "diversity", "diagnostics")
 VOID = {"meta", "br", "use", "path", "rect"}
 
 
@@ -85,6 +88,24 @@ def full(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def partial(tmp_path_factory):
+    """A study of one small grid with a crash and a gap, with its report."""
+
+    def without_gold(result):
+        kept = {key: column for key, column in result.evaluations.items() if key != "gold"}
+        return replace(result, evaluations=kept)
+
+    path = synthetic_study(
+        tmp_path_factory.mktemp("partial"), grids=("quick",), seeds=2, updates=8, quality=(), change=without_gold,
+        keep=lambda cell: (cell.method, cell.seed) != ("uniform", 2),
+        crashed=lambda cell: (cell.method, cell.seed) == ("red", 1),
+    )  # fmt: skip
+    study = load_study(path)
+    write_report(study, path / "report")
+    return study
+
+
+@pytest.fixture(scope="module")
 def page(full):
     return (full.path / "report" / "index.html").read_text(encoding="utf-8")
 
@@ -102,6 +123,12 @@ def test_the_page_needs_nothing_else(page, outline):
     assert "prefers-color-scheme: dark" in page
     assert "I saw &lt;b&gt;it&lt;/b&gt; &amp;" in page
     assert len(page) < 3_000_000
+
+
+def test_the_navigation_names_every_section(page, outline):
+    links = re.findall(r'<a href="#(\w+)">(.*?)</a>', page)
+    assert links == re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', page)
+    assert {id for id, _ in links} == {*FIGURES, "claims", "samples", "unfinished", "how"}
 
 
 def test_every_section_has_its_figure_as_png_and_svg(full, outline):
@@ -134,38 +161,92 @@ def test_the_numbers_are_those_of_the_tables(full, page, outline):
     assert all(f"## {grid}\n" in tables for grid in full.grids)
 
 
-def test_what_is_not_there_is_left_out_and_said(tmp_path):
-    def without_gold(result):
-        kept = {key: column for key, column in result.evaluations.items() if key != "gold"}
-        return replace(result, evaluations=kept)
-
-    path = synthetic_study(
-        tmp_path, grids=("quick",), seeds=2, updates=8, quality=(), change=without_gold,
-        keep=lambda cell: (cell.method, cell.seed) != ("uniform", 2),
-        crashed=lambda cell: (cell.method, cell.seed) == ("red", 1),
-    )  # fmt: skip
-    text = write_report(load_study(path), path / "report").read_text(encoding="utf-8")
+def test_what_is_not_there_is_left_out_and_said(partial):
+    text = (partial.path / "report" / "index.html").read_text(encoding="utf-8")
     words = " ".join(Outline(text).words)
     assert text.count("Not in this study") == 5  # beta, length, kl, gold, quality
     assert "tokenmdp ablate --preset length" in words
     assert "MemoryError: 8.0 GiB for the <logits>" in words
     assert "uniform: seed 2" in words
-    drawn = {file.name for file in (path / "report" / "figures").iterdir()}
-    assert drawn == {f"{name}-quick.{kind}" for name in ("curves", "diversity") for kind in ("png", "svg")}
+    assert "The search for learning rates" not in words
+    drawn = {file.name for file in (partial.path / "report" / "figures").iterdir()}
+    assert drawn == {
+        f"{name}-quick.{kind}" for name in ("curves", "diversity", "diagnostics") for kind in ("png", "svg")
+    }
 
 
-def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(tmp_path):
-    path = synthetic_study(tmp_path / "study", grids=("quick",), seeds=1, updates=6, quality=())
-    study = load_study(path)
-    stale = tmp_path / "first" / "figures" / "kl.svg"
-    stale.parent.mkdir(parents=True)
+def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_path):
+    stale = tmp_path / "figures" / "kl.svg"
+    stale.parent.mkdir()
     stale.write_text("old")
-    written = [write_report(study, tmp_path / name) for name in ("first", "second")]
-    files = [
-        {file.relative_to(page.parent): file.read_bytes() for file in page.parent.rglob("*.*")} for page in written
-    ]
+    pages = [partial.path / "report" / "index.html", write_report(partial, tmp_path)]
+    files = [{file.relative_to(page.parent): file.read_bytes() for file in page.parent.rglob("*.*")} for page in pages]
     assert files[0] == files[1]
     assert not stale.exists()
+
+
+def moved(study, folder):
+    """The same study with every model in a directory of this machine."""
+
+    def move(cell):
+        there = replace(cell.settings, reward_model=f"{folder}/{cell.settings.reward_model}", policy=f"{folder}/mine")
+        return replace(cell, settings=there, gold=f"{folder}/{cell.gold}")
+
+    ids = {id: move(cell).id for id, cell in study.cells.items()}
+    return replace(
+        study,
+        grids={grid: [ids[id] for id in held] for grid, held in study.grids.items()},
+        cells={ids[id]: move(cell) for id, cell in study.cells.items()},
+        results={ids[id]: replace(result, cell=move(result.cell)) for id, result in study.results.items()},
+        errors={ids[id]: f"OSError: no file named {folder}/imdb-tiny/model.safetensors" for id in study.errors},
+        labels={grid: {ids[id]: label for id, label in held.items()} for grid, held in study.labels.items()},
+        commands={grid: [f"tokenmdp ablate --gold {folder}/imdb-gold"] for grid in study.grids},
+        quality={f"{folder}/{model}": quality_record(f"{folder}/{model}") for model in ("imdb-tiny", "imdb-plain")},
+    )
+
+
+def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
+    folder = "/home/someone/models"
+    path = synthetic_study(
+        tmp_path / "study", grids=("faithful", "quick"), seeds=1, updates=4, quality=(),
+        crashed=lambda cell: cell.method == "uniform",
+    )  # fmt: skip
+    study = moved(load_study(path), folder)
+    write_report(study, tmp_path / "report")
+    files = [file for file in (tmp_path / "report").rglob("*.*") if file.is_file()]
+    assert {file.stem.partition("-")[0] for file in files} >= {"index", "tables", "verdicts", "quality", "gold"}
+    for file in files:
+        assert "someone" not in file.name
+        assert b"someone" not in file.read_bytes(), file.name
+    words = " ".join(Outline((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).words)
+    assert "no file named model.safetensors" in words
+    assert "second reward model: imdb-gold" in words
+    assert "tokenmdp ablate --gold imdb-gold" in words
+
+
+def test_the_page_says_how_many_claims_there_are(full, page):
+    assert markup.escape(multiplicity(verdicts(full))) in page
+
+
+def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial, tmp_path):
+    entries = [{"method": "sparse", "learning_rate": rate, "setting": "8-16 tokens", "areas": {"101": mean},
+                "mean": mean, "crashed": [102] * (rate == 3e-4), "not_run": []}
+               for rate, mean in ((1e-4, 2.25), (3e-4, 3.5))]  # fmt: skip
+    found = {"learning_rates": {"sparse": 1e-4}, "at_the_edge_of_the_search": ["sparse"], "search": entries}
+    (tmp_path / "learning_rates.json").write_text(json.dumps(found))
+    cells = {id: replace(cell, settings=replace(cell.settings, ppo=cell.settings.ppo | {"learning_rate": 5e-4}))
+             if cell.method == "red" else cell for id, cell in partial.cells.items()}  # fmt: skip
+    study = replace(partial, path=tmp_path, version="7.8.9", packages={"torch": "6.5.4"}, cells=cells)
+    assert rates_of(study.declared("quick")) == {1e-4: ["sparse", "uniform", "attention"], 5e-4: ["red"]}
+    text = protocol(study)
+    words = " ".join(Outline(text).words)
+    assert "tokenmdp 7.8.9" in words
+    assert "torch 6.5.4" in words
+    assert "<b>0.0001</b> sparse, uniform, ABC; <b>0.0005</b> RED" in text
+    assert "<td><b>2.25</b></td><td>3.50<small>1 crashed</small></td>" in text
+    assert "sparse (0.0001)" in words
+    assert "kl_target: 6" in words
+    assert "Not the same in all runs: credit, credit_beta, learning_rate, seed" in words
 
 
 def test_the_arrow_says_the_share_of_the_steps(full):
@@ -187,6 +268,7 @@ def test_the_arrow_says_the_share_of_the_steps(full):
     assert f"sparse's maximum {highest:.2f} at update 60" in texts
     assert f"ABC is there after {step / 60:.0%} of the steps, update {step}" in texts
     assert not remarks
+    assert "fewer than the curves" in learning_curves(groups | {"sparse": groups["sparse"][:1]})[1][0]
 
 
 def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():
@@ -197,9 +279,19 @@ def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():
     for cell in grid_cells("quick", seeds=5, updates=40):
         groups.setdefault(cell.method, []).append(make_result(cell, course(cell)))
     figure, remarks = learning_curves(groups)
+    assert figure.axes[1].get_ylim()[1] < 40
+    kl = np.mean([result.metrics["kl"] for result in groups["sparse"]], axis=0)
+    highest = max(np.mean(kl[end - 5 : end]) for end in range(5, 41))
+    assert remarks == [f"sparse leaves the picture: its mean KL gets to {highest:.3g}"]
+
+
+def test_a_collapse_downwards_is_said_too():
+    courses = [Course(), Course(collapse=0.5, collapsed_kl=-450), Course()]
+    cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
+    groups = {"sparse": list(map(make_result, cells, courses)), "red": [make_result(cell, Course()) for cell in cells]}
+    figure, remarks = learning_curves(groups)
     assert figure.axes[1].get_ylim()[0] > -20
-    assert len(remarks) == 1
-    assert "sparse leaves the picture" in remarks[0]
+    assert re.fullmatch(r"sparse leaves the picture: its mean KL gets to \N{MINUS SIGN}\d+(\.\d)?", remarks[0])
 
 
 def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
@@ -210,8 +302,30 @@ def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
     cell = settings["8-16 tokens, kl_coef=0.2"]["sparse"][0].cell
     settings["8-16 tokens, kl_coef=0.2"]["sparse"][0] = make_result(cell, Course(collapse=0.5))
     figure, remarks = score_against_kl(settings)
-    assert figure.axes[0].get_xlim()[0] > -10
-    assert remarks == ["Points outside of the picture, where seeds collapsed: 1"]
+    assert figure.axes[0].get_xlim()[1] < 60
+    assert remarks[0] == "Points outside of the picture, drawn out by single seeds: 1"
+    assert all("1 collapsed run left out" in remark for remark in remarks[1:])
+    assert len(remarks) == 4
+
+
+def test_two_seeds_are_drawn_one_by_one_and_three_as_a_band(full):
+    groups = by_setting(full, "imdb")["8-16 tokens"]
+    for seeds, bands, lines in ((1, 0, 1), (2, 0, 3), (3, 1, 1)):
+        figure, _ = learning_curves({"red": groups["red"][:seeds]})
+        upper = figure.axes[0]
+        drawn = [line for line in upper.lines if line.get_clip_on()]  # others lead to a name
+        assert (len(upper.collections), len(drawn)) == (bands, lines)
+
+
+def test_diagnostics_have_a_panel_for_what_is_recorded_and_say_what_is_zero(full):
+    groups = by_setting(full, "imdb")["8-16 tokens"]
+    figure, remarks = diagnostics(groups)
+    shown = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
+    assert len(shown) == 5
+    assert remarks == ["Not drawn, 0 throughout: episodes without usable attention"]
+    names = {text.get_text() for text in shown["attention on the response"].texts}
+    assert names == {"ABC", "ABC-D", "ABC-D2"}
+    assert len(shown["entropy of the policy"].texts) == len(groups)
 
 
 def test_families_differ_in_what_is_varied_alone(full):
@@ -230,7 +344,9 @@ def test_credit_quality_goes_by_what_a_method_is_not_by_its_label(full):
 def test_shared_settings_leave_out_what_varies(full):
     shared = shared_settings(full.declared("kl"))
     assert shared["reward_model"] == "imdb-tiny"
-    assert not shared.keys() & {"seed", "credit", "ppo"}
+    assert shared["learning_rate"] == 1e-4
+    assert shared["kl_target"] is None
+    assert not shared.keys() & {"seed", "credit", "ppo", "kl_coef"}
 
 
 @given(st.lists(st.floats(-10, 10), max_size=8), st.floats(0.1, 3))

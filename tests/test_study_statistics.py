@@ -12,16 +12,16 @@ from scipy import stats
 from tokenmdp.study.statistics import (
     Estimate,
     censored_median,
-    difference_at_equal_kl,
     interquartile_mean,
+    jackknife,
     mean,
+    mean_level,
     median_steps,
     overtaking,
     paired_difference,
-    pareto_front,
     percentile_interval,
     probability_of_improvement,
-    score_at_kl,
+    share_of_runs,
     slope,
     steps_to_reach,
     stratified_bootstrap,
@@ -55,10 +55,10 @@ def test_strata_are_resampled_within_themselves():
         for first in itertools.product(strata[0], repeat=2)
         for second in itertools.product(strata[1], repeat=3)
     ]
-    ours = stratified_bootstrap(strata, resamples=40_000)
+    ours = stratified_bootstrap(strata, resamples=40_000, fewest=2)
     assert ours.value == pytest.approx(8.0)
     assert ours[1:] == pytest.approx(tuple(np.quantile(every, [0.025, 0.975], method="inverted_cdf")), abs=0.21)
-    between = stratified_bootstrap([[0.0, 0.0], [10.0, 10.0]])
+    between = stratified_bootstrap([[0.0, 0.0], [10.0, 10.0]], fewest=2)
     assert between == Estimate(5.0, 5.0, 5.0)  # the strata differ, which is no uncertainty
 
 
@@ -71,6 +71,8 @@ def test_one_seed_has_no_interval():
     for estimate in (
         stratified_bootstrap([[2.0]]),
         stratified_bootstrap([[1.0], [3.0]]),
+        mean_level([[2.0]]),
+        jackknife(np.array([2.0]), np.mean),
         paired_difference([3.0], [1.0]),
     ):
         assert estimate == Estimate(2.0, -np.inf, np.inf)
@@ -78,6 +80,66 @@ def test_one_seed_has_no_interval():
         assert estimate.side(-100) == 0
     assert probability_of_improvement([[2.0]], [[1.0]]) == Estimate(1.0, -np.inf, np.inf)
     assert median_steps([4.0], [True]).low == -np.inf
+
+
+@pytest.mark.parametrize("seeds", [5, 6])
+def test_below_six_seeds_nothing_is_resampled(seeds):
+    values, other = TEN[:seeds], TEN[-seeds:]
+    updates = np.arange(1, 11)
+    estimates = [
+        stratified_bootstrap([values]),
+        stratified_bootstrap([TEN, values]),
+        probability_of_improvement([values], [other]),
+        probability_of_improvement([values], [TEN]),
+        median_steps(values, np.ones(seeds, dtype=bool)),
+        overtaking(values[:, None] * updates, other[:, None] * updates, updates, window=1).share,
+    ]
+    assert {np.isfinite(estimate.low) for estimate in estimates} == {seeds == 6}
+
+
+def test_resamples_that_are_all_the_same_are_no_interval():
+    assert probability_of_improvement([TEN + 100], [TEN]) == Estimate(1.0, -np.inf, np.inf)
+    assert median_steps(np.full(10, 8.0), np.ones(10, dtype=bool)) == Estimate(8.0, -np.inf, np.inf)
+
+
+def test_a_mean_of_few_seeds_has_a_t_interval():
+    theirs = stats.ttest_1samp(TEN[:5], 0).confidence_interval()
+    assert mean_level([TEN[:5]])[1:] == pytest.approx((theirs.low, theirs.high))
+    assert mean_level([TEN]) == stratified_bootstrap([TEN])
+    assert mean_level([TEN[:5], TEN[:5]]).low == -np.inf
+
+
+@pytest.mark.parametrize(("seeds", "coverage"), [(6, 0.86), (10, 0.89)])
+def test_how_often_a_bootstrap_interval_holds_the_truth(seeds, coverage):
+    """The numbers that the tables' legend gives."""
+    random = np.random.default_rng(0)
+    found = [stratified_bootstrap([random.normal(size=seeds)], resamples=1000) for _ in range(3000)]
+    assert np.mean([estimate.side() == 0 for estimate in found]) == pytest.approx(coverage, abs=0.015)
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval():
+    assert jackknife(TEN, np.mean) == pytest.approx(paired_difference(TEN, np.zeros(10)))
+
+
+def test_the_jackknife_of_a_ratio_covers_where_a_known_denominator_does_not():
+    """Ratio of two means, 1 in truth, with a noisy denominator."""
+    random = np.random.default_rng(0)
+    held = {"jackknife": 0, "known": 0}
+    for _ in range(1000):
+        rows = np.stack([random.normal(4, 0.2, 8), random.normal(4, 1.5, 8)], axis=1)
+        held["jackknife"] += jackknife(rows, lambda kept: kept[:, 0].mean() / kept[:, 1].mean()).side(1.0) == 0
+        held["known"] += paired_difference(rows[:, 0] / rows[:, 1].mean(), np.ones(8)).side() == 0
+    assert held["jackknife"] > 920
+    assert held["known"] < 500
+
+
+def test_the_share_of_runs_has_the_exact_interval():
+    """Clopper and Pearson: at either end the number seen has probability .025 in one tail."""
+    estimate = share_of_runs(3, 12)
+    assert estimate.value == 0.25
+    assert stats.binom.sf(2, 12, estimate.low) == pytest.approx(0.025)
+    assert stats.binom.cdf(3, 12, estimate.high) == pytest.approx(0.025)
+    assert share_of_runs(0, 4).low == 0
 
 
 def test_no_values_is_an_error():
@@ -97,7 +159,7 @@ def test_paired_difference_is_scipys_paired_t_test():
 
 def test_three_seeds_of_one_sign_decide_a_bootstrap_and_not_a_t_interval():
     differences = np.array([0.1, 1.0, 2.0])
-    assert stratified_bootstrap([differences]).side() == 1
+    assert stratified_bootstrap([differences], fewest=2).side() == 1
     assert paired_difference(differences, np.zeros(3)).side() == 0
 
 
@@ -118,7 +180,7 @@ def test_probability_of_improvement_averages_strata_and_resamples_both_methods()
         for b in itertools.product(right[0], repeat=2)
     ]
     expected = np.quantile(np.add(every, 1) / 2, [0.025, 0.975])
-    ours = probability_of_improvement(left, right, resamples=5000)
+    ours = probability_of_improvement(left, right, resamples=5000, fewest=2)
     assert ours.value == 0.75
     assert ours[1:] == pytest.approx(tuple(expected))
 
@@ -166,7 +228,7 @@ def test_median_steps_may_be_never():
     assert estimate.low == 30.0
     assert estimate.high == np.inf
     assert median_steps(steps, ~reached).value == 150.0
-    assert median_steps(steps, np.zeros(6, dtype=bool)) == Estimate(np.inf, np.inf, np.inf)
+    assert median_steps(steps, np.zeros(6, dtype=bool)).value == np.inf
 
 
 def test_an_interval_of_finite_and_infinite_resamples_is_no_nan():
@@ -180,8 +242,8 @@ def test_steps_to_reach_a_level_of_its_own_for_each_curve():
 
 def test_overtaking_by_hand():
     updates = np.arange(1, 11)
-    baseline = np.minimum(updates, 8.0) * np.ones((4, 1))  # its maximum, 8, at update 8
-    result = overtaking(np.minimum(2.0 * updates, 10.0) * np.ones((4, 1)), baseline, updates, window=1)
+    baseline = np.minimum(updates, 8.0) * np.ones((6, 1))  # its maximum, 8, at update 8
+    result = overtaking(np.minimum(2.0 * updates, 10.0) * np.ones((6, 1)), baseline, updates, window=1)
     assert result[:3] == (8.0, 8.0, 4.0)
     assert result.share == Estimate(0.5, 0.5, 0.5)
     never = overtaking(baseline - 1, baseline, updates, window=1)
@@ -199,35 +261,3 @@ def test_overtaking_compares_means_over_seeds_and_says_how_sure_it_is():
     assert result.level == pytest.approx(smoothed.max())
     assert result.step == updates[3:][trailing_mean(speeds.mean() * updates, 4) >= result.level][0]
     assert result.share.low < result.share.value < result.share.high
-
-
-def test_score_at_kl_is_piecewise_linear_and_undefined_outside():
-    points = ([3.0, 1.0, 2.0], [9.0, 1.0, 4.0])
-    assert score_at_kl(*points, [1.0, 1.5, 2.5, 3.0]).tolist() == [1.0, 2.5, 6.5, 9.0]
-    assert np.isnan(score_at_kl(*points, [0.9, 3.1])).all()
-
-
-@given(st.lists(numbers, min_size=2, max_size=6), numbers)
-def test_at_equal_kl_a_shift_in_score_is_the_difference(scores, shift):
-    kl = np.arange(len(scores)) * 1.0
-    other = np.array(scores) + shift
-    assert difference_at_equal_kl((kl, other), (kl, scores)) == pytest.approx(shift, abs=1e-9)
-    moved = difference_at_equal_kl((kl + 100, other), (kl, scores))
-    assert np.isnan(moved)
-
-
-def test_spending_more_kl_on_the_same_curve_is_no_difference_at_equal_kl():
-    kl = np.linspace(0, 4, 9)
-    assert difference_at_equal_kl((2 * kl, 3 * 2 * kl), (kl, 3 * kl)) == pytest.approx(0)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_pareto_front_is_what_no_point_dominates(points):
-    def beaten(point):
-        return any(
-            other[0] <= point[0] and other[1] >= point[1] and other != point for other in points
-        )  # at most its KL, at least its score
-
-    front = pareto_front(*zip(*points, strict=True))
-    kept = [points[place] for place in front]
-    assert kept == sorted({point for point in points if not beaten(point)})

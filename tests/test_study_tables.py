@@ -9,8 +9,16 @@ from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.results import load_study
-from tokenmdp.study.statistics import Estimate
-from tokenmdp.study.tables import METHOD_HEADINGS, VERDICT_HEADINGS, markdown, method_table, method_texts, steps_text
+from tokenmdp.study.statistics import Estimate, censored_median
+from tokenmdp.study.tables import (
+    LEGEND,
+    METHOD_HEADINGS,
+    VERDICT_HEADINGS,
+    markdown,
+    method_table,
+    method_texts,
+    steps_text,
+)
 from tokenmdp.study.verdicts import verdicts
 
 
@@ -110,7 +118,7 @@ def test_a_method_that_never_arrives(tmp_path):
 
     path = synthetic_study(tmp_path, grids=("imdb",), seeds=3, updates=40, course=course)
     row = row_of(load_study(path), "imdb", "uniform")
-    assert steps_text(row.steps) == "never [never, never]"
+    assert steps_text(row.steps) == "never"
 
 
 def test_markdown_has_as_many_columns_as_headings(study):
@@ -123,6 +131,35 @@ def test_markdown_has_as_many_columns_as_headings(study):
 def test_markdown_escapes_bars():
     verdict = Verdict("a|b", "", "", "", "not measured", "")
     assert "a\\|b" in markdown([verdict])
+
+
+def test_few_seeds_have_t_intervals_of_means_and_no_bootstrap(study):
+    row = row_of(study, "imdb", "attention")  # five seeds
+    areas = [np.mean(result.metrics["score_mean"]) for result in study.select("imdb")[SHORT, "attention"]]
+    theirs = stats.ttest_1samp(areas, 0).confidence_interval()
+    assert row.mean[1:] == pytest.approx((theirs.low, theirs.high))
+    assert all(np.isfinite(estimate.low) for estimate in (row.last, row.kl, row.difference))
+    assert all(np.isinf(estimate.low) for estimate in (row.iqm, row.improvement, row.steps))
+    over_all = row_of(study, "length", "attention", "all 3 settings")
+    assert np.isinf(over_all.mean.low)
+
+
+def test_enough_seeds_are_resampled_but_a_point_is_no_interval(tmp_path):
+    def course(cell):
+        return Course(end={"uniform": 3.0, "attention": 9.1}.get(cell.method, 9.0), spread=0.5)
+
+    found = load_study(synthetic_study(tmp_path, grids=("imdb",), seeds=8, updates=30, course=course))
+    row, worse = (row_of(found, "imdb", method) for method in ("attention", "uniform"))
+    assert row.iqm.low < row.iqm.value < row.iqm.high
+    assert row.improvement.low < row.improvement.value < row.improvement.high
+    assert str(worse.improvement) == "0.00"
+    assert steps_text(worse.steps) == "never"
+
+
+def test_the_legend_says_what_never_means():
+    """Half of the seeds are enough for a median, as `censored_median` has it."""
+    assert np.isfinite(censored_median(np.array([1.0, 2.0, 9.0, 9.0]), np.array([True, True, False, False])))
+    assert "never: more than half of the seeds" in LEGEND
 
 
 def test_an_unknown_grid_has_no_rows(study):

@@ -1,4 +1,4 @@
-"""Every claim with every outcome, on studies whose courses are formulas; figures against scipy."""
+"""Claims about one setting, and all of them together, with every outcome; figures against scipy."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,68 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from study_doubles import LENGTHS, SHORT, Course, grid_cells, make_cell, make_result, quality_record
+from study_doubles import SHORT, Course, grid_cells, make_cell, make_result
+from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on, without
 
+from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.results import Study
 from tokenmdp.study.verdicts import verdicts
 
 STEPS = "ABC reaches sparse's maximum in fewer than half the steps"
 RED = "RED above ABC"
-BETA = "the larger credit_beta, the better"
-GROWS = "ABC's advantage over sparse grows with length"
-COLLAPSE = "sparse collapses at length"
 KL = "ABC spends more KL than uniform"
-EQUAL_KL = "ABC above sparse at equal KL"
 GOLD = "a second reward model, never trained on, confirms what ABC gains"
 GOLD_HOLDS = "ABC: the second model's score still rises at the end (no over-optimisation yet)"
 GOLD_ABOVE = "ABC above sparse for the second reward model"
-QUALITY = "ABC's gain follows the quality of the attention it reads"
-OUTCOMES = {"reproduced": 1.0, "not reproduced": -1.0, "inconclusive": None}
-
-
-def study_of(cells, course, grid="imdb", quality=("imdb-tiny", "imdb-plain")):
-    """A study of one grid in memory."""
-    results = {cell.id: make_result(cell, course(cell)) for cell in cells}
-    return Study(
-        Path("study"),
-        {grid: [cell.id for cell in cells]},
-        {cell.id: cell for cell in cells},
-        results,
-        {},
-        {model: quality_record(model) for model in quality},
-    )
-
-
-def without(study, keep):
-    """The study with only those results whose cell passes."""
-    return replace(study, results={id: result for id, result in study.results.items() if keep(result.cell)})
-
-
-def verdict_on(study, claim):
-    """The one verdict on a claim."""
-    (found,) = (verdict for verdict in verdicts(study) if verdict.claim == claim)
-    return found
-
-
-def effect(outcome, cell):
-    """On the claim's side, on the other, or on either by seed."""
-    return OUTCOMES[outcome] or (-1.0) ** cell.seed
-
-
-def quiet(**course):
-    return Course(**({"noise": 0.05, "spread": 0.02} | course))
-
-
-def check(study, claim, outcome):
-    verdict = verdict_on(study, claim)
-    assert verdict.verdict == outcome, verdict
-    assert verdict.ours
-    assert verdict.interval
-    assert "seeds" in verdict.where
-    return verdict
-
-
-every_outcome = pytest.mark.parametrize("outcome", OUTCOMES)
 
 
 @every_outcome
@@ -119,7 +70,9 @@ def test_fewer_steps(half, outcome, ours):
 
 def test_fewer_steps_is_not_decided_on_five_seeds():
     study = study_of(grid_cells("imdb", 5, 60), lambda cell: quiet(half=5 if cell.method == "attention" else 30))
-    verdict = check(study, STEPS, "inconclusive")
+    verdict = verdict_on(study, STEPS)
+    assert verdict.verdict == "inconclusive"
+    assert verdict.interval == ""  # five seeds are not resampled
     assert verdict.rule.endswith("5 seeds, a decision needs 6")
 
 
@@ -139,97 +92,12 @@ def test_between(method, middle, outcome):
 
 
 @every_outcome
-def test_larger_beta(outcome):
-    study = study_of(
-        grid_cells("beta", 4, 20),
-        lambda cell: quiet(end=6 + effect(outcome, cell) * cell.settings.credit_beta, half=5),
-        "beta",
-    )
-    verdict = check(study, BETA, outcome)
-    assert verdict.ours.count("(") == 6
-    if outcome != "inconclusive":
-        assert f"rank correlation {effect(outcome, None):.2f}" in verdict.ours
-
-
-@every_outcome
-def test_advantage_grows_with_length(outcome):
-    def course(cell):
-        longer = list(LENGTHS).index(cell.setting)
-        return quiet(end=6 + (0.5 + longer * effect(outcome, cell)) * (cell.method == "attention"), half=5)
-
-    verdict = check(study_of(grid_cells("length", 3, 20), course, "length"), GROWS, outcome)
-    assert "(8-16), " in verdict.ours
-    assert "(40-60); " in verdict.ours
-
-
-def test_a_slope_in_length_is_for_ten_tokens():
-    def course(cell):
-        low, high = LENGTHS[cell.setting]
-        return Course(
-            end=1 + (low + high) / 2 / 10 * (cell.method == "attention"), half=1e-3, noise=0, spread=0, start=1
-        )
-
-    study = study_of(grid_cells("length", 3, 20), course, "length")
-    assert verdict_on(study, GROWS).ours.endswith("+1.00 for ten tokens more")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "fallen", "outcome"),
-    [
-        (59, 3, "reproduced"),
-        (59, 0, "inconclusive"),  # the paper sees no collapse at this length either
-        (109, 3, "reproduced"),
-        (109, 0, "not reproduced"),
-        (109, 2, "inconclusive"),
-    ],
-)
-def test_sparse_collapses(tokens, fallen, outcome):
-    given = {"horizon_range": (tokens - 19, tokens), "min_new_tokens": tokens - 19, "max_new_tokens": tokens}
-    cells = [make_cell("sparse", seed, updates=30) for seed in (1, 2, 3)]
-    cells += [make_cell("sparse", seed, f"{tokens - 19}-{tokens + 1} tokens", 30, **given) for seed in (1, 2, 3)]
-    study = study_of(
-        cells,
-        lambda cell: quiet(half=4, collapse=0.5 if cell.setting != SHORT and cell.seed <= fallen else 2),
-        "length",
-    )
-    verdict = check(study, COLLAPSE, outcome)
-    assert f"{fallen} of 3 runs" in verdict.ours
-    assert f"{tokens - 19}-{tokens + 1} tokens" in verdict.where
-    assert ("says nothing" in verdict.rule) == (tokens == 59 and not fallen)
-
-
-@every_outcome
 def test_spends_more_kl(outcome):
     study = study_of(
         grid_cells("imdb", 4, 20),
         lambda cell: quiet(kl=15 + 4 * effect(outcome, cell) * (cell.method == "attention")),
     )
     check(study, KL, outcome)
-
-
-@every_outcome
-def test_equal_kl(outcome):
-    """Score is a function of KL, shifted for ABC, which always spends more."""
-
-    def course(cell):
-        kl = 2 / cell.settings.ppo["kl_coef"] + 4 * (cell.method == "attention")
-        return quiet(end=0.1 * kl + effect(outcome, cell) * (cell.method == "attention"), half=1e-3, kl=kl, start=0)
-
-    verdict = check(study_of(grid_cells("kl", 4, 20), course, "kl"), EQUAL_KL, outcome)
-    assert "4 KL coefficients" in verdict.where
-    if outcome != "inconclusive":
-        assert float(verdict.ours.split()[0]) == pytest.approx(effect(outcome, None), abs=0.1)
-
-
-def test_equal_kl_needs_a_common_kl():
-    study = study_of(
-        grid_cells("kl", 3, 20),
-        lambda cell: quiet(kl=1 / cell.settings.ppo["kl_coef"] + 50 * (cell.method == "attention"), half=2),
-        "kl",
-    )
-    verdict = verdict_on(study, EQUAL_KL)
-    assert verdict.verdict == "not measured"
-    assert "add KL coefficients" in verdict.rule
 
 
 @every_outcome
@@ -264,40 +132,6 @@ def test_gold_needs_a_second_model():
     assert "--gold" in verdict_on(study, GOLD_HOLDS).rule
 
 
-def credit_quality_study(outcome, scale=1.0, **options):
-    def course(cell):
-        faithful = cell.settings.reward_model == "imdb-tiny"
-        gain = (effect(outcome, cell) if faithful else 0) * (cell.method == "attention")
-        return quiet(start=0, end=(6 + gain) * (1 if faithful else scale), half=5)
-
-    return study_of(grid_cells("faithful", 4, 20), course, "faithful", **options)
-
-
-@every_outcome
-def test_gain_follows_credit_quality(outcome):
-    verdict = check(credit_quality_study(outcome), QUALITY, outcome)
-    assert verdict.ours.index("imdb-tiny (rank correlation 0.57)") < verdict.ours.index("imdb-plain")
-
-
-def test_credit_quality_does_not_depend_on_the_scale_of_a_reward_model():
-    shares = [verdict_on(credit_quality_study("reproduced", scale), QUALITY).ours.split()[0] for scale in (1.0, 10.0)]
-    assert shares[0] == shares[1]
-
-
-def test_models_of_like_credit_quality_decide_nothing():
-    study = credit_quality_study("reproduced")
-    study = replace(study, quality={model: quality_record("imdb-tiny") for model in study.quality})
-    verdict = verdict_on(study, QUALITY)
-    assert verdict.verdict == "inconclusive"
-    assert verdict.rule.endswith("do not differ")
-
-
-def test_unmeasured_credit_quality_is_said():
-    verdict = verdict_on(credit_quality_study("reproduced", quality=("imdb-tiny",)), QUALITY)
-    assert verdict.verdict == "not measured"
-    assert "credit quality" in verdict.rule
-
-
 def test_an_empty_study_measures_nothing_and_names_the_command_for_each_claim():
     found = verdicts(Study(Path("study"), {}, {}, {}, {}, {}))
     assert {verdict.verdict for verdict in found} == {"not measured"}
@@ -319,8 +153,77 @@ def test_only_seeds_of_both_methods_are_paired_and_missing_cells_are_counted():
     study = study_of(grid_cells("imdb", 5, 20), lambda cell: quiet(end=5 + (cell.method == "attention")))
     study = without(study, lambda cell: (cell.method, cell.seed) not in {("attention", 2), ("sparse", 4)})
     assert verdict_on(study, "ABC above sparse").where == (
-        "grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid missing"
+        "grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid not run"
     )
+
+
+def test_crashed_runs_of_the_compared_methods_decide_nothing():
+    """The two that are lost may be the ones that went worst."""
+    study = study_of(
+        grid_cells("imdb", 5, 20),
+        lambda cell: quiet(end=5 + (cell.method == "attention") - (cell.method == "uniform")),
+        crashed=lambda cell: cell.method == "attention" and cell.seed < 3,
+    )
+    study = without(study, lambda cell: (cell.method, cell.seed) != ("red", 1))
+    verdict = verdict_on(study, "ABC above sparse")
+    assert verdict.verdict == "inconclusive"
+    assert verdict.where == ("grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid crashed; 1 cell of the grid not run")
+    assert "2 runs of these methods crashed" in verdict.rule
+    assert verdict_on(study, "uniform below sparse on short texts").verdict == "reproduced"
+
+
+def test_the_papers_short_texts_are_not_decided_on_longer_ones():
+    long = [cell for cell in grid_cells("length", 4, 20) if cell.setting == "40-60 tokens"]
+    found = {verdict.claim: verdict for verdict in verdicts(study_of(long, lambda cell: quiet(), "custom"))}
+    for claim in (
+        STEPS,
+        "ABC above sparse",
+        "uniform below sparse on short texts",
+        "ABC-D between uniform and ABC",
+        KL,
+    ):
+        assert found[claim].verdict == "not measured"
+    for claim in (RED, GOLD, GOLD_ABOVE):
+        assert "40-60 tokens" in found[claim].where
+
+
+def test_abc_is_known_by_its_settings_not_by_its_label():
+    cells = [
+        replace(cell, method="attention credit_beta=0.8") if cell.method == "attention" else cell
+        for cell in grid_cells("imdb", 4, 20)
+    ]
+    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), "ABC above sparse").where
+    other = [make_cell("attention", seed, updates=20, credit_beta=0.4) for seed in range(1, 5)]
+    cells = [cell for cell in cells if cell.settings.credit == "sparse"] + other
+    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), "ABC above sparse").verdict == "not measured"
+
+
+def test_a_method_of_ones_own_disturbs_nothing():
+    cells = grid_cells("imdb", 4, 20)
+    own = [replace(cell, method="mine.Own", settings=replace(cell.settings, credit="mine.Own")) for cell in cells[:1]]
+    study = study_of(cells, lambda cell: quiet(end=5 + (cell.method == "attention")))
+    ids = {cell.id: cell for cell in own}
+    results = {cell.id: replace(make_result(cells[0], quiet()), cell=cell) for cell in own}
+    study = replace(study, cells=study.cells | ids, results=study.results | results)
+    study.grids["imdb"].extend(ids)
+    assert verdict_on(study, "ABC above sparse").verdict == "reproduced"
+
+
+def test_the_reader_is_told_what_the_figures_leave_open():
+    grids = {grid: grid_cells(grid, 6, 20) for grid in ("imdb", "beta", "kl")}
+    study = study_of([cell for cells in grids.values() for cell in cells], lambda cell: quiet())
+    labels = {grid: {cell.id: (cell.setting, cell.method) for cell in cells} for grid, cells in grids.items()}
+    study = replace(study, grids={grid: list(ids) for grid, ids in labels.items()}, labels=labels)
+    for claim in (GOLD, GOLD_HOLDS, GOLD_ABOVE):
+        assert "on one draw of 64 held-out prompts" in verdict_on(study, claim).rule
+    assert "peak of noise" in verdict_on(study, STEPS).rule
+    for claim in ("ABC above sparse", "ABC above uniform", "ABC-D2 between uniform and ABC"):
+        assert "steps 0 to 100 of its 151" in verdict_on(study, claim).paper
+    found = verdicts(study)
+    told = sum(bool(verdict.interval) for verdict in found)
+    assert 0 < told < len(found)
+    assert f"Each of the {told} claims" in multiplicity(found)
+    assert f"{told / 20:.1f} of these" in multiplicity(found)
 
 
 def test_the_papers_grid_comes_before_the_quick_one():
@@ -329,15 +232,6 @@ def test_the_papers_grid_comes_before_the_quick_one():
     assert "grid quick" in verdict_on(study, "ABC above sparse").where
     study.grids["imdb"] = [cell.id for cell in cells if cell.seed < 3]
     assert "grid imdb, 8-16 tokens, 2 seeds" in verdict_on(study, "ABC above sparse").where
-
-
-def test_lengths_that_differ_in_more_than_length_are_not_compared():
-    cells = grid_cells("length", 3, 20)
-    mixed = [cell for cell in cells if cell.setting == SHORT]
-    mixed += [
-        replace(cell, settings=replace(cell.settings, num_envs=8)) for cell in cells if cell.setting == "40-60 tokens"
-    ]
-    assert verdict_on(study_of(mixed, lambda cell: quiet(), "length"), GROWS).verdict == "not measured"
 
 
 def test_a_run_that_diverged_decides_nothing():

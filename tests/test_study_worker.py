@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tokenmdp.study import results, scheduler, worker
 from tokenmdp.study.grid import expand
 from tokenmdp.study.presets import PRESETS
 from tokenmdp.study.progress import Progress, Worker
-from tokenmdp.study.results import cell_file, declare, load_study, write_result
+from tokenmdp.study.results import StudyError, cell_file, declare, load_study, write_result
 
 SMOKE = PRESETS["smoke"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a worker is a shell script")
@@ -52,6 +53,8 @@ def test_a_cell_trains_as_the_agent_does_whatever_it_evaluates(cell):
     assert {len(column) for column in result.evaluations.values()} == {3}
     assert result.evaluations["kl"][0] == pytest.approx(0, abs=1e-5)
     assert len(result.samples) == 8
+    assert 0 < result.costs["update_seconds"] < result.seconds
+    assert result.costs["peak_bytes"] > 1e7
     assert worker.run_cell(cell).evaluations == result.evaluations
 
 
@@ -86,6 +89,7 @@ def test_a_full_disk_is_a_failure_that_says_so(tmp_path, cell, monkeypatch, caps
 
     monkeypatch.setattr(results, "write_text", full)
     monkeypatch.setattr(worker, "write_text", full)
+    monkeypatch.setattr(worker, "run_cell", lambda *arguments: pytest.fail("it trained for nothing"))
     assert worker.main([str(tmp_path), cell.id]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not cell_file(tmp_path, cell.id).exists()
@@ -94,10 +98,43 @@ def test_a_full_disk_is_a_failure_that_says_so(tmp_path, cell, monkeypatch, caps
 
 def test_an_orphan_stops_and_its_cell_is_not_called_failed(tmp_path, cell, monkeypatch):
     declare(tmp_path, "smoke", [cell], {})
-    parents = iter([1, 1, 2])
+    parents = iter([1, 1, 1, 2])
     monkeypatch.setattr(worker.os, "getppid", lambda: next(parents))
     assert worker.main([str(tmp_path), cell.id]) == 130
+    assert next(parents, None) is None
     assert not list((tmp_path / "cells").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process does not learn there that its parent is gone")
+def test_one_whose_parent_ended_before_it_began_trains_nothing(tmp_path, cell, monkeypatch):
+    declare(tmp_path, "smoke", [cell], {})
+    monkeypatch.setattr(worker, "run_cell", lambda *arguments: pytest.fail("it trained"))
+    assert worker.main([str(tmp_path), cell.id, "--parent", str(os.getpid())]) == 130
+
+
+def test_a_study_that_is_moved_away_is_not_made_anew(tmp_path, cell, monkeypatch):
+    study, moved = tmp_path / "study", tmp_path / "moved"
+    declare(study, "smoke", [cell], {})
+    run_cell = worker.run_cell
+
+    def move_first(*arguments):
+        study.rename(moved)
+        return run_cell(*arguments)
+
+    monkeypatch.setattr(worker, "run_cell", move_first)
+    assert worker.main([str(study), cell.id]) == 130
+    assert not study.exists()
+
+
+def test_a_trace_names_no_directory_of_this_machine(tmp_path, cell, monkeypatch):
+    declare(tmp_path, "smoke", [cell], {})
+    monkeypatch.setattr(worker, "make_envs", lambda *arguments: (tmp_path / "model" / "config.json").read_text())
+    assert worker.main([str(tmp_path), cell.id]) == 1
+    trace = cell_file(tmp_path, cell.id, ".error.txt").read_text()
+    assert "No such file or directory: 'config.json'" in trace
+    assert "worker.py" in trace
+    assert str(tmp_path) not in trace
+    assert str(Path(worker.__file__).parent) not in trace
 
 
 @pytest.fixture
@@ -146,6 +183,64 @@ def test_finished_cells_are_never_run_again(stand_in):
     log = (study.parent / "log").read_text()
     assert "3 of 3 cells done" in log
     assert "4 of 4 cells done" in log
+
+
+@UNIX
+def test_what_another_command_finishes_meanwhile_is_not_run(stand_in, tmp_path):
+    last = expand(SMOKE)[-1]
+    study, cells = stand_in(**{"sparse-4to7-s1": f'cp {tmp_path}/ready/cells/*.json "$3"/cells/'})
+    assert run(study, cells, jobs=1) == {}
+    assert started(study) == [cells[0].id]
+    assert last.id in load_study(study).results
+    assert "4 of 4 cells done" in (tmp_path / "log").read_text()
+
+
+@UNIX
+def test_what_earlier_attempts_left_is_swept_before_the_first_cell(stand_in, tmp_path):
+    study, cells = stand_in(**{"sparse-4to7-s1": f'ls -A "$3"/cells > {tmp_path}/seen; exit 1'})
+    for cell in cells[1:]:
+        for suffix in (".error.txt", ".progress"):
+            cell_file(study, cell.id, suffix).write_text("{}")
+        (study / "cells" / f".{cell.id}.json.x1y2z3").write_text("half")
+    run(study, cells, jobs=1)
+    assert (tmp_path / "seen").read_text() == ""
+    assert {file.suffix for file in (study / "cells").iterdir()} == {".json", ".txt"}  # the new failure's
+
+
+@UNIX
+def test_a_study_that_is_gone_ends_the_run(stand_in, tmp_path):
+    line = f"mv {tmp_path}/study {tmp_path}/moved; echo $$ > {tmp_path}/pid; exec sleep 60"
+    study, cells = stand_in(**{"attention-4to7-s1": line})
+    with pytest.raises(StudyError, match=r"study\.json is gone, so the running cells were ended; if .* was moved"):
+        run(study, cells)
+    assert not study.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    (tmp_path / "moved").rename(study)
+    stand_in()
+    assert run(study, cells) == {}
+
+
+def full_disk(path, content):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@UNIX
+def test_a_disk_too_full_for_traces_leaves_the_other_cells_going(stand_in, monkeypatch):
+    study, cells = stand_in(**{"attention-4to7-s1": "echo 'OSError: No space left on device' >&2; exit 1"})
+    monkeypatch.setattr(scheduler, "write_text", full_disk)
+    assert list(run(study, cells).values()) == ["OSError: No space left on device"]
+    assert len(load_study(study).results) == 3
+
+
+@UNIX
+def test_a_disk_too_full_for_the_report_hides_no_failed_cell(stand_in, monkeypatch, capsys):
+    study, _ = stand_in(**{"sparse-4to7-s2": "echo 'MemoryError: too much' >&2; exit 1"})
+    monkeypatch.setattr(ablate, "write_report", full_disk)
+    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu"]) == 2
+    shown = capsys.readouterr()
+    assert "failed: sparse, 4-8 tokens, seed 2: MemoryError: too much" in " ".join(shown.out.split())
+    assert "No space left on device" in shown.err
 
 
 @UNIX
@@ -264,16 +359,42 @@ def test_every_process_has_a_gpu_or_one_thread(monkeypatch):
     assert scheduler._environment({}, 1, "cuda")["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+@UNIX
+def test_one_gpu_is_pinned_and_the_worker_counts_from_it(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
+    assert scheduler.default_jobs("cuda:1") == 1
+    study, cells = stand_in(s1=f'echo "$CUDA_VISIBLE_DEVICES $6" >> {tmp_path}/device; exit 1')
+    run(study, cells, device="cuda:1")
+    assert set((tmp_path / "device").read_text().splitlines()) == {"GPU-ab cuda"}
+    with pytest.raises(StudyError, match="--device 'cuda:2' names no GPU of the 2 here"):
+        scheduler.default_jobs("cuda:2")
+
+
 def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path, monkeypatch):
     plan = replace(PRESETS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
     declare(tmp_path, "quick", expand(plan), {})
-    monkeypatch.setattr(ablate, "QUALITY_TEXTS", 3)
     console = Console(quiet=True)
-    ablate.measure_credit_quality(tmp_path, "cpu", console)
+    ablate.measure_credit_quality(tmp_path, 3, "cpu", console)
     record = load_study(tmp_path).quality["imdb-tiny"]
     (world,) = record["worlds"]
     assert {"reference", "random", "sparse", "attention"} == {method["name"] for method in world["methods"]}
     before = (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns
-    ablate.measure_credit_quality(tmp_path, "cpu", console)
+    mine = replace(expand(plan)[0], settings=replace(expand(plan)[0].settings, credit="no_such_module.Mine"))
+    declare(tmp_path, "custom", [mine], {})  # a class that an earlier command could import
+    ablate.measure_credit_quality(tmp_path, 2, "cpu", console)
     assert (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]["num"] == 3
+    given = json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]
+    assert (given["num"], given["credit_beta"]) == (3, 1.0)
+
+
+@UNIX
+@pytest.mark.parametrize(
+    ("words", "texts"), [([], [100]), (["--quality-texts", "7"], [7]), (["--quality-texts", "0"], [])]
+)
+def test_credit_quality_may_be_left_out(stand_in, monkeypatch, words, texts):
+    study, _ = stand_in()
+    asked = []
+    monkeypatch.setattr(ablate, "measure_credit_quality", lambda out, num, device, console: asked.append(num))
+    monkeypatch.setattr(ablate, "report", lambda out, grid, console: None)
+    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", *words.split()]) == 0
+    assert asked == texts

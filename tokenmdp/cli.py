@@ -219,7 +219,7 @@ class Ablate:
     """
 
     preset: Literal["quick", "imdb", "beta", "length", "kl", "faithful", "tune", "gpt2", "custom", "smoke"] = "quick"
-    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: two
+    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: three
     reward models; tune: learning rates; gpt2: the paper's own models, on GPUs; custom: the methods you name; smoke: an
     untrained toy model, seconds."""
     out: Path | None = None
@@ -241,6 +241,8 @@ class Ablate:
     """Bundled name, directory or hub name of a causal language model, with its tokenizer; None takes the preset's."""
     gold: str | None = None
     """A second reward model that no policy is trained on, or "none"; None takes the preset's, or none with --policy."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     prompts: str | None = None
     """File, directory or data-set name; None takes the preset's."""
     updates: int | None = None
@@ -256,11 +258,14 @@ class Ablate:
     learning_rates: Path | None = None
     """A JSON file of methods and learning rates, such as the learning_rates.json that the preset tune writes."""
     device: str = "auto"
-    """cpu or cuda; auto takes cuda if there is one."""
+    """cpu, cuda for all GPUs, or one such as cuda:1; auto takes cuda if there is one."""
     jobs: int | None = None
     """Runs at a time; None is the number of cores, or of GPUs."""
     shard: str | None = None
     """I/N: only every Nth run, from the Ith on, so that N commands share a study; the last to end reports."""
+    quality_texts: int = 100
+    """Texts on which each reward model's credit is compared with leave-one-out importance after the runs; 0 leaves it
+    out, which a large model on a CPU takes many minutes for."""
     report_only: bool = False
     """Run nothing: write the report of what is there."""
 

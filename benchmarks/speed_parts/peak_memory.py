@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
 import sys
-from pathlib import Path
 
 import torch
 
 from speed_parts.shapes import Shape, make_agent, make_envs, make_reward_model
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most this process has held: of the device on CUDA, else resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent as it was when it forked
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])  # type: ignore[index]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+from tokenmdp.peak_memory import peak_bytes
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from tokenmdp.commands.display import clock, make_console
 from tokenmdp.commands.quality import measured
 from tokenmdp.commands.settings import (
     TOY_POLICY,
-    absolute_name,
     make_envs,
     parse_options,
     resolve_device,
@@ -28,7 +28,8 @@ from tokenmdp.commands.settings import (
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.report import quality as quality_report
 from tokenmdp.report.study import write_report
-from tokenmdp.study.grid import expand, read_rates, shard_of
+from tokenmdp.study.grid import expand, read_rates, register, shard_of
+from tokenmdp.study.locking import locked
 from tokenmdp.study.presets import PRESETS, Plan
 from tokenmdp.study.results import (
     Cell,
@@ -42,14 +43,14 @@ from tokenmdp.study.results import (
 from tokenmdp.study.scheduler import default_jobs, run_cells
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.text_metrics import self_bleu
-from tokenmdp.study.tuning import chosen_rates
+from tokenmdp.study.tuning import chosen_rates, edge_note
 
 if TYPE_CHECKING:
     from tokenmdp import cli
 
-QUALITY_TEXTS = 100
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "updates to sparse's maximum")
-UNRECORDED = ("out", "jobs", "shard", "device", "report_only")  # they do not change what a cell computes
+# These do not change what a cell computes.
+UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
 
 def ablate(arguments: cli.Ablate) -> int:
@@ -64,9 +65,12 @@ def ablate(arguments: cli.Ablate) -> int:
     plan = plan_of(arguments)
     cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
     mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
-    jobs = default_jobs(device) if arguments.jobs is None else arguments.jobs
+    most = default_jobs(device)
+    jobs = most if arguments.jobs is None else arguments.jobs
     if jobs < 1:
         raise StudyError(f"--jobs is {jobs}; it must be at least 1")
+    if arguments.quality_texts < 0 or arguments.quality_texts == 1:
+        raise StudyError(f"--quality-texts is {arguments.quality_texts}; it must be 0 or at least 2")
     with console.status("loading the models once, to find errors before the work"):
         check_models(cells)
     declare(out, plan.name, cells, {"command": command_of(arguments), **_given(arguments)})
@@ -77,7 +81,10 @@ def ablate(arguments: cli.Ablate) -> int:
     left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
     try:
         if not left:
-            measure_credit_quality(out, device, console)
+            if arguments.quality_texts:
+                (out / "cells").mkdir(exist_ok=True)  # not there if no cell could write anything
+                with locked(out / "cells"):  # of two shards that end at once the second finds it measured
+                    measure_credit_quality(out, arguments.quality_texts, device, console)
             report(out, plan.name, console)
         else:
             console.print(
@@ -100,7 +107,11 @@ def ablate(arguments: cli.Ablate) -> int:
 
 
 def plan_of(arguments: cli.Ablate) -> Plan:
-    """The preset with what the command line changes."""
+    """The preset with what the command line changes.
+
+    Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
+    machine, and the cells' IDs with it.
+    """
     plan = PRESETS[arguments.preset]
     varied: dict[str, Any] = {
         "methods": arguments.methods,
@@ -108,16 +119,17 @@ def plan_of(arguments: cli.Ablate) -> Plan:
         "lengths": arguments.lengths,
         "credit_betas": arguments.credit_betas,
         "kl_coefs": arguments.kl_coefs,
-        "reward_models": tuple(str(absolute_name(name)) for name in arguments.reward_models),
+        "reward_models": arguments.reward_models,
         "updates": arguments.updates,
         "eval_every": arguments.eval_every,
         "eval_samples": arguments.eval_samples,
     }
     names: dict[str, Any] = {
-        "policy": absolute_name(arguments.policy),
-        "tokenizer": absolute_name(arguments.policy),
-        "prompts": absolute_name(arguments.prompts),
+        "policy": arguments.policy,
+        "tokenizer": arguments.policy,
+        "prompts": arguments.prompts,
         "num_envs": arguments.num_envs,
+        "align": arguments.align,
     }
     if arguments.num_envs is not None and arguments.num_envs < 1:
         raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
@@ -128,7 +140,7 @@ def plan_of(arguments: cli.Ablate) -> Plan:
     )
     gold = plan.gold if base.policy == plan.base.policy else None  # it reads the preset's tokens
     if arguments.gold is not None:
-        gold = None if arguments.gold == "none" else absolute_name(arguments.gold)
+        gold = None if arguments.gold == "none" else arguments.gold
     given = {key: value for key, value in varied.items() if value not in ((), None)}
     return replace(plan, **given, base=base, gold=gold)
 
@@ -156,38 +168,50 @@ def check_models(cells: Sequence[Cell]) -> None:
         envs.close()
 
 
-def measure_credit_quality(out: Path, device: str, console: Console) -> None:
-    """Where credit lands, for each method on each reward model of the study; measured once.
+def measure_credit_quality(out: Path, num: int, device: str, console: Console) -> None:
+    """Where credit lands, for each method on each reward model of the study; measured once on ``num`` texts or more.
 
     A study of the toy policy has none: that policy is made in code and writes no words.
     """
     from tokenmdp.cli import Quality
 
+    study = load_study(out)
     methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
-    for cell in load_study(out).cells.values():
+    for cell in study.cells.values():
         if cell.settings.policy != TOY_POLICY:
             _, names = methods.setdefault(cell.settings.reward_model, (cell.settings.policy, set()))
             names.add(cell.settings.credit)
     for reward_model, (policy, names) in methods.items():
-        place = quality_file(out, reward_model)
-        if place.exists() and names <= set(json.loads(place.read_text(encoding="utf-8"))["arguments"]["methods"]):
-            continue
+        for name in names:
+            with contextlib.suppress(StudyError):  # an earlier command's own class, which this one cannot import
+                register(name)
         known = [name for name in CREDIT_METHODS if name in names]
+        before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
+        if set(known) <= set(before["methods"]) and num <= before["num"]:
+            continue
         asked = Quality(
             reward_model=reward_model,
-            num=QUALITY_TEXTS,
+            num=num,
             methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
             policy=policy,
             device=device,
         )
-        console.print(f"measuring credit quality on {reward_model}: {', '.join(known)}", highlight=False)
+        said = f"measuring credit quality on {reward_model}, {num} texts (--quality-texts): {', '.join(known)}"
+        console.print(said, highlight=False, soft_wrap=True)
         try:
             results = [result for result, _ in measured(asked, console)]
         except (ValueError, OSError, RuntimeError, GymnasiumError) as error:
             console.print(f"credit quality on {reward_model} was not measured: {error}", highlight=False)
             continue
-        given = {"reward_model": reward_model, "policy": policy, "num": QUALITY_TEXTS, "methods": known}
-        write_text(place, json.dumps(quality_report.record(results, given), indent=1) + "\n")
+        given = {
+            "reward_model": reward_model,
+            "policy": policy,
+            "num": num,
+            "methods": known,
+            "credit_beta": asked.credit_beta,
+        }
+        text = json.dumps(quality_report.record(results, given), indent=1)
+        write_text(quality_file(out, reward_model), text + "\n")
 
 
 def report(out: Path, grid: str, console: Console) -> None:
@@ -199,16 +223,29 @@ def report(out: Path, grid: str, console: Console) -> None:
     study = load_study(out)
     if not study.results:
         raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
+    with locked(out / "cells"):
+        _report(study, grid, console)
+
+
+def _report(study: Study, grid: str, console: Console) -> None:
     if "tune" in study.grids:
-        write_text(out / "learning_rates.json", json.dumps(chosen_rates(study), indent=1) + "\n")
-        console.print(f"learning rates: {out / 'learning_rates.json'}", highlight=False, soft_wrap=True)
+        show_rates(study, console)
     for name in [grid] if grid in study.grids else study.grids:
         for table in tables_of(study, name):
             console.print(table)
     seconds = sum(result.seconds for result in study.results.values())
     console.print(f"{len(study.results)} of {len(study.cells)} cells, {clock(seconds)} of computing", highlight=False)
-    page = write_report(study, out / "report")
+    page = write_report(study, study.path / "report")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def show_rates(study: Study, console: Console) -> None:
+    """Write what the grid "tune" found, and say where the search was too narrow to find it."""
+    place, chosen = study.path / "learning_rates.json", chosen_rates(study)
+    write_text(place, json.dumps(chosen, indent=1) + "\n")
+    console.print(f"learning rates: {place}", highlight=False, soft_wrap=True)
+    if note := edge_note(chosen):
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
 
 def tables_of(study: Study, grid: str) -> list[Table]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.study.verdicts import NAMES
+from tokenmdp.checkpoints import write_bytes, write_text
+from tokenmdp.study.claims import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,6 +83,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def lay_out(figure: Figure) -> None:
+    """Give the axes their places, by which labels are set apart."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+
+
 def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
     """Faint grid, no box, labels."""
     axes.set_facecolor("none")
@@ -133,19 +139,10 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], size: float = 
     places = spread_apart(wanted, gap)
     lift = max(low + gap / 2 - min(places, default=low), 0) or min(high - max(places, default=high), 0)
     for (label, (height, colour)), place in zip(ends.items(), [place + lift for place in places], strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(
-            label,
-            (1.004, min(max(height, low), high)),
-            (1.04, place),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            color=colour,
-            fontsize=size,
-            va="center",
-            arrowprops=leader,
-            annotation_clip=False,
-        )
+        shown = min(max(height, low), high)
+        across = axes.get_yaxis_transform()
+        axes.plot([1.004, 1.034], [shown, place], color=colour, linewidth=0.7, transform=across, clip_on=False)
+        axes.text(1.045, place, label, color=colour, fontsize=size, va="center", transform=across)
 
 
 def signed(value: float) -> str:
@@ -168,13 +165,14 @@ def write_figure(figure: Figure, folder: Path, name: str) -> str:
     import matplotlib as mpl
 
     png, svg = io.BytesIO(), io.StringIO()
+    lay_out(figure)
+    figure.set_layout_engine("none")  # each file would do it again
     # Text stays text, to be read aloud, found and copied; without a date and with a fixed salt the same numbers give
     # the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.png").write_bytes(png.getvalue())
+    write_bytes(folder / f"{name}.png", png.getvalue())
     # A hundredth of a point is enough for what is drawn; what is written stays.
     drawn = re.compile(r'\b(?:d|x|y|x1|x2|y1|y2|width|height|transform|points)="[^"]*"')
     text = drawn.sub(lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg.getvalue())

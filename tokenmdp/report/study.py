@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from tokenmdp.checkpoints import write_text
+from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
-from tokenmdp.report.study_sections import Picture, Section, by_setting, main_grids, sections
+from tokenmdp.report.study_protocol import protocol
+from tokenmdp.report.study_sections import Picture, Section, main_grids, sections
 from tokenmdp.report.study_style import STUDY_STYLE
-from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, counted
-from tokenmdp.study.results import Cell, Study, cell_record
+from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
+from tokenmdp.study.outcomes import by_setting
+from tokenmdp.study.results import Cell, Study, without_directories
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
 
@@ -44,34 +46,34 @@ def write_report(study: Study, path: str | Path) -> Path:
     decided = verdicts(study)
     write_text(path / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
     grids = [grid for grid in study.grids if study.select(grid)]
-    parts = ["# Study\n", "## Claims\n", markdown(decided)]
+    tables = ["# Study\n", "## Claims\n", markdown(decided)]
     for grid in grids:
-        parts += [f"## {grid}\n", markdown(method_table(study, grid))]
-    write_text(path / "tables.md", "\n".join([*parts, LEGEND, ""]))
+        tables += [f"## {grid}\n", markdown(method_table(study, grid))]
+    write_text(path / "tables.md", "\n".join([*tables, LEGEND, ""]))
     found = sections(study)
     figures = path / "figures"
-    for stale in [*figures.glob("*.png"), *figures.glob("*.svg")]:
-        stale.unlink()  # of a grid or setting that is no longer here
     shown = {
         picture.name: write_figure(picture.figure, figures, picture.name)
         for section in found
         for picture in section.pictures
     }
-    bodies = [
-        _claims(decided),
-        *(_section(study, section, shown) for section in found),
-        _samples(study),
-        _unfinished(study),
-        _how(study, [grid for grid in grids if not any(grid in section.grids for section in found)]),
+    for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
+        if old.stem not in shown:  # of a grid or setting that is no longer here
+            old.unlink(missing_ok=True)
+    others = [grid for grid in grids if not any(grid in section.grids for section in found)]
+    parts = [
+        ("claims", "The claims", _claims(decided)),
+        *((section.id, section.title, _section(study, section, shown)) for section in found),
+        ("samples", "What they write in the end", _samples(study)),
+        ("unfinished", "What is missing", _unfinished(study)),
+        ("how", "How it was made", protocol(study) + "".join(_grid_table(study, grid) for grid in others)),
     ]
-    titles = [
-        title.split("</h2>")[0] for body in bodies for title in re.findall(r'<section id="\w+"><h2>.*?</h2>', body)
-    ]
-    links = " ".join(re.sub(r'<section id="(\w+)"><h2>(.*)', r'<a href="#\1">\2</a>', title) for title in titles)
+    links = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in parts)
+    bodies = "".join(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in parts)
     seconds = sum(result.seconds for result in study.results.values())
     note = (
-        f"{len(study.results)} of {counted(len(study.cells), 'training run')} finished, {seconds / 3600:.1f} hours of "
-        f"computing, {counted(len(grids), 'grid')}: {', '.join(grids)}."
+        f"{len(study.results)} of {count(len(study.cells), 'training run')} finished, {seconds / 3600:.1f} hours of "
+        f"computing, {count(len(grids), 'grid')}: {', '.join(grids)}."
     )
     title = "Dense reward for free: the claims, tried again"
     page = (
@@ -79,7 +81,7 @@ def write_report(study: Study, path: str | Path) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
         f'<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
-        f'<p class="note">{escape(note)}</p>{_summary(decided)}<nav>{links}</nav><main>{"".join(bodies)}</main>'
+        f'<p class="note">{escape(note)}</p>{_summary(decided)}<nav>{links}</nav><main>{bodies}</main>'
         f"<script>{SCRIPT}</script></body></html>"
     )
     write_text(path / "index.html", page)
@@ -94,7 +96,7 @@ def _summary(decided: Sequence[Verdict]) -> str:
         "attention-based credit) and report faster and steadier learning than with the score at the last token "
         "(sparse) or in equal parts (uniform). ABC-D and ABC-D2 read the policy's attention instead. RED, which is not "
         "in the paper, pays each token the change of the score of the text so far. Here is what became of their claims "
-        f"on these models, with questions that they left open. Of {counted(len(decided), 'claim')}: {listed}.</p>"
+        f"on these models, with questions that they left open. Of {count(len(decided), 'claim')}: {listed}.</p>"
     )
 
 
@@ -109,12 +111,13 @@ def _claims(decided: Sequence[Verdict]) -> str:
         for verdict in decided
     )
     return (
-        '<section id="claims"><h2>The claims</h2><p>A claim is reproduced if the whole 95% interval lies on its side, '
-        "not reproduced if all of it lies on the other, else inconclusive. Open the small line below a number to read "
-        'what was measured and how it was decided.</p><div class="scroll"><table class="claims"><thead><tr>'
+        "<p>A claim is reproduced if the whole 95% interval lies on its side, not reproduced if all of it lies on the "
+        "other, else inconclusive. Open the small line below a number to read what was measured and how it was "
+        f"decided. {escape(multiplicity(decided))}</p>"
+        '<div class="scroll"><table class="claims"><thead><tr>'
         '<th scope="col">claim</th><th scope="col">verdict</th><th scope="col">here</th>'
         '<th scope="col">95% interval</th><th scope="col">the paper</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -129,16 +132,10 @@ def _typeset(text: str) -> str:
 
 def _section(study: Study, section: Section, shown: Mapping[str, str]) -> str:
     if not section.pictures:
-        return (
-            f'<section id="{section.id}"><h2>{escape(section.title)}</h2>'
-            f'<p class="note">Not in this study: {escape(section.missing)}.</p></section>'
-        )
+        return f'<p class="note">Not in this study: {escape(section.missing)}.</p>'
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
     tables = "".join(_grid_table(study, grid, opened=section.id == "curves") for grid in section.grids)
-    return (
-        f'<section id="{section.id}"><h2>{escape(section.title)}</h2><p>{escape(section.intro)}</p>{pictures}{tables}'
-        "</section>"
-    )
+    return f"<p>{escape(section.intro)}</p>{pictures}{tables}"
 
 
 def _picture(picture: Picture, svg: str) -> str:
@@ -172,7 +169,6 @@ def _number(text: str) -> str:
 
 
 def _samples(study: Study) -> str:
-    title = '<section id="samples"><h2>What they write in the end</h2>'
     for grid in main_grids(study):
         for setting, groups in by_setting(study, grid).items():
             seeds = Counter(result.cell.seed for results in groups.values() for result in results)
@@ -187,23 +183,22 @@ def _samples(study: Study) -> str:
                     f'</span><span class="bar"></span><span class="num">+{scale:.2f}</span></p>{texts}</div>'
                 )
             return (
-                f"{title}<p>The last evaluation of seed {seed} (grid {escape(grid)}, {escape(setting)}): the same "
+                f"<p>The last evaluation of seed {seed} (grid {escape(grid)}, {escape(setting)}): the same "
                 "held-out prompts for every method, in grey. The colour of a token is its credit, "
                 '<b class="key up">rewarded</b> or <b class="key down">penalised</b>, on a scale of each method\'s '
-                f'own; point at a token for its number.</p><div class="columns">{columns}</div></section>'
+                f'own; point at a token for its number.</p><div class="columns">{columns}</div>'
             )
-    return f'{title}<p class="note">Not in this study: needs finished cells of a main grid.</p></section>'
+    return '<p class="note">Not in this study: needs finished cells of a main grid.</p>'
 
 
 def _unfinished(study: Study) -> str:
-    title = '<section id="unfinished"><h2>What is missing</h2>'
     crashed = "".join(
         f'<tr><th scope="row">{escape(name_of(study.cells[id].method))}</th><td>{escape(study.cells[id].setting)}</td>'
-        f"<td>{study.cells[id].seed}</td><td><code>{escape(error)}</code></td></tr>"
+        f"<td>{study.cells[id].seed}</td><td><code>{escape(without_directories(error))}</code></td></tr>"
         for id, error in study.errors.items()
     )
     table = (
-        f"<p>{counted(len(study.errors), 'run')} ended with an error; the same command tries again.</p>"
+        f"<p>{count(len(study.errors), 'run')} ended with an error; the same command tries again.</p>"
         '<div class="scroll"><table class="errors"><thead><tr><th scope="col">method</th><th scope="col">setting</th>'
         f'<th scope="col">seed</th><th scope="col">error</th></tr></thead><tbody>{crashed}</tbody></table></div>'
         if crashed
@@ -216,7 +211,7 @@ def _unfinished(study: Study) -> str:
             seeds = f"seed{'s' * (len(cells) > 1)} {', '.join(str(cell.seed) for cell in cells)}"
             lines += f"<li>grid {escape(grid)}, {escape(setting)}, {escape(name_of(method))}: {seeds}</li>"
     waiting = f"<p>Not run yet:</p><ul>{lines}</ul>" if lines else ""
-    return f"{title}{table}{waiting or ('' if table else '<p>Nothing: every run has finished.</p>')}</section>"
+    return f"{table}{waiting}" or "<p>Nothing: every run has finished.</p>"
 
 
 def _grouped(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
@@ -224,32 +219,3 @@ def _grouped(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     for cell in cells:
         found.setdefault((cell.setting, cell.method), []).append(cell)
     return found
-
-
-def _how(study: Study, others: Sequence[str]) -> str:
-    """Commands, versions, settings, and the tables of the grids that no other section shows."""
-    commands = "\n".join(
-        str(study.arguments.get(grid, {}).get("command", f"tokenmdp ablate --preset {grid}")) for grid in study.grids
-    )
-    versions = Counter(json.dumps(result.versions, sort_keys=True) for result in study.results.values())
-    listed = "".join(
-        f"<li>{counted(count, 'run')}: {escape(', '.join(map(' '.join, json.loads(kind).items())))}</li>"
-        for kind, count in versions.most_common()
-    )
-    settings = "".join(
-        f"<details><summary>settings that all runs of the grid {escape(grid)} share</summary>"
-        f"<pre>{escape(json.dumps(shared_settings(study.declared(grid)), indent=1))}</pre></details>"
-        for grid in study.grids
-        if study.declared(grid)
-    )
-    tables = "".join(_grid_table(study, grid) for grid in others)
-    return (
-        f'<section id="how"><h2>How it was made</h2><pre>{escape(commands)}</pre><ul>{listed}</ul>{settings}{tables}'
-        "</section>"
-    )
-
-
-def shared_settings(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What is the same in the settings of all cells."""
-    records = [{**cell_record(cell)["settings"], "updates": cell.updates, "gold": cell.gold} for cell in cells]
-    return {key: value for key, value in records[0].items() if all(record.get(key) == value for record in records)}

@@ -5,67 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from tokenmdp.report.curves import band
 from tokenmdp.report.drawing import (
     FAINT,
     INK,
+    PAPER,
     Look,
     dress,
-    finite,
     label_ends,
+    lay_out,
     looks,
     name_of,
     new_figure,
     ordered_colours,
 )
-from tokenmdp.study.outcomes import area, curves, length_of, paired, window_for
+from tokenmdp.report.study_lines import SCORE, draw_curves, draw_estimates, level, mean_difference, scale_to_points
+from tokenmdp.study.outcomes import BASELINE, Groups, area, curves, length_of, paired, window_for
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import Estimate, overtaking, paired_difference, stratified_bootstrap, trailing_mean
+from tokenmdp.study.statistics import Estimate, overtaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINE = "sparse"
 MOST_ARROWS = 3
-SCORE, KL = "score of the reward model", "KL to the reference, nats a response"
-Groups = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 
-def draw_curves(
-    axes: Axes, groups: Groups, styles: Mapping[str, Look], key: str = "score_mean", *, named: bool = True
-) -> list[str]:
-    """Mean over seeds of a metric against updates, with bands; ``named`` at the right edge.
-
-    Returns what the picture does not show: curves that leave it, since it is scaled to where most seeds are.
-    """
-    ends, ranges, lows, last = {}, [], {}, 1.0
-    for method, results in groups.items():
-        updates, values = curves(results, key)
-        window = window_for(len(updates))
-        smooth, places, look = trailing_mean(values, window), updates[window - 1 :], styles[method]
-        mean, half = band(smooth)
-        axes.fill_between(places, mean - half, mean + half, color=look.colour, alpha=0.1, linewidth=0)
-        axes.plot(places, mean, color=look.colour, linestyle=look.dashes, linewidth=1.9)
-        last = max(last, updates[-1])
-        middle = np.median(smooth, axis=0)
-        ranges += [middle.min(), middle.max(), *np.quantile(mean, [0.02, 0.98])] if key != "kl" else [*middle]
-        lows[method] = float(values.min())
-        ends[name_of(method)] = (float(mean[-1]), look.colour)
-    low, high = min(ranges), max(ranges)
-    room = 0.15 * (high - low or 1)
-    axes.set_ylim(low - room, high + room)
-    axes.set_xlim(0, last)
-    if named:
-        label_ends(axes, ends)
-    # A collapsed policy's k1 estimate is far below zero; one such seed would flatten all other curves.
-    return [
-        f"{name_of(method)} leaves the picture: its lowest KL of an update is \N{MINUS SIGN}{-lowest:.0f} nats"
-        for method, lowest in lows.items()
-        if key == "kl" and lowest < min(low - 3 * room, 0)
-    ]
+DIAGNOSTICS = {  # metric -> what it is called, its unit
+    "entropy": ("entropy of the policy", "nats a token"),
+    "clip_fraction": ("tokens whose ratio was clipped", "share"),
+    "explained_variance": ("returns explained by the value head", "1 is all of their variance"),
+    "attention_mass": ("attention on the response", "mass"),
+    "attention_entropy": ("entropy of the attention credit", "share of its maximum"),
+    "credit_fallback": ("episodes without usable attention", "share"),
+}
 
 
 def learning_curves(groups: Groups, *, title: str = "") -> tuple[Figure, list[str]]:
@@ -79,20 +51,24 @@ def learning_curves(groups: Groups, *, title: str = "") -> tuple[Figure, list[st
     styles = looks(list(groups))
     dress(upper, title, ylabel=SCORE)
     dress(lower, xlabel="update", ylabel="KL, nats a response")
-    figure.draw_without_rendering()  # the labels need the size of the axes
+    lay_out(figure)
     remarks = draw_curves(upper, groups, styles)
     remarks += draw_curves(lower, groups, styles, "kl")
-    _draw_overtaking(upper, groups, styles)
+    remarks += _draw_overtaking(upper, groups, styles)
     return figure, remarks
 
 
-def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> None:
-    """A dotted line at the baseline's maximum, where others pass it, and an arrow from one step to the other."""
-    found = {}
+def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> list[str]:
+    """A dotted line at the baseline's maximum, where others pass it, and an arrow from one step to the other.
+
+    Returns what a caption has to say where the arrows are of fewer seeds than the curves.
+    """
+    found, fewer = {}, False
     for method, results in groups.items():
         pairs = paired(results, groups[BASELINE]) if method != BASELINE and BASELINE in groups else []
         if not pairs:
             continue
+        fewer |= len(pairs) < max(len(results), len(groups[BASELINE]))
         updates, own = curves([pair[0] for pair in pairs])
         _, other = curves([pair[1] for pair in pairs])
         steps = min(own.shape[1], other.shape[1])
@@ -100,7 +76,7 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
             own[:, :steps], other[:, :steps], updates[:steps], window=window_for(steps), resamples=1
         )
     if not found:
-        return
+        return []
     main = found.get("attention", next(iter(found.values())))  # others may lack a seed, which moves the maximum
     level, place = main.level, main.baseline_step
     earlier = sorted((passing.step, method) for method, passing in found.items() if passing.share.value < 1)
@@ -131,6 +107,7 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
         share = found[method].share.value
         text = f"{name_of(method)} is there after {share:.0%} of the steps, update {step:.0f}"
         _above(axes, (step, place), lines[method], text, colour)
+    return [f"Points and arrows are of the seeds that a method shares with {BASELINE}, fewer than the curves"] * fewer
 
 
 def _above(axes: Axes, across: tuple[float, float], height: float, text: str, colour: str) -> None:
@@ -139,21 +116,12 @@ def _above(axes: Axes, across: tuple[float, float], height: float, text: str, co
     axes.annotate(
         text, (across[0] if start else across[1], height), (0 if start else -3, 2.5), textcoords="offset points",
         ha="left" if start else "right", va="bottom", color=colour, fontsize=9,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4, "alpha": 0.85},  # it may cross another's line
     )  # fmt: skip
 
 
-def draw_estimates(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], look: Look) -> None:
-    """Points with their intervals, joined; an infinite interval is not drawn."""
-    heights = [estimate.value for estimate in estimates]
-    axes.plot(places, heights, color=look.colour, linestyle=look.dashes, linewidth=1.2)
-    axes.plot(places, heights, color=look.colour, marker=look.marker, markersize=6, linestyle="none")
-    for place, estimate in zip(places, estimates, strict=True):
-        if finite(estimate.low, estimate.high):
-            axes.plot([place, place], [estimate.low, estimate.high], color=look.colour, linewidth=1.6)
-
-
-def beta_sweep(groups: Groups) -> Figure:
-    """Curves of one method over its credit_beta, and the mean score over training against it."""
+def beta_sweep(groups: Groups) -> tuple[Figure, list[str]]:
+    """Curves of one method over its credit_beta, and the mean score over training against it; remarks for a caption."""
     order = sorted(groups, key=lambda method: groups[method][0].cell.settings.credit_beta)
     betas = [groups[method][0].cell.settings.credit_beta for method in order]
     colours = ordered_colours(len(order))
@@ -161,21 +129,26 @@ def beta_sweep(groups: Groups) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     dress(left, "learning curves", "update", SCORE)
     dress(right, "the whole of training", "credit_beta (0 is sparse credit)", "mean score over training")
-    figure.draw_without_rendering()
+    lay_out(figure)
     styles = {f"{beta:g}": Look(colour, "solid", "o") for beta, colour in zip(betas, colours, strict=True)}
-    draw_curves(left, dict(zip(styles, (groups[method] for method in order), strict=True)), styles, named=False)
+    curved = dict(zip(styles, (groups[method] for method in order), strict=True))
+    remarks = [f"credit_beta {remark}" for remark in draw_curves(left, curved, styles, named=False)]
     for name, look in styles.items():
         left.plot([], [], color=look.colour, linewidth=2.5, label=name)
     legend = left.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", title="credit_beta")
     legend.get_title().set_color(INK)
     for beta, colour, method in zip(betas, colours, order, strict=True):
-        draw_estimates(right, [beta], [_level(groups[method])], Look(colour, "solid", "o"))
+        draw_estimates(right, [beta], [_area(groups[method])], Look(colour, "solid", "o"))
     right.set_xticks(betas)
-    return figure
+    return figure, remarks
 
 
-def length_study(settings: Mapping[str, Groups]) -> Figure:
-    """Curves a length, the mean score over training against length, and the lead over sparse of the same seed."""
+def length_study(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
+    """Curves a length, the mean score over training against length, and the lead over sparse of the same seed.
+
+    Returns:
+        The figure, and remarks for its caption.
+    """
     names = sorted(settings, key=lambda name: length_of(next(iter(settings[name].values()))[0]))
     styles = looks(list(dict.fromkeys(method for name in names for method in settings[name])))
     figure = new_figure(11, 7.6)
@@ -186,32 +159,38 @@ def length_study(settings: Mapping[str, Groups]) -> Figure:
     left, right = panels[1].subgridspec(1, 2).subplots(squeeze=False)[0]
     dress(left, "the whole of training", "response length, tokens", "mean score over training")
     dress(right, f"lead over {BASELINE}, same seeds", "response length, tokens", "difference in mean score")
-    figure.draw_without_rendering()
-    for axes, name in zip(upper, names, strict=True):
-        draw_curves(axes, settings[name], styles)
+    lay_out(figure)
+    remarks = [
+        f"{name}: {remark}"
+        for axes, name in zip(upper, names, strict=True)
+        for remark in draw_curves(axes, settings[name], styles)
+    ]
     right.axhline(0, color=styles[BASELINE].colour if BASELINE in styles else FAINT, linewidth=1.2)
     ends: tuple[dict[str, tuple[float, str]], ...] = ({}, {})
+    drawn: tuple[list[Estimate], ...] = ([], [])
     for number, (method, look) in enumerate(styles.items()):
         shift = (number - (len(styles) - 1) / 2) * 0.075
         held = [place for place, name in enumerate(names) if method in settings[name]]
-        levels = {place: _level(settings[names[place]][method]) for place in held}
+        levels = {place: _area(settings[names[place]][method]) for place in held}
         leads = {place: lead(settings[names[place]], method) for place in held if method != BASELINE}
         there = {place: found for place, found in leads.items() if found is not None}
-        for axes, estimates, last in zip((left, right), (levels, there), ends, strict=True):
+        for axes, estimates, last, every in zip((left, right), (levels, there), ends, drawn, strict=True):
             draw_estimates(axes, [place + shift for place in estimates], list(estimates.values()), look)
+            every += estimates.values()
             if estimates:
                 last[name_of(method)] = (list(estimates.values())[-1].value, look.colour)
     if not ends[1]:
         right.text(0.5, 0.6, f"no run with {BASELINE} credit", ha="center", color=FAINT, transform=right.transAxes)
-    for axes, last in zip((left, right), ends, strict=True):
+    for axes, last, every in zip((left, right), ends, drawn, strict=True):
+        scale_to_points(axes, every)
         axes.set_xticks(range(len(names)), [name.removesuffix(" tokens") for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
         label_ends(axes, last)
-    return figure
+    return figure, remarks
 
 
-def _level(results: Sequence[CellResult]) -> Estimate:
-    return stratified_bootstrap([[area(result) for result in results]])
+def _area(results: Sequence[CellResult]) -> Estimate:
+    return level([area(result) for result in results])
 
 
 def lead(groups: Groups, method: str) -> Estimate | None:
@@ -219,4 +198,32 @@ def lead(groups: Groups, method: str) -> Estimate | None:
     pairs = paired(groups[method], groups[BASELINE]) if BASELINE in groups else []
     if not pairs:
         return None
-    return paired_difference([area(own) for own, _ in pairs], [area(other) for _, other in pairs])
+    return mean_difference([area(own) - area(other) for own, other in pairs])
+
+
+def diagnostics(groups: Groups) -> tuple[Figure, list[str]]:
+    """What training looked like from inside: a panel a metric of `DIAGNOSTICS`, with the methods that record it.
+
+    Returns:
+        The figure, and remarks for its caption.
+    """
+    styles = looks(list(groups))
+    remarks, shown = [], {}
+    for key, (title, _) in DIAGNOSTICS.items():
+        held = {method: cells for method, cells in groups.items() if all(key in cell.metrics for cell in cells)}
+        if any(any(cell.metrics[key]) for cells in held.values() for cell in cells):
+            shown[key] = held
+        elif held:
+            remarks.append(f"Not drawn, 0 throughout: {title}")
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    figure = new_figure(3.7 * columns, 3.2 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for key, axes in zip(shown, panels, strict=False):
+        dress(axes, DIAGNOSTICS[key][0], "update", DIAGNOSTICS[key][1])
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    lay_out(figure)
+    for (key, held), axes in zip(shown.items(), panels, strict=False):
+        remarks += draw_curves(axes, held, styles, key)
+    return figure, remarks

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import name_of
-from tokenmdp.report.study_figures import BASELINE, Groups, beta_sweep, learning_curves, length_study
+from tokenmdp.report.study_figures import beta_sweep, diagnostics, learning_curves, length_study
 from tokenmdp.report.study_tradeoffs import (
     coefficient,
     diversity,
@@ -16,15 +17,14 @@ from tokenmdp.report.study_tradeoffs import (
     has_evaluations,
     score_against_kl,
 )
-from tokenmdp.study.claims import MAIN_GRIDS
-from tokenmdp.study.outcomes import apart_from, credit_quality, length_of, window_for
-from tokenmdp.study.results import CellResult, Study, slug
+from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
+from tokenmdp.study.outcomes import BASELINE, Groups, by_setting, credit_quality, family, length_of, window_for
+from tokenmdp.study.results import Study, model_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SETTINGS = 4  # of one grid that get learning curves of their own
-BAND = "Bands: 95% t interval of the mean over seeds."
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Section:
 
 
 def sections(study: Study) -> list[Section]:
-    """Every section that has figures, in the page's order."""
+    """The sections about the figures, in the page's order; one without figures says what it lacks."""
     return [
         _curves(study),
         _beta(study),
@@ -59,15 +59,8 @@ def sections(study: Study) -> list[Section]:
         _gold(study),
         _quality(study),
         _diversity(study),
+        _diagnostics(study),
     ]
-
-
-def by_setting(study: Study, grid: str) -> dict[str, dict[str, list[CellResult]]]:
-    """Setting -> method -> finished cells."""
-    found: dict[str, dict[str, list[CellResult]]] = {}
-    for (setting, method), results in study.select(grid).items():
-        found.setdefault(setting, {})[method] = results
-    return found
 
 
 def main_grids(study: Study) -> list[str]:
@@ -75,20 +68,23 @@ def main_grids(study: Study) -> list[str]:
     return [grid for grid in MAIN_GRIDS if study.select(grid)]
 
 
-def family(settings: Mapping[str, Groups], varied: Sequence[str]) -> dict[str, Groups]:
-    """The settings that differ in nothing but ``varied``: the largest such family."""
-    families: dict[str, dict[str, Groups]] = {}
-    for name, groups in settings.items():
-        first = groups.get(BASELINE, next(iter(groups.values())))[0]
-        families.setdefault(apart_from(first, varied), {})[name] = groups
-    return max(families.values(), key=len, default={})
-
-
 def seeds_of(groups: Groups) -> str:
     """Such as ``10 seeds`` or ``2 to 3 seeds``."""
     counts = sorted({len(results) for results in groups.values()})
-    plural = "" if counts[-1] == 1 else "s"
-    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{plural}"
+    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else count(counts[0], "seed")
+
+
+def bands_of(groups: Groups) -> str:
+    """What is drawn around the means of a figure: as `draw_band` does."""
+    counts = {len(results) for results in groups.values()}
+    parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_SEEDS else []
+    parts += ["Faint lines: the two seeds of a method that has no more."] if 2 in counts else []
+    return " ".join(parts or ["No bands."])
+
+
+def told(remarks: Sequence[str]) -> str:
+    """Sentences at the end of a caption."""
+    return "".join(f" {remark}." for remark in remarks)
 
 
 def _curves(study: Study) -> Section:
@@ -106,8 +102,8 @@ def _curves(study: Study) -> Section:
             name = f"curves-{grid}" if len(settings) == 1 else f"curves-{grid}-{slug(setting)}"
             window = window_for(min(len(result.metrics["update"]) for results in groups.values() for result in results))
             caption = (
-                f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {BAND}"
-                + "".join(f" {remark}." for remark in remarks)
+                f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {bands_of(groups)}"
+                + told(remarks)
             )
             section.pictures.append(Picture(name, figure, f"grid {grid}, {setting}: learning curves", caption))
         if len(settings) > MOST_SETTINGS:
@@ -134,10 +130,11 @@ def _beta(study: Study) -> Section:
             swept = {method: groups[method] for method in values.values()}
             if len(swept) < 2:
                 continue
-            caption = f"{seeds_of(swept)}. {BAND} Right: mean with 95% bootstrap interval."
+            figure, remarks = beta_sweep(swept)
+            caption = f"{seeds_of(swept)}. {bands_of(swept)} Right: mean with its 95% interval.{told(remarks)}"
             name = "beta" if grid == "beta" else f"beta-{slug(setting)}"
             title = f"grid {grid}, {setting}: ABC over credit_beta"
-            section.pictures.append(Picture(name, beta_sweep(swept), title, caption))
+            section.pictures.append(Picture(name, figure, title, caption))
             if grid not in section.grids:
                 section.grids.append(grid)
     return section
@@ -155,11 +152,13 @@ def _length(study: Study) -> Section:
         if len({length_of(next(iter(groups.values()))[0]) for groups in found.values()}) < 2:
             continue
         every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
+        figure, remarks = length_study(found)
         caption = (
-            f"{seeds_of(every)}. {BAND} Below left: mean with 95% bootstrap interval; right: difference to {BASELINE} "
-            "under the same seeds with its 95% t interval. Lengths as the paper writes them, without their upper end."
+            f"{seeds_of(every)}. {bands_of(every)} Below left: mean with its 95% interval; right: difference to "
+            f"{BASELINE} under the same seeds with its own. A very wide one leaves the picture. Lengths "
+            "as the paper writes them, without their upper end." + told(remarks)
         )
-        section.pictures.append(Picture("length", length_study(found), f"grid {grid}: response lengths", caption))
+        section.pictures.append(Picture("length", figure, f"grid {grid}: response lengths", caption))
         section.grids.append(grid)
         break
     return section
@@ -180,13 +179,13 @@ def _kl(study: Study) -> Section:
         every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
         last = name_of(list(dict.fromkeys(method for groups in found.values() for method in groups))[-1])
         caption = (
-            f"{seeds_of(every)}; means over the last tenth of the updates with 95% bootstrap intervals. The numbers "
+            f"{seeds_of(every)}; means over the last tenth of the updates with their 95% intervals. The numbers "
             f"beside the points of {last} are the KL coefficients. A point below the front spends more KL than "
             "another for no more score. Right: each seed's points joined by straight lines, the mean difference over "
-            "the KL that both methods cover, 95% t interval."
+            "the KL that all seeds of both methods cover, 95% t interval."
         )
         figure, remarks = score_against_kl(found)
-        caption += "".join(f" {remark}." for remark in remarks)
+        caption += told(remarks)
         section.pictures.append(Picture("kl", figure, f"grid {grid}: score against KL", caption))
         section.grids.append(grid)
         break
@@ -207,8 +206,8 @@ def _gold(study: Study) -> Section:
                 continue
             gold = next(iter(groups.values()))[0].cell.gold
             caption = (
-                f"{seeds_of(groups)}; second reward model: {gold}. Left: lines as named on the right; an arrowhead "
-                f"points on in time. {BAND}"
+                f"{seeds_of(groups)}; second reward model: {model_name(str(gold))}. Left: lines as named on the "
+                f"right; an arrowhead points on in time. {bands_of(groups)}"
             )
             title = f"grid {grid}, {setting}: gold against proxy"
             section.pictures.append(Picture(f"gold-{grid}", gold_against_proxy(groups), title, caption))
@@ -229,13 +228,14 @@ def _quality(study: Study) -> Section:
         models = {next(iter(groups.values()))[0].cell.settings.reward_model: groups for groups in found.values()}
         if len(models) < 2:
             continue
-        figure = faithful_study(models, {model: correlations(study, model, models[model]) for model in models})
+        figure, remarks = faithful_study(models, {model: correlations(study, model, models[model]) for model in models})
         every = {f"{model} {method}": results for model, groups in models.items() for method, results in groups.items()}
         notes = [_row_note(study, model) for model in models]
         caption = (
-            f"{seeds_of(every)}. {BAND} Scores of different reward models have different scales. Right: Spearman's "
-            "rank correlation of each token's credit with the drop in score when the token is left out, mean over "
-            f"texts with 95% bootstrap interval. {' '.join(notes)}"
+            f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
+            "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
+            "mean over texts with 95% bootstrap interval, measured with all of the score spread "
+            f"(credit_beta 1, where training leaves part of it on the last token). {' '.join(notes)}{told(remarks)}"
         )
         section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
         section.grids.append(grid)
@@ -245,7 +245,7 @@ def _quality(study: Study) -> Section:
 
 def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[float, float, float]]:
     """Method -> rank correlation of its credit with leave-one-out, for the methods that were measured."""
-    record = study.quality.get(slug(model), study.quality.get(model, {}))
+    record = study.quality.get(model, {})
     measured = {
         method["name"]: tuple(method["metrics"]["spearman"])
         for world in record.get("worlds", ())
@@ -259,10 +259,10 @@ def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[fl
 def _row_note(study: Study, model: str) -> str:
     row = credit_quality(study, model)
     if row is None:
-        return f"The attention of {model} was not measured."
+        return f"The attention of {model_name(model)} was not measured."
     return (
-        f"The attention row of {model} is {row['level']}: rank correlation {row['spearman'][0]:.2f} without signs, "
-        f"entropy {row['entropy']:.2f} of its maximum."
+        f"The attention row of {model_name(model)} is {row['level']}: rank correlation {row['spearman'][0]:.2f} "
+        f"without signs, entropy {row['entropy']:.2f} of its maximum."
     )
 
 
@@ -278,8 +278,33 @@ def _diversity(study: Study) -> Section:
         for setting, groups in by_setting(study, grid).items():
             if has_evaluations(groups, "distinct_2", "self_bleu", "perplexity"):
                 samples = next(iter(groups.values()))[0].cell.eval_samples
-                caption = f"{seeds_of(groups)}; {samples} responses to held-out prompts an evaluation. {BAND}"
+                caption = (
+                    f"{seeds_of(groups)}; {samples} responses to held-out prompts an evaluation. {bands_of(groups)}"
+                )
                 title = f"grid {grid}, {setting}: diversity over training"
                 section.pictures.append(Picture(f"diversity-{grid}", diversity(groups), title, caption))
                 return section
+    return section
+
+
+def _diagnostics(study: Study) -> Section:
+    section = Section(
+        "diagnostics",
+        "Where would a difference come from?",
+        "Training from inside. A policy whose entropy falls early explores no longer; much clipping says that the "
+        "learning rate is high for the method; returns that the value head does not explain leave noisy advantages; "
+        "attention that is spread evenly makes ABC all but uniform, and without attention on the response it is.",
+        missing="no finished cell of a main grid: tokenmdp ablate --preset imdb, or quick",
+    )
+    for grid in main_grids(study):
+        for setting, groups in by_setting(study, grid).items():
+            figure, remarks = diagnostics(groups)
+            caption = (
+                f"{seeds_of(groups)}; trailing means as above. {bands_of(groups)} Attention on the response: the share "
+                "of the row that credit is read from; of ABC-D, whose credit averages columns, it may exceed 1."
+                + told(remarks)
+            )
+            title = f"grid {grid}, {setting}: diagnostics over training"
+            section.pictures.append(Picture(f"diagnostics-{grid}", figure, title, caption))
+            return section
     return section

@@ -31,6 +31,7 @@ td small, .claims small { display: block; color: var(--faint); }
 .yes { color: var(--yes); } .no { color: var(--no); } .open, .none { color: var(--faint); }
 .none { font-weight: 400; }
 .numbers { min-width: 62rem; } .numbers td, .numbers thead th + th { text-align: right; }
+.rates { width: auto; margin-bottom: 1rem; } .rates th, .rates td { padding-right: 1.6rem; }
 .numbers thead th { max-width: 7rem; }
 .numbers small { white-space: nowrap; font-size: .75rem; }
 .group th { padding-top: 1rem; color: var(--faint); font-weight: 500; }

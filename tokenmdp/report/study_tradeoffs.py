@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenmdp.report.curves import band
+from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import (
     FAINT,
     INK,
@@ -16,21 +16,26 @@ from tokenmdp.report.drawing import (
     dress,
     finite,
     label_ends,
+    lay_out,
     looks,
     name_of,
     new_figure,
-    signed,
 )
-from tokenmdp.report.study_figures import BASELINE, KL, SCORE, Groups, draw_curves
-from tokenmdp.study.outcomes import last_tenth, paired
-from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import (
-    Estimate,
-    difference_at_equal_kl,
-    paired_difference,
-    pareto_front,
-    stratified_bootstrap,
+from tokenmdp.report.study_lines import (
+    KL,
+    SCORE,
+    draw_band,
+    draw_curves,
+    draw_row,
+    level,
+    mean_difference,
+    name_rows,
+    scale_to,
 )
+from tokenmdp.study.equal_kl import equal_kl, pareto_front
+from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
+from tokenmdp.study.results import model_name
+from tokenmdp.study.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,13 +47,6 @@ DIVERSITY = {
     "self_bleu": ("self-BLEU", "how far texts repeat one another"),
     "perplexity": ("perplexity", "under the reference"),
 }
-
-
-def evaluation_curves(results: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Updates (K,) and a column of the evaluations of every cell (R, K), cut to the shortest."""
-    length = min(len(result.evaluations[key]) for result in results)
-    updates = np.asarray(results[0].evaluations["update"][:length], dtype=np.float64)
-    return updates, np.array([result.evaluations[key][:length] for result in results], dtype=np.float64)
 
 
 def has_evaluations(groups: Groups, *keys: str) -> bool:
@@ -76,7 +74,7 @@ def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]
     for method in methods:
         look, held = styles[method], [name for name in order if method in settings[name]]
         columns = [
-            [stratified_bootstrap([[last_tenth(result, key) for result in settings[name][method]]]) for name in held]
+            [level([last_tenth(result, key) for result in settings[name][method]]) for name in held]
             for key in ("kl", "score_mean")
         ]
         kls, scores = ([estimate.value for estimate in column] for column in columns)
@@ -87,7 +85,7 @@ def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]
         for kl, score in zip(*columns, strict=True):
             _cross(left, kl, score, look)
         points += zip(kls, scores, strict=True)
-        if method == methods[-1]:  # the first is sparse, which collapses first
+        if method == methods[-1]:
             for name, kl, score in zip(held, kls, scores, strict=True):
                 left.annotate(
                     f"{coefficient(settings[name]):g}", (kl, score), (5, -11), textcoords="offset points",
@@ -98,12 +96,12 @@ def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]
     left.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=4, alpha=0.25, label="Pareto front")
     remarks = _scale_to_most(left, settings, points)
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
-    _equal_kl(right, [settings[name] for name in order], methods, styles)
+    remarks += _draw_equal_kl(right, [settings[name] for name in order], methods, styles)
     return figure, remarks
 
 
 def _scale_to_most(axes: Axes, settings: Mapping[str, Groups], points: Sequence[tuple[float, float]]) -> list[str]:
-    """Limits by medians over seeds, since the KL of one collapsed seed is far below zero; says what they leave out."""
+    """Limits by medians over seeds, since one collapsed seed would squeeze all others; says what they leave out."""
     cells = [results for groups in settings.values() for results in groups.values()]
     limits = []
     for key in ("kl", "score_mean"):
@@ -112,7 +110,7 @@ def _scale_to_most(axes: Axes, settings: Mapping[str, Groups], points: Sequence[
         limits.append((min(middles) - room, max(middles) + room))
     outside = sum(any(not low <= at <= high for at, (low, high) in zip(point, limits, strict=True)) for point in points)
     axes.set(xlim=limits[0], ylim=limits[1])
-    return [f"Points outside of the picture, where seeds collapsed: {outside}"] if outside else []
+    return [f"Points outside of the picture, drawn out by single seeds: {outside}"] if outside else []
 
 
 def coefficient(groups: Groups) -> float:
@@ -128,48 +126,33 @@ def _cross(axes: Axes, across: Estimate, up: Estimate, look: Look) -> None:
         axes.plot([across.value] * 2, [up.low, up.high], color=look.colour, linewidth=1, alpha=0.7)
 
 
-def _equal_kl(axes: Axes, settings: Sequence[Groups], methods: Sequence[str], styles: Mapping[str, Look]) -> None:
-    """A row a method: each seed's mean difference to the baseline over the KL that both cover."""
+def _draw_equal_kl(
+    axes: Axes, settings: Sequence[Groups], methods: Sequence[str], styles: Mapping[str, Look]
+) -> list[str]:
+    """A row a method: its lead over the baseline where both spend the same; what is left out, in words."""
     shown: list[str] = []
+    remarks: list[str] = []
     for method in methods:
         both = [groups for groups in settings if method in groups and BASELINE in groups]
         if method == BASELINE or not both:
             continue
-        rows = paired(*(groups[name] for name in (method, BASELINE) for groups in both))
-        points = [[(last_tenth(result, "kl"), last_tenth(result)) for result in row] for row in rows]
-        found = np.array(
-            [difference_at_equal_kl(_columns(row[: len(both)]), _columns(row[len(both) :])) for row in points]
-        )
-        shared = found[np.isfinite(found)]
-        if shared.size:
-            draw_row(axes, len(shown), paired_difference(shared, np.zeros_like(shared)), styles[method])
-            shown.append(name_of(method))
-    _name_rows(axes, shown)
+        found = equal_kl([groups[method] for groups in both], [groups[BASELINE] for groups in both])
+        used, name = len(found.differences), name_of(method)
+        if used:
+            draw_row(axes, len(shown), mean_difference(found.differences), styles[method])
+            shown.append(name)
+        if used < found.seeds or found.collapsed:
+            left = f"; {count(found.collapsed, 'collapsed run')} left out" if found.collapsed else ""
+            remarks.append(
+                f"{name} against {BASELINE} at equal KL: {used} of {count(found.seeds, 'seed')}, with "
+                f"{found.shared:.0%} of their KL in common{left}"
+            )
+    name_rows(axes, shown)
     axes.axvline(0, color=FAINT, linewidth=1)
     if not shown:
-        axes.text(0.5, 0.6, f"no KL in common with {BASELINE}", ha="center", color=FAINT, transform=axes.transAxes)
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [kl for kl, _ in points], [score for _, score in points]
-
-
-def draw_row(axes: Axes, row: int, estimate: Estimate, look: Look) -> None:
-    """One estimate as a point on a row of its own, with interval and number."""
-    if finite(estimate.low, estimate.high):
-        axes.plot([estimate.low, estimate.high], [row, row], color=look.colour, linewidth=2)
-    axes.plot(estimate.value, row, marker=look.marker, color=look.colour, markersize=7)
-    axes.annotate(
-        signed(estimate.value), (estimate.value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9,
-        color=INK,
-    )  # fmt: skip
-
-
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(max(len(names), 1) - 0.5, -0.7)
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.12)
+        axes.text(0.5, 0.6, f"too little KL in common with {BASELINE}", ha="center", color=FAINT,
+                  transform=axes.transAxes)  # fmt: skip
+    return remarks
 
 
 def gold_against_proxy(groups: Groups) -> Figure:
@@ -179,7 +162,7 @@ def gold_against_proxy(groups: Groups) -> Figure:
     left, right = figure.subplots(1, 2)
     dress(left, "over training, from the dot on", f"{SCORE} (trained on)", GOLD)
     dress(right, "the second one alone", "update", GOLD)
-    figure.draw_without_rendering()
+    lay_out(figure)
     ends, means = {}, []
     for method, results in groups.items():
         look = styles[method]
@@ -188,13 +171,12 @@ def gold_against_proxy(groups: Groups) -> Figure:
         proxy, gold = proxies.mean(0), golds.mean(0)
         left.plot(proxy, gold, color=look.colour, linestyle=look.dashes, linewidth=1.8)
         left.plot(proxy[0], gold[0], marker="o", color=look.colour, markersize=5)
-        for place in {max(1, len(proxy) // 3), len(proxy) - 1}:
+        for place in {1, len(proxy) - 1}:
             start, end = (proxy[place - 1], gold[place - 1]), (proxy[place], gold[place])
             arrow = {"arrowstyle": "-|>", "color": look.colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
             left.annotate("", end, start, arrowprops=arrow | {"mutation_scale": 14})
-        mean, half = band(golds)
-        right.fill_between(updates, mean - half, mean + half, color=look.colour, alpha=0.1, linewidth=0)
-        right.plot(updates, mean, color=look.colour, linestyle=look.dashes, linewidth=1.8, marker=look.marker, ms=3.5)
+        mean = draw_band(right, updates, golds, look)
+        right.plot(updates, mean, color=look.colour, linestyle="none", marker=look.marker, markersize=3.5)
         ends[name_of(method)] = (float(mean[-1]), look.colour)
         means += [*mean]
         right.set_xlim(0, updates[-1])
@@ -203,42 +185,41 @@ def gold_against_proxy(groups: Groups) -> Figure:
     return figure
 
 
-def scale_to(axes: Axes, means: Sequence[float]) -> None:
-    """Limits by the means: the band of a few seeds of which one collapsed would flatten everything."""
-    low, high = min(means, default=0.0), max(means, default=1.0)
-    room = 0.12 * (high - low or 1)
-    axes.set_ylim(low - room, high + room)
-
-
-def faithful_study(settings: Mapping[str, Groups], quality: Mapping[str, Mapping[str, Any]]) -> Figure:
+def faithful_study(
+    settings: Mapping[str, Groups], quality: Mapping[str, Mapping[str, Any]]
+) -> tuple[Figure, list[str]]:
     """A row a reward model: its learning curves, and how far each method's credit agrees with leave-one-out.
 
     Args:
         settings: reward model -> method -> seeds.
         quality: reward model -> method -> rank correlation as (mean, low, high).
+
+    Returns:
+        The figure, and remarks for its caption.
     """
+    remarks: list[str] = []
     styles = looks(list(dict.fromkeys(method for groups in settings.values() for method in groups)))
     figure = new_figure(10.6, 3.4 * len(settings) + 0.4)
     panels = figure.subplots(len(settings), 2, width_ratios=[1.6, 1], squeeze=False)
     for place, (left, right) in enumerate(panels):
         last = place == len(panels) - 1
         model = list(settings)[place]
-        dress(left, f"reward model {model}", "update" if last else "", SCORE)
-        dress(right, f"credit quality on {model}", "rank correlation with leave-one-out" if last else "")
-    figure.draw_without_rendering()
+        dress(left, f"reward model {model_name(model)}", "update" if last else "", SCORE)
+        dress(right, f"credit quality on {model_name(model)}", "rank correlation with leave-one-out" if last else "")
+    lay_out(figure)
     for (model, groups), (left, right) in zip(settings.items(), panels, strict=True):
-        draw_curves(left, groups, styles)
+        remarks += [f"{model_name(model)}: {remark}" for remark in draw_curves(left, groups, styles)]
         rows = [method for method in groups if method in quality.get(model, {})]
         for row, method in enumerate(rows):
             draw_row(right, row, Estimate(*quality[model][method]), styles[method])
-        _name_rows(right, [name_of(method) for method in rows])
+        name_rows(right, [name_of(method) for method in rows])
         right.axvline(0, color=FAINT, linewidth=1)
         if not rows:
             right.text(0.5, 0.5, "not measured", ha="center", color=FAINT, transform=right.transAxes)
     shared = [axes.get_xlim() for axes in panels[:, 1]]
     for axes in panels[:, 1]:
         axes.set_xlim(min(low for low, _ in shared), max(high for _, high in shared))
-    return figure
+    return figure, remarks
 
 
 def diversity(groups: Groups) -> Figure:
@@ -248,15 +229,13 @@ def diversity(groups: Groups) -> Figure:
     panels = figure.subplots(1, len(DIVERSITY))
     for axes, (title, meaning) in zip(panels, DIVERSITY.values(), strict=True):
         dress(axes, title, "update", meaning)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axes, key in zip(panels, DIVERSITY, strict=True):
         ends, means = {}, []
         for method, results in groups.items():
             look = styles[method]
             updates, values = evaluation_curves(results, key)
-            mean, half = band(values)
-            axes.fill_between(updates, mean - half, mean + half, color=look.colour, alpha=0.1, linewidth=0)
-            axes.plot(updates, mean, color=look.colour, linestyle=look.dashes, linewidth=1.8)
+            mean = draw_band(axes, updates, values, look)
             ends[name_of(method)] = (float(mean[-1]), look.colour)
             means += [*mean[np.isfinite(mean)]]
             axes.set_xlim(0, updates[-1])

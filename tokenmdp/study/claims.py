@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from tokenmdp.commands.credit_options import default_beta
+from tokenmdp.commands.display import count
 from tokenmdp.study import outcomes
-from tokenmdp.study.results import CellResult, Study
+from tokenmdp.study.results import Cell, CellResult, Study
 from tokenmdp.study.statistics import Estimate
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -21,8 +24,9 @@ NAMES = {
     "sparse": "sparse",
     "uniform": "uniform",
 }
+NO_FIGURE = "no figure"  # of the paper
 FEWEST_SEEDS = 3
-FEWEST_RESAMPLED = 6  # resamples stay within n seeds' range, which misses a median with probability 2**(1 - n)
+PAPER_LENGTH = (8, 15)  # of the paper's main comparison, both ends included
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Verdict:
     verdict: str  # "reproduced", "not reproduced", "inconclusive" or "not measured"
     rule: str  # how it was decided, or what is missing
     where: str = ""  # grid, setting and number of seeds
+
+
+class Place(NamedTuple):
+    """What a verdict is decided on."""
+
+    text: str  # grid, setting, number of seeds, and what is missing
+    crashed: int  # runs of the compared methods: seldom the good ones, so the others may not stand for all
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,46 @@ class Claim:
         estimate: Estimate,
         seeds: int,
         ours: str,
-        where: str,
+        place: Place,
         what: str,
         *,
         threshold: float = 0.0,
         below: bool = False,
         fewest: int = FEWEST_SEEDS,
     ) -> Verdict:
-        """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``."""
+        """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``.
+
+        Nothing is decided on fewer than ``fewest`` seeds, nor where runs crashed.
+        """
         side = estimate.side(threshold) * (-1 if below else 1)
         verdict = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)[side + 1]
         rule = f"{what}; reproduced if the interval lies {'below' if below else 'above'} {threshold:g}"
+        decided = Verdict(self.says, self.paper, ours, bounds(estimate), verdict, rule, place.text)
         if seeds < fewest:
-            verdict = INCONCLUSIVE
-            rule += f"; {counted(seeds, 'seed')}, a decision needs {fewest}"
-        return Verdict(self.says, self.paper, ours, bounds(estimate), verdict, rule, where)
+            decided = undecided(decided, f"{count(seeds, 'seed')}, a decision needs {fewest}")
+        if place.crashed:
+            lost = count(place.crashed, "run")
+            decided = undecided(decided, f"{lost} of these methods crashed, which may be no accident")
+        return decided
+
+
+def undecided(verdict: Verdict, why: str) -> Verdict:
+    """Inconclusive, whatever the interval says."""
+    return replace(verdict, verdict=INCONCLUSIVE, rule=f"{verdict.rule}; {why}")
+
+
+def multiplicity(decided: Sequence[Verdict]) -> str:
+    """What a reader of many claims must know of their intervals.
+
+    >>> multiplicity([Verdict("a", "", "1", "[0, 2]", INCONCLUSIVE, "")] * 12)[:50]
+    'Each of the 12 claims with an interval has its own'
+    """
+    told = sum(bool(verdict.interval) for verdict in decided)
+    return (
+        f"Each of the {count(told, 'claim')} with an interval has its own, with no correction for their number: one "
+        f"interval in twenty misses by chance, so {told / 20:.1f} of these are expected to. Several claims share their "
+        "runs, so that they tend to be right or wrong together."
+    )
 
 
 def bounds(estimate: Estimate) -> str:
@@ -88,50 +124,76 @@ class Found:
     """Methods of one setting, paired: ``groups[i][j]`` is method i under seed j."""
 
     groups: list[list[CellResult]]
-    where: str
+    place: Place
 
 
-def find(study: Study, methods: Sequence[str]) -> Found | None:
-    """The setting with most seeds in the first of `MAIN_GRIDS` where all methods have cells in common seeds."""
+def find(study: Study, methods: Sequence[str], length: tuple[int, int] | None = PAPER_LENGTH) -> Found | None:
+    """The setting with most seeds in the first of `MAIN_GRIDS` where all methods have cells in common seeds.
+
+    Of settings with this response length only, unless that is None.
+    """
     for grid in MAIN_GRIDS:
-        selected = study.select(grid)
         best: tuple[str, list[tuple[CellResult, ...]]] = ("", [])
-        for setting in dict.fromkeys(setting for setting, _ in selected):
-            if all((setting, method) in selected for method in methods):
-                rows = outcomes.paired(*(selected[setting, method] for method in methods))
+        for setting, groups in with_methods(study, grid, methods).items():
+            if length is None or outcomes.length_of(groups[methods[0]][0]) == length:
+                rows = outcomes.paired(*(groups[method] for method in methods))
                 best = max(best, (setting, rows), key=lambda found: len(found[1]))
-        setting, rows = best
+        chosen, rows = best
         if rows:
-            return Found(
-                [list(column) for column in zip(*rows, strict=True)], where_of(study, grid, setting, len(rows))
-            )
+            place = place_of(study, grid, chosen, len(rows), cells_of(study, grid, methods, chosen))
+            return Found([list(column) for column in zip(*rows, strict=True)], place)
     return None
 
 
-def family(study: Study, grid: str, methods: Sequence[str], varied: Sequence[str]) -> list[list[list[CellResult]]]:
+def with_methods(study: Study, grid: str, methods: Sequence[str]) -> dict[str, dict[str, list[CellResult]]]:
+    """Setting -> method -> cells, of the settings that have all methods; `plain_method` says which those are."""
+    found: dict[str, dict[str, list[CellResult]]] = {}
+    for (setting, _), results in study.select(grid).items():
+        if (method := plain_method(results[0].cell)) is not None and method in methods:
+            found.setdefault(setting, {}).setdefault(method, []).extend(results)
+    return {setting: groups for setting, groups in found.items() if len(groups) == len(methods)}
+
+
+def plain_method(cell: Cell) -> str | None:
+    """The method of `NAMES` that a cell uses with its default options, whatever its label; None for all others."""
+    settings = cell.settings
+    if settings.credit not in NAMES or settings.credit_options:
+        return None
+    return settings.credit if settings.credit_beta == default_beta(settings.credit) else None
+
+
+def families(study: Study, grid: str, methods: Sequence[str], varied: Sequence[str]) -> list[list[list[CellResult]]]:
     """The cells of the methods at the settings of a grid that differ in nothing but ``varied``.
 
     One entry a setting, in the grid's order; in it one list a method. If there are several families, the largest.
     """
-    selected = study.select(grid)
-    families: dict[str, list[list[list[CellResult]]]] = {}
-    for setting in dict.fromkeys(setting for setting, _ in selected):
-        if all((setting, method) in selected for method in methods):
-            groups = [selected[setting, method] for method in methods]
-            families.setdefault(outcomes.apart_from(groups[0][0], varied), []).append(groups)
-    return max(families.values(), key=len, default=[])
+    found = outcomes.family(with_methods(study, grid, methods), varied)
+    return [[list(groups[method]) for method in methods] for groups in found.values()]
 
 
-def where_of(study: Study, grid: str, setting: str, seeds: int) -> str:
-    """Grid, setting and seeds in words, with the number of cells that are missing."""
-    missing = sum(cell.id not in study.results for cell in study.declared(grid))
-    note = f"; {counted(missing, 'cell')} of the grid missing" if missing else ""
-    return f"grid {grid}, {setting}, {counted(seeds, 'seed')}{note}"
+def cells_of(study: Study, grid: str, methods: Sequence[str], setting: str | None = None) -> set[str]:
+    """The ids of the cells of a grid with these methods, finished or not; of one setting if it is given."""
+    cells = (cell for cell in study.declared(grid) if setting in (None, cell.setting))
+    return {cell.id for cell in cells if plain_method(cell) in methods}
 
 
-def counted(number: int, what: str) -> str:
-    """Such as ``3 seeds``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def place_of(study: Study, grid: str, setting: str, seeds: int, compared: Collection[str]) -> Place:
+    """Grid, setting and seeds in words, with the numbers of cells that crashed or did not run.
+
+    Args:
+        study: where.
+        grid: of it.
+        setting: what to call what is compared.
+        seeds: that are compared.
+        compared: ids of the cells whose crash would leave the comparison one-sided.
+    """
+    left = [id for id in study.grids[grid] if id not in study.results]
+    crashed = sum(id in study.errors for id in left)
+    waiting = len(left) - crashed
+    notes = f"; {count(crashed, 'cell')} of the grid crashed" if crashed else ""
+    notes += f"; {count(waiting, 'cell')} of the grid not run" if waiting else ""
+    lost = len(study.errors.keys() & set(compared))
+    return Place(f"grid {grid}, {setting}, {count(seeds, 'seed')}{notes}", lost)
 
 
 def needs(methods: Sequence[str]) -> str:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.commands.credit_options import default_beta
-from tokenmdp.commands.settings import RunSettings, absolute_options, credit_of, parse_options
+from tokenmdp.commands.settings import RunSettings, credit_of, parse_options
 from tokenmdp.commands.train import ppo_config
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.study.presets import LEARNING_RATE, LEARNING_RATES, Plan
-from tokenmdp.study.results import Cell, StudyError
+from tokenmdp.study.results import Cell, StudyError, model_name, without_directories
 
 
 class Method(NamedTuple):
@@ -44,9 +44,9 @@ def parse_method(specification: str) -> Method:
     name, _, text = specification.partition(":")
     register(name)
     options = parse_options(re.split(r",(?=\w+=)", text), "--credit-option") if text else {}
-    label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+    label = without_directories(" ".join([name, *(f"{key}={value}" for key, value in options.items())]))
     beta = options.pop("credit_beta", default_beta(name))
-    return Method(label, name, float(beta), absolute_options(options))
+    return Method(label, name, float(beta), options)
 
 
 def register(name: str) -> None:
@@ -134,9 +134,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
         if kl_coef is not None:
             ppo |= {"kl_coef": kl_coef, "kl_target": None}
         label = [f"{text} tokens"]
-        label += [f"reward model {Path(model).name if Path(model).is_absolute() else model}"] * (
-            len(plan.reward_models) > 1
-        )
+        label += [f"reward model {model_name(model)}"] * (len(plan.reward_models) > 1)
         label += [] if kl_coef is None else [f"kl_coef={kl_coef:g}"]
         label += [] if tried is None else [f"learning_rate={tried:g}"]
         settings = replace(

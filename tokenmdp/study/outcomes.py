@@ -1,18 +1,23 @@
-"""One number a finished cell, and the seeds of two methods paired: what tables and verdicts are computed from."""
+"""One number a finished cell, and cells side by side: what tables, verdicts and figures are computed from."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tokenmdp.commands.settings import settings_record
 from tokenmdp.study.results import CellResult, Study, slug
+from tokenmdp.study.statistics import trailing_mean
 
+BASELINE = "sparse"  # what every method is compared with
 WINDOW = 5  # updates in a trailing mean, before a level is looked for
 TENTH = 10
+KEPT = 0.5  # a run that ends with less of its gain than this has collapsed
+Groups: TypeAlias = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 
 def area(result: CellResult) -> float:
@@ -39,11 +44,32 @@ def start(result: CellResult) -> float:
     return result.metrics["score_mean"][0]
 
 
+def kept_of_gain(result: CellResult) -> float:
+    """The share of its highest gain (trailing mean less the start) that a run's last tenth has; nan without a gain."""
+    scores, first = np.asarray(result.metrics["score_mean"]), start(result)
+    gain = float(trailing_mean(scores, window_for(len(scores))).max()) - first
+    return (last_tenth(result) - first) / gain if gain > 0 else math.nan
+
+
+def collapsed(result: CellResult) -> bool:
+    """Whether the run lost what it had gained: less than `KEPT` of it is left. A run that never gained has not."""
+    return kept_of_gain(result) < KEPT
+
+
 def curves(results: Sequence[CellResult], key: str = "score_mean") -> tuple[np.ndarray, np.ndarray]:
     """Updates (K,) and a metric of every cell (R, K), cut to the shortest cell."""
-    length = min(len(result.metrics[key]) for result in results)
-    updates = np.asarray(results[0].metrics["update"][:length], dtype=np.float64)
-    return updates, np.array([result.metrics[key][:length] for result in results], dtype=np.float64)
+    return _cut([result.metrics for result in results], key)
+
+
+def evaluation_curves(results: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Updates (K,) and a column of the evaluations of every cell (R, K), cut to the shortest cell."""
+    return _cut([result.evaluations for result in results], key)
+
+
+def _cut(tables: Sequence[Mapping[str, Sequence[float]]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    length = min(len(table[key]) for table in tables)
+    updates = np.asarray(tables[0]["update"][:length], dtype=np.float64)
+    return updates, np.array([table[key][:length] for table in tables], dtype=np.float64)
 
 
 def window_for(updates: int) -> int:
@@ -88,6 +114,23 @@ def credit_quality(study: Study, reward_model: str) -> dict[str, Any] | None:
     record: Mapping[str, Any] = study.quality.get(slug(reward_model), study.quality.get(reward_model, {}))
     rows = (world["attention"] for world in record.get("worlds", ()))
     return next((row for row in rows if row is not None), None)
+
+
+def by_setting(study: Study, grid: str) -> dict[str, dict[str, list[CellResult]]]:
+    """Setting -> method -> finished cells, under the grid's labels."""
+    found: dict[str, dict[str, list[CellResult]]] = {}
+    for (setting, method), results in study.select(grid).items():
+        found.setdefault(setting, {})[method] = results
+    return found
+
+
+def family(settings: Mapping[str, Groups], varied: Sequence[str]) -> dict[str, Groups]:
+    """The settings that differ in nothing but ``varied``; of several such families the largest."""
+    families: dict[str, dict[str, Groups]] = {}
+    for name, groups in settings.items():
+        first = groups.get(BASELINE, next(iter(groups.values())))[0]
+        families.setdefault(apart_from(first, varied), {})[name] = groups
+    return max(families.values(), key=len, default={})
 
 
 def apart_from(result: CellResult, names: Sequence[str]) -> str:

@@ -66,13 +66,15 @@ class Progress:
     def of(cls, path: Path, cells: Sequence[Cell], jobs: int) -> Progress:
         """At the start: finished cells count, and tell how long others take."""
         progress = cls(path, jobs, len(cells), [])
-        for cell in cells:
-            if cell_file(path, cell.id).exists():
-                result = read_result(path, cell.id)
-                progress.add(cell, result.seconds)
-            else:
-                progress.waiting.append(cell)
+        progress.waiting = [cell for cell in cells if not progress.finished(cell)]
         return progress
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether the cell has its result; if so, it counts."""
+        if not cell_file(self.path, cell.id).exists():
+            return False
+        self.add(cell, read_result(self.path, cell.id).seconds)
+        return True
 
     def add(self, cell: Cell, seconds: float) -> None:
         """Count a finished cell and what it took."""

@@ -16,10 +16,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,9 +27,12 @@ from typing import Any
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.settings import RunSettings, settings_from_record, settings_record
 from tokenmdp.report.samples import Sample
+from tokenmdp.study.locking import locked
 
 FORMAT = 1
 SIGNIFICANT_DIGITS = 6  # of a column's numbers in a file
+OWN_ENTRIES = {"cells", "quality", "report", "learning_rates.json"}  # beside study.json
+OF_A_METHOD = ("credit", "credit_beta", "credit_options", "seed")  # settings in which the runs of a setting differ
 PACKAGES = ("tokenmdp", "torch", "transformers", "tokenizers", "gymnasium", "numpy")
 
 
@@ -71,6 +72,7 @@ class CellResult:
     samples: list[Sample]  # of the last evaluation, with credits
     seconds: float
     versions: dict[str, str]
+    costs: dict[str, float] = field(default_factory=dict)  # as `worker.costs_of` says; {} in older files
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Study:
     results: dict[str, CellResult]  # of the finished ones
     errors: dict[str, str]  # id -> the last line of the traceback
     quality: dict[str, dict[str, Any]]  # reward model -> the record of its quality file
-    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)  # grid -> what its command line gave
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)  # grid -> what its last command line gave
+    commands: dict[str, list[str]] = field(default_factory=dict)  # grid -> all command lines that added to it
     labels: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)  # grid -> id -> (setting, method)
     version: str = ""  # of tokenmdp
     packages: dict[str, str] = field(default_factory=dict)
@@ -155,6 +158,7 @@ def write_result(path: str | Path, result: CellResult) -> Path:
         "cell": cell_record(result.cell),
         "seconds": round(result.seconds, 1),
         "versions": result.versions,
+        "costs": {key: rounded(cost) for key, cost in result.costs.items()},
         **columns,
         "samples": samples,
     }
@@ -181,6 +185,7 @@ def read_result(path: str | Path, id: str) -> CellResult:
             [Sample(**sample) for sample in record["samples"]],
             record["seconds"],
             record["versions"],
+            record.get("costs", {}),
         )
     except StudyError:
         raise
@@ -194,14 +199,17 @@ def cell_file(path: str | Path, id: str, suffix: str = ".json") -> Path:
 
 
 def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mapping[str, Any]) -> None:
-    """Add a grid, or replace it, in the ``study.json`` of the study at ``path``; results stay.
+    """Add cells to a grid in the ``study.json`` of the study at ``path``; what the grid has already stays.
+
+    A cell takes the place of one with the same labels and seed: that one had another learning rate.
 
     Raises:
-        StudyError: the directory holds something else, or results of another version, to which none may be added.
+        StudyError: the directory holds something else, or results of another version, to which none may be added, or
+            a setting of the grid whose runs cannot be compared with these.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         place = path / "study.json"
         if place.exists():
             record = _read_study(place)
@@ -210,20 +218,61 @@ def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mappi
                     f"{path} holds results of tokenmdp {record['version']} and this is {tokenmdp_version()}, whose "
                     "numbers may differ: choose another --out, or pass --report-only to write its report"
                 )
-        elif strangers := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")):
-            raise StudyError(
-                f"{path} holds {', '.join(strangers[:3])} but no study.json, so it is not a study; "
-                "nothing there was touched: choose another --out"
-            )
         else:
+            found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+            if strangers := sorted(found - OWN_ENTRIES):
+                raise StudyError(
+                    f"{path} holds {', '.join(strangers[:3])} but no study.json, so it is not a study; "
+                    "nothing there was touched: choose another --out"
+                )
             record = {"format": FORMAT, "version": tokenmdp_version(), "grids": {}, "cells": {}}
+        try:
+            record["grids"][grid] = _extended(record, grid, cells, arguments, path)
+            record["cells"] |= {cell.id: cell_record(cell) for cell in cells if cell.id not in record["cells"]}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise _damaged(place, error) from error
         record["packages"] = package_versions()
-        record["grids"][grid] = {
-            "arguments": dict(arguments),
-            "cells": {cell.id: {"setting": cell.setting, "method": cell.method} for cell in cells},
-        }
-        record["cells"] |= {cell.id: cell_record(cell) for cell in cells if cell.id not in record["cells"]}
         write_text(place, _study_text(record))
+
+
+def _extended(
+    record: Mapping[str, Any], grid: str, cells: Sequence[Cell], arguments: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """A grid's entry with ``cells`` added."""
+    old = record["grids"].get(grid, {"arguments": {}, "cells": {}})
+    earlier = {id: _common(record["cells"][id]) for id in old["cells"]}
+    settings = {label["setting"]: id for id, label in old["cells"].items()}
+    for cell in cells:
+        if cell.setting not in settings or cell.id in old["cells"]:
+            continue
+        before, now = earlier[settings[cell.setting]], _common(cell_record(cell))
+        if differing := [key for key in before | now if before.get(key) != now.get(key)]:
+            was, gets = (json.dumps(each.get(differing[0])) for each in (before, now))
+            raise StudyError(
+                f"the grid {grid!r} in {path} has runs called {cell.setting!r} with {differing[0]} {was}, and these "
+                f"would have {gets}, which cannot be compared under one name: choose another --out"
+            )
+    new = {cell.id: {"setting": cell.setting, "method": cell.method} for cell in cells}
+    replaced = {(cell.setting, cell.method, cell.seed) for cell in cells}
+    kept = {
+        id: label
+        for id, label in old["cells"].items()
+        if (label["setting"], label["method"], record["cells"][id]["seed"]) not in replaced
+    }
+    commands = [*_commands(old), *_commands({"arguments": arguments})]
+    return {"arguments": dict(arguments), "commands": list(dict.fromkeys(commands)), "cells": {**kept, **new}}
+
+
+def _common(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of one setting have in common: everything but the method, its learning rate and the seed."""
+    settings = {key: value for key, value in record["settings"].items() if key not in OF_A_METHOD}
+    ppo = {key: value for key, value in settings.pop("ppo").items() if key != "learning_rate"}
+    return settings | ppo | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")}
+
+
+def _commands(kept: Mapping[str, Any]) -> list[str]:
+    """The command lines of a grid's entry; the first format kept the last one only."""
+    return kept.get("commands") or [str(kept["arguments"][key]) for key in ("command",) if key in kept["arguments"]]
 
 
 def read_cell(path: str | Path, id: str) -> Cell:
@@ -255,24 +304,41 @@ def load_study(path: str | Path) -> Study:
             for grid, kept in record["grids"].items()
         }
         arguments = {grid: kept["arguments"] for grid, kept in record["grids"].items()}
+        commands = {grid: _commands(kept) for grid, kept in record["grids"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StudyError(f"{place} is damaged ({error!r}); delete it and run the same command again") from error
+        raise _damaged(place, error) from error
     results, errors = {}, {}
     for id in cells:
         if cell_file(path, id).exists():
             results[id] = read_result(path, id)
-        elif (trace := cell_file(path, id, ".error.txt")).exists():
-            errors[id] = (trace.read_text(encoding="utf-8").strip() or "no message").splitlines()[-1]
-    measured = [_read_json(file) for file in sorted((path / "quality").glob("*.json"))]
-    quality = {record["arguments"]["reward_model"]: record for record in measured}
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another command may be trying that cell again
+            trace = cell_file(path, id, ".error.txt").read_text(encoding="utf-8").strip()
+            errors[id] = without_directories((trace or "no message").splitlines()[-1])
+    quality = {}
+    for file in sorted((path / "quality").glob("*.json")):
+        measured = _read_json(file)
+        try:
+            quality[measured["arguments"]["reward_model"]] = measured
+        except (TypeError, KeyError) as error:
+            raise _damaged(file, error) from error
     return Study(
-        path, grids, cells, results, errors, quality, arguments, labels, record["version"], record.get("packages", {})
-    )
+        path, grids, cells, results, errors, quality, arguments, commands, labels, record["version"],
+        record.get("packages", {}),
+    )  # fmt: skip
 
 
 def quality_file(path: str | Path, reward_model: str) -> Path:
-    """Where the study at ``path`` keeps a reward model's credit quality."""
-    return Path(path) / "quality" / f"{slug(reward_model)}.json"
+    """Where the study at ``path`` keeps a reward model's credit quality.
+
+    A name that has to be changed for it has a hash added, so that no two names share a file.
+
+    >>> quality_file("runs", "imdb-tiny").name, quality_file("runs", "me/reward").name
+    ('imdb-tiny.json', 'me-reward-2c8f5d1e.json')
+    """
+    shown = slug(model_name(reward_model))
+    added = "" if shown == reward_model else f"-{hashlib.sha256(reward_model.encode()).hexdigest()[:8]}"
+    return Path(path) / "quality" / f"{shown}{added}.json"
 
 
 def tokenmdp_version() -> str:
@@ -300,6 +366,25 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.-]+|=", "-", label).strip("-.")
 
 
+def model_name(name: str) -> str:
+    """What tables, figures and labels call a model: its name, of an absolute path only the last part.
+
+    >>> model_name("lvwerra/gpt2-imdb"), model_name("/home/me/models/reward")
+    ('lvwerra/gpt2-imdb', 'reward')
+    """
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def without_directories(text: str) -> str:
+    """The text with the last part of each absolute path in it: the directories are those of one machine.
+
+    >>> without_directories('File "/home/me/credit.py", line 3: no /home/me/models/reward, see https://a.org/b/c')
+    'File "credit.py", line 3: no reward, see https://a.org/b/c'
+    """
+    quoted = re.sub(r"""(["'])/(?:[^"'/\n]+/)+(?=[^"'/\n]*\1)""", r"\1", text)
+    return re.sub(r"(?<![\w.~/-])/(?:[^\s/\"':]+/)+", "", quoted)
+
+
 def _study_text(record: Mapping[str, Any]) -> str:
     """One line a grid and a cell: readable, and easy to compare."""
 
@@ -319,7 +404,13 @@ def _read_study(place: Path) -> dict[str, Any]:
         raise StudyError(f"{place.parent} holds no study (no {place.name}); run `tokenmdp ablate --out {place.parent}`")
     record = _read_json(place)
     _check_format(record, place)
+    if lacking := [key for key in ("version", "grids", "cells") if key not in record]:
+        raise _damaged(place, f"it has no {lacking[0]}")
     return record
+
+
+def _damaged(place: Path, what: object) -> StudyError:
+    return StudyError(f"{place} is damaged ({what}); delete it and run the same command again: finished cells stay")
 
 
 def _read_json(place: Path) -> dict[str, Any]:
@@ -338,19 +429,3 @@ def _check_format(record: Mapping[str, Any], place: Path) -> None:
             f"{place} has format {record.get('format')!r} and this version of tokenmdp reads {FORMAT}: use the "
             "version that wrote it, or choose another directory"
         )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Between processes that add grids at the same time; on Windows there is no lock and the last one wins."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # a killed process lets go of it
-        yield
-    finally:
-        os.close(directory)

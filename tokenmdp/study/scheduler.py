@@ -18,7 +18,7 @@ from rich.console import Console
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.allocator import SETTINGS
 from tokenmdp.study.progress import Progress, Worker, display_of
-from tokenmdp.study.results import Cell, StudyError, cell_file, read_result
+from tokenmdp.study.results import Cell, StudyError, cell_file, read_result, without_directories
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0  # for a worker that is asked to end
@@ -26,10 +26,30 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALL
 
 
 def default_jobs(device: str) -> int:
-    """A process a GPU, or a process a core that this one may use."""
+    """A process a GPU, or a process a core that this one may use.
+
+    Raises:
+        StudyError: there is no such GPU.
+    """
     if device.startswith("cuda"):
-        return max(1, torch.cuda.device_count())
+        return len(gpus_of(device, os.environ))
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def gpus_of(device: str, environ: Mapping[str, str]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of "cuda", which are all, or of one such as "cuda:1".
+
+    Raises:
+        StudyError: there is no such GPU.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    number = torch.device(device).index
+    if number is None:
+        return gpus
+    if number >= len(gpus):
+        raise StudyError(f"--device {device!r} names no GPU of the {len(gpus)} here; count from cuda:0, or use cuda")
+    return [gpus[number]]
 
 
 def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, console: Console) -> dict[str, str]:
@@ -39,7 +59,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
         path: The study, whose ``study.json`` declares the cells.
         cells: In the order in which they start.
         jobs: Processes at a time. GPUs are shared out among them.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" for all GPUs, or one such as "cuda:1".
         console: Where progress is shown: a live table on a terminal, lines in a file.
 
     Returns:
@@ -47,17 +67,23 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a termination request; all processes have ended and finished cells are kept.
+        StudyError: the study was moved or deleted; all processes have ended.
     """
     progress = Progress.of(path, cells, jobs)
     slots = list(range(min(jobs, len(progress.waiting))))
+    for cell in progress.waiting:
+        _sweep(path, cell)
     with _termination_is_an_interrupt(), display_of(progress, console) as display:
         try:
             while progress.waiting or progress.running:
                 while progress.waiting and slots:
                     cell = progress.waiting.pop(0)
-                    cell_file(path, cell.id, ".error.txt").unlink(missing_ok=True)
+                    if progress.finished(cell):  # by another command, meanwhile
+                        display.ended(cell)
+                        continue
                     progress.running.append(_start(path, cell, slots.pop(0), device))
                 time.sleep(POLL_SECONDS)
+                _check_presence(path)
                 for worker in [worker for worker in progress.running if worker.process.poll() is not None]:
                     progress.running.remove(worker)
                     slots.append(worker.slot)
@@ -69,6 +95,22 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
         finally:
             _end(path, progress.running)
     return progress.errors
+
+
+def _sweep(path: Path, cell: Cell) -> None:
+    """Remove what an earlier attempt left: the trace of a crash, and of a killed process its half-written files."""
+    leftovers = cell_file(path, cell.id).parent.glob(f".{cell.id}.*")  # as `write_text` names what it has not finished
+    for file in (cell_file(path, cell.id, ".error.txt"), cell_file(path, cell.id, ".progress"), *leftovers):
+        file.unlink(missing_ok=True)
+
+
+def _check_presence(path: Path) -> None:
+    """Cells that run on would make a directory that no later command takes for a study."""
+    if not (path / "study.json").exists():
+        raise StudyError(
+            f"{path / 'study.json'} is gone, so the running cells were ended; if {path} was moved, put it back and "
+            "run the same command again: finished cells stay"
+        )
 
 
 @contextlib.contextmanager
@@ -83,7 +125,9 @@ def _termination_is_an_interrupt() -> Iterator[None]:
 
 def _start(path: Path, cell: Cell, slot: int, device: str) -> Worker:
     """A process for the cell, which a Ctrl-C in the terminal does not reach: `_end` ends it."""
-    command = [sys.executable, "-m", "tokenmdp.study.worker", str(path), cell.id, "--device", device]
+    kind = device.partition(":")[0]  # in the worker there is one GPU, whatever its number here
+    command = [sys.executable, "-m", "tokenmdp.study.worker", str(path), cell.id, "--device", kind]
+    command += ["--parent", str(os.getpid())]
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
     process = subprocess.Popen(
         command,
@@ -97,12 +141,11 @@ def _start(path: Path, cell: Cell, slot: int, device: str) -> Worker:
 
 
 def _environment(environ: Mapping[str, str], slot: int, device: str) -> dict[str, str]:
-    """One thread and glibc's allocator told to keep its memory; on GPUs the slot's own one."""
+    """Glibc's allocator told to keep its memory, and one thread or one GPU, which slots share when there are few."""
     added = {key: value for key, value in SETTINGS.items() if key not in environ}
-    if device == "cpu":
+    if not device.startswith("cuda"):
         return {**environ, **added, **ONE_THREAD}
-    visible = environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",")
+    gpus = gpus_of(device, environ)
     return {**environ, **added, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
 
 
@@ -125,7 +168,7 @@ def _record(progress: Progress, worker: Worker) -> None:
     with contextlib.suppress(OSError):  # a full disk; the reason is shown in any case
         cell_file(path, cell.id, ".progress").unlink(missing_ok=True)
         if not trace.exists():
-            write_text(trace, f"{said}\n{reason}\n" if reason not in said else f"{said}\n")
+            write_text(trace, without_directories(f"{said}\n{reason}\n" if reason not in said else f"{said}\n"))
 
 
 def _ending(status: int) -> str:

@@ -2,8 +2,8 @@
 
 Two kinds of interval. Levels (of one method) are resampled: the stratified percentile bootstrap of Agarwal et al.,
 "Deep reinforcement learning at the edge of the statistical precipice" (2021). Paired differences have Student's t,
-because a percentile bootstrap of n seeds cannot reach beyond their extremes and so is too narrow below n = 6: with
-three seeds it excludes zero whenever they agree in sign, which one time in four is chance.
+because a percentile bootstrap of n seeds cannot reach beyond their extremes: with three seeds it excludes zero whenever
+they agree in sign, which one time in four is chance. Below `FEWEST_RESAMPLED` seeds nothing is resampled.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from scipy import stats
 
-from tokenmdp.intervals import mean_interval
+from tokenmdp.intervals import RESAMPLES, mean_interval
 
-RESAMPLES = 2000
+FEWEST_RESAMPLED = 6  # resamples stay within n seeds' range, which misses a median with probability 2**(1 - n)
 TAILS = (0.025, 0.975)
 Values: TypeAlias = Sequence[float] | np.ndarray
 
 
 class Estimate(NamedTuple):
-    """A number of any kind with its 95% interval; infinite ends say that one seed gives none."""
+    """A number of any kind with its 95% interval; infinite ends say that there is none, as of one seed."""
 
     value: float
     low: float
@@ -64,6 +65,7 @@ def stratified_bootstrap(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    fewest: int = FEWEST_RESAMPLED,
 ) -> Estimate:
     """``statistic`` of all values with its percentile interval; seeds are resampled within each stratum.
 
@@ -72,21 +74,39 @@ def stratified_bootstrap(
         statistic: reduces the last axis of (..., N), N values in all.
         seed: of the resampling; the same sizes and seed give the same resamples.
         resamples: how many.
-
-    Where no stratum has two values, nothing can be resampled and the interval is infinite.
+        fewest: values in every stratum, below which there is no interval.
 
     Raises:
         ValueError: no values.
     """
-    columns = [np.asarray(values, dtype=np.float64) for values in strata]
-    if not sum(column.size for column in columns):
+    columns = [np.asarray(values, dtype=np.float64) for values in strata if len(values)]
+    if not columns:
         raise ValueError("no values: a bootstrap needs at least one seed")
     value = float(statistic(np.concatenate(columns)))
-    if max(column.size for column in columns) < 2:
-        return Estimate(value, -math.inf, math.inf)
+    if min(column.size for column in columns) < fewest:
+        return without_interval(value)
     random = np.random.default_rng(seed)
-    drawn = [column[random.integers(column.size, size=(resamples, column.size))] for column in columns if column.size]
+    drawn = [column[random.integers(column.size, size=(resamples, column.size))] for column in columns]
     return percentile_interval(value, statistic(np.concatenate(drawn, axis=-1)))
+
+
+def mean_level(strata: Sequence[Values]) -> Estimate:
+    """Mean of all values: `stratified_bootstrap`, but Student's t for one stratum of too few seeds to be resampled.
+
+    >>> print(mean_level([[1.0, 2.0, 3.0]]))
+    2.00 [-0.48, 4.48]
+
+    Raises:
+        ValueError: no values.
+    """
+    if len(strata) == 1 and 0 < len(strata[0]) < FEWEST_RESAMPLED:
+        return Estimate(*mean_interval(strata[0]))
+    return stratified_bootstrap(strata)
+
+
+def without_interval(value: float) -> Estimate:
+    """A number of which nobody knows how sure it is."""
+    return Estimate(value, -math.inf, math.inf)
 
 
 def percentile_interval(value: float, resampled: np.ndarray) -> Estimate:
@@ -115,14 +135,51 @@ def paired_difference(values: Values, baseline: Values) -> Estimate:
     return Estimate(*mean_interval(left - right))
 
 
+def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    """A statistic of seeds that is no mean of theirs, such as a ratio of means, with a t interval.
+
+    ``pseudo_i = n * statistic(rows) - (n - 1) * statistic(rows without i)``; their mean is the estimate (Tukey 1958).
+
+    Args:
+        rows: (n, ...), a row a seed.
+        statistic: (m, ...) -> a number, for m = n and n - 1.
+
+    >>> jackknife(np.array([1.0, 2.0, 6.0]), np.mean) == Estimate(*mean_interval([1.0, 2.0, 6.0]))
+    True
+    """
+    seeds, value = len(rows), statistic(rows)
+    if seeds < 2:
+        return without_interval(value)
+    left_out = [statistic(np.delete(rows, seed, axis=0)) for seed in range(seeds)]
+    return Estimate(*mean_interval(seeds * value - (seeds - 1) * np.array(left_out)))
+
+
+def share_of_runs(number: int, runs: int) -> Estimate:
+    """``number / runs`` with Clopper and Pearson's exact interval: a rare event among few runs is no rare chance.
+
+    >>> print(share_of_runs(2, 10))
+    0.20 [0.03, 0.56]
+
+    Raises:
+        ValueError: no runs, or fewer than ``number``.
+    """
+    interval = stats.binomtest(number, runs).proportion_ci()
+    return Estimate(number / runs, float(interval.low), float(interval.high))
+
+
 def probability_of_improvement(
-    values: Sequence[Values], baseline: Sequence[Values], *, seed: int = 0, resamples: int = RESAMPLES
+    values: Sequence[Values],
+    baseline: Sequence[Values],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    fewest: int = FEWEST_RESAMPLED,
 ) -> Estimate:
     """``P(X > Y) + P(X = Y) / 2`` of one run of each method, averaged over strata (Agarwal et al., 2021).
 
     In a stratum this is the Mann-Whitney U of all pairs divided by their number. Both methods are resampled
-    independently within each stratum. Where every run of one beats every run of the other, no resample differs, and
-    the interval is a point: it then says nothing about how sure that is.
+    independently within each stratum. There is no interval below ``fewest`` runs of either, nor where every run of one
+    beats every run of the other: no resample differs then, which says nothing about how sure that is.
 
     >>> probability_of_improvement([[1.0, 2.0, 3.0]], [[0.0, 2.0]]).value
     0.75
@@ -131,7 +188,7 @@ def probability_of_improvement(
         ValueError: the numbers of strata differ, or one is empty.
     """
     random = np.random.default_rng(seed)
-    value, drawn, resampled = 0.0, np.zeros(resamples), False
+    value, drawn, smallest = 0.0, np.zeros(resamples), math.inf
     for left, right in zip(values, baseline, strict=True):
         x, y = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
         if not x.size or not y.size:
@@ -140,8 +197,12 @@ def probability_of_improvement(
         counts = [random.multinomial(size, np.full(size, 1 / size), resamples) / size for size in wins.shape]
         value += float(wins.mean()) / len(values)
         drawn += np.einsum("bn,nm,bm->b", counts[0], wins, counts[1]) / len(values)
-        resampled |= x.size > 1 and y.size > 1
-    return percentile_interval(value, drawn) if resampled else Estimate(value, -math.inf, math.inf)
+        smallest = min(smallest, x.size, y.size)
+    return _unless_a_point(percentile_interval(value, drawn)) if smallest >= fewest else without_interval(value)
+
+
+def _unless_a_point(estimate: Estimate) -> Estimate:
+    return without_interval(estimate.value) if math.isclose(estimate.low, estimate.high) else estimate
 
 
 def two_standard_errors(values: Values) -> float:
@@ -215,14 +276,19 @@ def censored_median(steps: np.ndarray, reached: np.ndarray) -> np.ndarray:
     return np.where(halved.any(-1), first, np.inf)
 
 
-def median_steps(steps: Values, reached: Values, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """`censored_median` with a percentile bootstrap interval over seeds; ends may be infinite: never reached."""
+def median_steps(
+    steps: Values, reached: Values, *, seed: int = 0, resamples: int = RESAMPLES, fewest: int = FEWEST_RESAMPLED
+) -> Estimate:
+    """`censored_median` with a percentile bootstrap interval over seeds; ends may be infinite: never reached.
+
+    There is no interval below ``fewest`` seeds, nor where all resamples have the same median.
+    """
     times, events = np.asarray(steps, dtype=np.float64), np.asarray(reached, dtype=bool)
     value = float(censored_median(times, events))
-    if times.size < 2:
-        return Estimate(value, -math.inf, math.inf)
+    if times.size < fewest:
+        return without_interval(value)
     drawn = np.random.default_rng(seed).integers(times.size, size=(resamples, times.size))
-    return percentile_interval(value, censored_median(times[drawn], events[drawn]))
+    return _unless_a_point(percentile_interval(value, censored_median(times[drawn], events[drawn])))
 
 
 class Overtaking(NamedTuple):
@@ -242,6 +308,7 @@ def overtaking(
     window: int,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    fewest: int = FEWEST_RESAMPLED,
 ) -> Overtaking:
     """In what share of its steps a method reaches the maximum of the baseline's mean curve.
 
@@ -255,6 +322,7 @@ def overtaking(
         window: updates in a trailing mean.
         seed: of the resampling.
         resamples: how many.
+        fewest: seeds, below which the share has no interval.
     """
     places = np.asarray(updates, dtype=np.float64)[window - 1 :]
 
@@ -267,51 +335,10 @@ def overtaking(
 
     runs = curves.shape[0]
     level, baseline_step, step = (float(part) for part in measure(np.full(runs, 1 / runs)))
-    if runs < 2:
-        share = Estimate(step / baseline_step, -math.inf, math.inf)
+    if runs < fewest:
+        share = without_interval(step / baseline_step)
     else:
         counts = np.random.default_rng(seed).multinomial(runs, np.full(runs, 1 / runs), resamples) / runs
         _, other_steps, steps = measure(counts)
         share = percentile_interval(step / baseline_step, steps / other_steps)
     return Overtaking(level, baseline_step, step, share)
-
-
-def score_at_kl(kl: Values, score: Values, at: Values) -> np.ndarray:
-    """Score at given KL by linear interpolation between the points (kl, score); nan outside of them.
-
-    >>> score_at_kl([4.0, 0.0], [3.0, 1.0], [1.0, 5.0]).tolist()
-    [1.5, nan]
-    """
-    places, heights = np.asarray(kl, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    order = np.argsort(places, kind="stable")
-    return np.interp(at, places[order], heights[order], left=np.nan, right=np.nan)
-
-
-def difference_at_equal_kl(points: tuple[Values, Values], baseline: tuple[Values, Values], places: int = 33) -> float:
-    """Mean difference of two interpolated (kl, score) curves over the KL that both cover; nan if they share none.
-
-    >>> difference_at_equal_kl(([0.0, 2.0], [1.0, 3.0]), ([1.0, 3.0], [1.0, 3.0]))
-    1.0
-    """
-    low = max(np.min(points[0]), np.min(baseline[0]))
-    high = min(np.max(points[0]), np.max(baseline[0]))
-    if low > high:
-        return math.nan
-    at = np.linspace(low, high, places)
-    return float(np.mean(score_at_kl(*points, at) - score_at_kl(*baseline, at)))
-
-
-def pareto_front(kl: Values, score: Values) -> list[int]:
-    """Indices of the points that no other beats (at most its KL and a higher score, or less KL and its score), by KL.
-
-    >>> pareto_front([3.0, 1.0, 2.0], [5.0, 2.0, 1.0])
-    [1, 0]
-    """
-    spent, gained = np.asarray(kl, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    front: list[int] = []
-    best = -math.inf
-    for place in np.lexsort((-gained, spent)):
-        if gained[place] > best:
-            front.append(int(place))
-            best = float(gained[place])
-    return front

@@ -10,11 +10,13 @@ import numpy as np
 
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import Verdict
+from tokenmdp.study.outcomes import BASELINE
 from tokenmdp.study.results import CellResult, Study
 from tokenmdp.study.statistics import (
+    FEWEST_RESAMPLED,
     Estimate,
     interquartile_mean,
-    mean,
+    mean_level,
     median_steps,
     paired_difference,
     probability_of_improvement,
@@ -24,7 +26,6 @@ from tokenmdp.study.statistics import (
     two_standard_errors,
 )
 
-BASELINE = "sparse"
 METHOD_HEADINGS = (
     "setting",
     "method",
@@ -45,9 +46,15 @@ LEGEND = (
     "Last tenth: the same of the last tenth of the updates; KL in nats a response. "
     "- sparse: difference of the mean scores, paired by seed, [95% t interval]. "
     "P(> sparse): probability that one run is better than one of sparse's, [bootstrap]. "
+    f"Resamples of a few seeds stay within their range, so a bootstrap interval is too narrow: of {FEWEST_RESAMPLED} "
+    "seeds with normal noise it holds the truth 86 times in 100, of ten 89 times. With fewer seeds than "
+    f"{FEWEST_RESAMPLED} means of one setting have a t interval instead and other numbers none, nor have numbers that "
+    "are the same in all resamples. "
     "Updates to sparse's maximum: the maximum of sparse's mean curve, and the Kaplan-Meier median over seeds of the "
-    f"updates until a seed's own curve is there, both as trailing means over {outcomes.WINDOW} updates; never: half of "
-    "the seeds or more did not get there. Mean +- 2 SE: the paper's summary, with the standard error over seeds."
+    f"updates until a seed's own curve is there, both as trailing means over {outcomes.WINDOW} updates; never: more "
+    "than half of the seeds did not get there. A single seed's curve is noisier than the mean curve that it is "
+    "compared with, and may touch the level by chance; the interval takes the level as known. "
+    "Mean +- 2 SE: the paper's summary, with the standard error over seeds."
 )
 
 
@@ -100,10 +107,10 @@ def _row(
         setting,
         method,
         len(every),
-        stratified_bootstrap(areas, mean),
+        mean_level(areas),
         stratified_bootstrap(areas, interquartile_mean),
-        stratified_bootstrap([[outcomes.last_tenth(result) for result in results] for results in strata]),
-        stratified_bootstrap([[outcomes.last_tenth(result, "kl") for result in results] for results in strata]),
+        mean_level([[outcomes.last_tenth(result) for result in results] for results in strata]),
+        mean_level([[outcomes.last_tenth(result, "kl") for result in results] for results in strata]),
         _difference(strata, baseline) if compared else None,
         probability_of_improvement(areas, [[outcomes.area(cell) for cell in cells] for cells in baseline])
         if compared

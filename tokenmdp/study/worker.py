@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -24,9 +25,18 @@ from tokenmdp.agents.ppo import PPO, Metrics
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.settings import TOY_POLICY, make_envs, resolve_device, split_prompts, toy_policy
 from tokenmdp.commands.train import ppo_config
+from tokenmdp.peak_memory import peak_bytes
 from tokenmdp.report.samples import Sample
 from tokenmdp.study.grid import register
-from tokenmdp.study.results import Cell, CellResult, cell_file, package_versions, read_cell, write_result
+from tokenmdp.study.results import (
+    Cell,
+    CellResult,
+    cell_file,
+    package_versions,
+    read_cell,
+    without_directories,
+    write_result,
+)
 from tokenmdp.study.text_metrics import evaluate_cell
 
 COLUMNS = (
@@ -36,10 +46,11 @@ COLUMNS = (
 REPORTED = ("attention_mass", "attention_entropy", "credit_fallback")  # by some credit methods
 EVALUATION_SEED = 0  # every evaluation of every cell plays the same prompts with the same noise
 PROGRESS_SECONDS = 1.0  # between two writes of the progress file
+RESULT_BYTES = 30_000  # more than a finished cell of 150 updates takes
 
 
 class Orphaned(RuntimeError):
-    """The process that started this one is gone, so nobody waits for its cell."""
+    """Nobody waits for the cell: the process that started this one is gone, or the study is."""
 
 
 def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None] | None = None) -> CellResult:
@@ -86,20 +97,49 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
     columns = (*COLUMNS, *(name for name in REPORTED if name in agent.history[0]))
     metrics = {name: [record[name] for record in agent.history] for name in columns}
     versions = package_versions() | {"device": device, "dtype": str(agent.policy.compute_dtype)}
-    return CellResult(cell, metrics, dict(evaluations), samples, time.perf_counter() - started, versions)
+    seconds = time.perf_counter() - started
+    return CellResult(cell, metrics, dict(evaluations), samples, seconds, versions, costs_of(agent))
+
+
+def costs_of(agent: PPO) -> dict[str, float]:
+    """What training took: medians over the updates, the first of which warms up, and the peak of the whole process."""
+    return {
+        "update_seconds": statistics.median(record["seconds"] for record in agent.history),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in agent.history),  # of responses
+        "peak_bytes": peak_bytes(agent.policy.lm.device),  # evaluations included
+    }
 
 
 class ProgressFile:
-    """Tells the process that waits for the cell how far it is, and stops if that one is gone."""
+    """Tells the process that waits for the cell how far it is, and stops if that one, or the study, is gone."""
 
-    def __init__(self, path: Path, updates: int) -> None:
-        self.path, self.updates, self.parent = path, updates, os.getppid()
+    def __init__(self, out: Path, cell: Cell, parent: int) -> None:
+        self.out, self.path, self.updates, self.parent = out, cell_file(out, cell.id, ".progress"), cell.updates, parent
         self.started, self.written = time.monotonic(), -PROGRESS_SECONDS
+
+    def check(self) -> None:
+        """Whether the result is still wanted.
+
+        Raises:
+            Orphaned: it is not.
+        """
+        if sys.platform != "win32" and os.getppid() != self.parent:  # a launcher stands between them on Windows
+            raise Orphaned(f"process {self.parent} is gone")
+        if not (self.out / "study.json").exists():  # to write would make a directory that is no study
+            raise Orphaned(f"{self.out} is gone")
+
+    def begin(self) -> None:
+        """Write as much as the result will take.
+
+        Raises:
+            OSError: a full disk, say, which had better be known before the cell has cost its time.
+        """
+        self.check()
+        write_text(self.path, "{}" + " " * RESULT_BYTES)
 
     def __call__(self, metrics: Metrics) -> None:
         """After an update."""
-        if os.getppid() != self.parent:
-            raise Orphaned(f"process {self.parent} is gone")
+        self.check()
         now = time.monotonic()
         if now - self.written < PROGRESS_SECONDS:
             return
@@ -121,20 +161,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("id")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="stop when this process is gone")
     arguments = parser.parse_args(argv)
     device = resolve_device(arguments.device)
     if device == "cpu":
         torch.set_num_threads(1)
     cell = read_cell(arguments.out, arguments.id)
-    progress = ProgressFile(cell_file(arguments.out, cell.id, ".progress"), cell.updates)
+    progress = ProgressFile(arguments.out, cell, arguments.parent)
     try:
-        write_result(arguments.out, run_cell(cell, device, progress))
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt | Orphaned):
-            return 130  # to be run again, not a failure of the cell
+        progress.begin()
+        result = run_cell(cell, device, progress)
+        progress.check()
+        write_result(arguments.out, result)
+    except (Orphaned, KeyboardInterrupt):
+        return 130  # to be run again, not a failure of the cell
+    except Exception:
         traceback.print_exc()
         with contextlib.suppress(OSError):  # the scheduler says it too
-            write_text(cell_file(arguments.out, cell.id, ".error.txt"), traceback.format_exc())
+            trace = without_directories(traceback.format_exc())
+            write_text(cell_file(arguments.out, cell.id, ".error.txt"), trace)
         return 1
     finally:
         progress.path.unlink(missing_ok=True)
