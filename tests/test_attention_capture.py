@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tokenmdp.attention import capture_rows
-from tokenmdp.reward_models import HFRewardModel
+from tokenmdp.reward_models import HFRewardModel, hf
 from tokenmdp.types import Episode
 
 VOCABULARY, POSITIONS = 32, 64
@@ -192,6 +192,19 @@ def test_one_forward_scores_every_prefix(make):
             assert output.prefix_scores[index, length].item() == pytest.approx((logits[1] - logits[0]).item(), abs=2e-5)
         assert output.prefix_scores[index, len(response)] == pytest.approx(output.score[index].item(), abs=1e-6)
         assert not output.prefix_scores[index, len(response) + 1 :].any()
+
+
+@pytest.mark.parametrize("make", [gpt2, bert])
+def test_texts_read_a_part_at_a_time_are_the_same(make, monkeypatch):
+    model, _ = build(make)
+    needs = frozenset({"attention", "attention_layers"}) | ({"prefix_scores"} & model.provides)
+    episodes = episode(*random_texts(7))
+    whole = model(episodes, needs=needs)
+    monkeypatch.setitem(hf.SLOTS_AT_ONCE, "cpu", 3 * episodes.input_ids.shape[-1])
+    read, seen = model._read, []
+    monkeypatch.setattr(model, "_read", lambda part, needs: (seen.append(len(part[0])), read(part, needs))[1])
+    torch.testing.assert_close(list(whole), list(model(episodes, needs=needs)))
+    assert seen == [3, 3, 1]
 
 
 @pytest.mark.parametrize("make", ENCODERS)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
 PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than this; more is another vocabulary
 IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
+SLOTS_AT_ONCE = {"cpu": 1 << 12}  # texts times length in a forward
+OTHER_SLOTS_AT_ONCE = 1 << 17
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,7 +132,17 @@ class HFRewardModel(RewardModel):
         """Scores (N,) and, from the same forward, what is asked: the pooled token's rows, the scores of all prefixes.
 
         The rows are those of `RewardOutput`; prefix scores are the head's answer at every position of a causal model.
+        Many texts are read a part at a time, so that memory does not grow with their number.
         """
+        slots = SLOTS_AT_ONCE.get(self.device.type, OTHER_SLOTS_AT_ONCE)
+        size = max(slots // episodes.input_ids.shape[-1], 1)
+        parts = zip(*(column.split(size) for column in episodes), strict=True)
+        outputs = [self._read(Episode(*part), needs) for part in parts]
+        return RewardOutput._make(
+            None if column[0] is None else torch.cat(column) for column in zip(*outputs, strict=True)
+        )
+
+    def _read(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
         rows = self._prepare(episodes)
         pooled = torch.zeros_like(rows.last) if self.head is None else rows.last
         with torch.no_grad():
