@@ -37,7 +37,7 @@ def test_bundle_is_small_complete_and_in_bf16():
     assert sum(file.stat().st_size for file in files) < 42e6
     assert sum(file.stat().st_size for file in files if file.parent.name == "reward_model_gold") < 3e6
     assert not {file.suffix for file in files} - {".json", ".md", ".safetensors"}
-    for part in ("policy", "reward_model", "reward_model_plain", "reward_model_gold"):
+    for part in ("policy", "reward_model", "reward_model_plain", "reward_model_uniform", "reward_model_gold"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
             file.name for file in (BUNDLE / part).iterdir()
         }

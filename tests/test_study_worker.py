@@ -396,5 +396,5 @@ def test_credit_quality_may_be_left_out(stand_in, monkeypatch, words, texts):
     asked = []
     monkeypatch.setattr(ablate, "measure_credit_quality", lambda out, num, device, console: asked.append(num))
     monkeypatch.setattr(ablate, "report", lambda out, grid, console: None)
-    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", *words.split()]) == 0
+    assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", *words]) == 0
     assert asked == texts

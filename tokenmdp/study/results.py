@@ -334,7 +334,7 @@ def quality_file(path: str | Path, reward_model: str) -> Path:
     A name that has to be changed for it has a hash added, so that no two names share a file.
 
     >>> quality_file("runs", "imdb-tiny").name, quality_file("runs", "me/reward").name
-    ('imdb-tiny.json', 'me-reward-2c8f5d1e.json')
+    ('imdb-tiny.json', 'me-reward-33d396fc.json')
     """
     shown = slug(model_name(reward_model))
     added = "" if shown == reward_model else f"-{hashlib.sha256(reward_model.encode()).hexdigest()[:8]}"
