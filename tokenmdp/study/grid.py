@@ -18,7 +18,7 @@ from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.commands.settings import RunSettings, credit_of, parse_options
 from tokenmdp.commands.train import ppo_config
 from tokenmdp.credit import CREDIT_METHODS
-from tokenmdp.study.presets import LEARNING_RATE, LEARNING_RATES, Plan
+from tokenmdp.study.presets import LEARNING_RATE, Plan
 from tokenmdp.study.results import Cell, StudyError, model_name, without_directories
 
 
@@ -104,7 +104,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
 
     Args:
         plan: what varies.
-        rates: label or name of a method -> its learning rate; None: the bundled ones, unless the plan's base has one.
+        rates: label or name of a method -> its learning rate; None: the bundled one, unless the plan's base has one.
 
     Raises:
         StudyError: nothing to run, or two methods with one label, or a method without a learning rate in ``rates``.
@@ -233,7 +233,7 @@ def _with_betas(methods: list[Method], betas: tuple[float, ...]) -> list[Method]
 
 def _rate(method: Method, rates: Mapping[str, float] | None) -> float:
     if rates is None:
-        return LEARNING_RATES.get(method.credit, LEARNING_RATE)
+        return LEARNING_RATE
     for name in (method.label, method.credit):
         if name in rates:
             return rates[name]
