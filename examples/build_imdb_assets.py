@@ -49,18 +49,9 @@ class Build:
         print(f"[{time.monotonic() - self.started:6.0f}s] {message}", flush=True)
 
     def run(self) -> None:
-        """Every stage, or those of one further reward model for the bundle that is there."""
-        bundled = self.arguments.bundle
-        if self.arguments.gold:
-            self.gold_classifier(AutoTokenizer.from_pretrained(bundled / "policy"))
-            self.bundle("reward_model_gold")
-            return
-        if self.arguments.uniform:
-            tokenizer = AutoTokenizer.from_pretrained(bundled / "policy")
-            policy = GPT2LMHeadModel.from_pretrained(bundled / "policy", dtype=torch.float32)
-            prompts = corpus.encode(tokenizer, json.loads((bundled / "prompts.json").read_text())["prompts"])
-            self.uniform_classifier(tokenizer, policy, prompts, bundled / "reward_model")
-            self.bundle("reward_model_uniform")
+        """Every stage, or those of further reward models for the bundle that is there."""
+        if self.arguments.gold or self.arguments.uniform:
+            self.further_models(self.arguments.bundle)
             return
         torch.manual_seed(self.arguments.seed)
         tokenizer, reviews = self.tokenizer()
@@ -72,6 +63,18 @@ class Build:
         self.gold_classifier(tokenizer)
         self.bundle(*PARTS)
         shutil.copy(self.work / "prompts.json", self.arguments.bundle / "prompts.json")
+
+    def further_models(self, bundled: Path) -> None:
+        """The gold reward model, or the one with a uniform row, or both."""
+        tokenizer = AutoTokenizer.from_pretrained(bundled / "policy")
+        if self.arguments.gold:
+            self.gold_classifier(tokenizer)
+            self.bundle("reward_model_gold")
+        if self.arguments.uniform:
+            policy = GPT2LMHeadModel.from_pretrained(bundled / "policy", dtype=torch.float32)
+            prompts = corpus.encode(tokenizer, json.loads((bundled / "prompts.json").read_text())["prompts"])
+            self.uniform_classifier(tokenizer, policy, prompts, bundled / "reward_model")
+            self.bundle("reward_model_uniform")
 
     def texts(self, seed: int) -> list[str]:
         """All training reviews in an order of this seed."""
@@ -232,6 +235,7 @@ class Build:
         policy = GPT2LMHeadModel.from_pretrained(bundle / "policy", dtype=torch.float32)
         model = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model", dtype=torch.float32)
         plain = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model_plain", dtype=torch.float32)
+        even = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model_uniform", dtype=torch.float32)
         judge = LlamaForSequenceClassification.from_pretrained(bundle / "reward_model_gold", dtype=torch.float32)
         texts, labels = corpus.read_split(self.arguments.data, "test")
         rng = random.Random(0)
@@ -260,6 +264,12 @@ class Build:
                 "accuracy_256": quality.accuracy(plain, windows, labels, device),
                 **quality.row_faithfulness(plain, prompts, responses, device),
                 **quality.agreement(model, plain, sampled, device),
+            },
+            "uniform": {
+                "accuracy_24": quality.accuracy(even, openings, labels, device),
+                "accuracy_256": quality.accuracy(even, windows, labels, device),
+                **quality.row_faithfulness(even, prompts, responses, device),
+                **quality.agreement(model, even, sampled, device),
             },
             "gold": {
                 "parameters": judge.num_parameters(),

@@ -141,8 +141,8 @@ def write_reviews(folder: Path) -> None:
 
 def test_whole_recipe_on_made_up_reviews(tmp_path):
     write_reviews(tmp_path)
-    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 --align-steps 3 "
-    sizes += "--gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3"
+    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 "
+    sizes += "--align-steps 3 --uniform-steps 3 --gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3"
     bundle = tmp_path / "bundle"
     command = [
         sys.executable,
@@ -156,17 +156,18 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
     ]
     command += ["--bundle", str(bundle), *sizes.split(), "--written", "60"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    weights = bundle / "reward_model_gold" / "model.safetensors"
-    before = weights.read_bytes()
-    for built in [bundle / "reward_model_gold", *(tmp_path / "work").glob("*gold*")]:
+    weights = [bundle / f"reward_model_{part}" / "model.safetensors" for part in ("gold", "uniform")]
+    before = [file.read_bytes() for file in weights]
+    work = [*(tmp_path / "work").glob("*gold*"), *(tmp_path / "work").glob("*uniform*")]
+    for built in [*(file.parent for file in weights), *work]:
         shutil.rmtree(built) if built.is_dir() else built.unlink()
-    subprocess.run([*command, "--gold"], check=True, capture_output=True, timeout=300)
-    assert weights.read_bytes() == before
+    subprocess.run([*command, "--gold", "--uniform"], check=True, capture_output=True, timeout=300)
+    assert [file.read_bytes() for file in weights] == before
     report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout
     figures = json.loads(report[report.index("{\n") :])
     assert 0 < figures["bits_per_byte"] < 8
     assert f"{figures['bits_per_byte']:.3f}" in (bundle / "README.md").read_text()
-    for part, name in (("plain", "GPT2"), ("gold", "Llama")):
+    for part, name in (("plain", "GPT2"), ("uniform", "GPT2"), ("gold", "Llama")):
         folder = bundle / f"reward_model_{part}"
         assert json.loads((folder / "config.json").read_text())["architectures"] == [f"{name}ForSequenceClassification"]
         assert 0 <= figures[part]["accuracy_24"] <= 1
