@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenmdp import peak_memory
 from tokenmdp.peak_memory import peak_bytes
 
 CPU = torch.device("cpu")
@@ -23,3 +24,14 @@ def test_the_peak_is_at_least_what_is_resident_and_stays_when_it_is_given_back()
     assert peak >= resident - SLACK
     del held
     assert peak_bytes(CPU) >= peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_kernel_that_does_not_tell_the_peak_is_asked_another_way(tmp_path, monkeypatch):
+    import resource
+
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmRSS:\t10 kB\n")
+    monkeypatch.setattr(peak_memory, "STATUS", status)
+    least = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_bytes(CPU) >= least > 0

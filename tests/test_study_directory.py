@@ -129,15 +129,34 @@ def test_a_second_command_adds_to_a_grid(tmp_path):
     study = load_study(tmp_path)
     assert study.grids["imdb"] == [cell.id for cell in before + after]
     assert study.commands["imdb"] == [command("one")["command"], command("two")["command"]]
-    assert study.arguments["imdb"] == command("two")
 
 
-def test_what_differs_by_its_learning_rate_alone_is_replaced(tmp_path):
-    slow, fast = (make_cell(ppo={"kl_coef": 0.2, "learning_rate": rate}) for rate in (1e-5, 1e-3))
-    other = make_cell("red", ppo=slow.settings.ppo)
-    declare(tmp_path, "imdb", [slow, other], {})
-    declare(tmp_path, "imdb", [fast], {})
-    assert load_study(tmp_path).grids["imdb"] == [other.id, fast.id]
+def at_rate(rate, seeds, method="attention"):
+    return [make_cell(method, seed, ppo={"kl_coef": 0.2, "learning_rate": rate}) for seed in seeds]
+
+
+def test_a_method_has_one_learning_rate_whatever_the_seeds(tmp_path):
+    slow, fast, other = at_rate(1e-5, (1, 2, 3)), at_rate(1e-3, (1,)), at_rate(1e-5, (1, 2), "red")
+    declare(tmp_path, "imdb", slow + other, {})
+    declare(tmp_path, "imdb", fast, {})
+    study = load_study(tmp_path)
+    assert study.grids["imdb"] == list(study.cells) == [cell.id for cell in other + fast]
+    declare(tmp_path, "imdb", at_rate(1e-3, (2,)), {})
+    assert load_study(tmp_path).grids["imdb"] == [cell.id for cell in other + at_rate(1e-3, (1, 2))]
+
+
+def test_a_replaced_cell_stays_where_another_grid_has_it_and_its_result_is_found_again(tmp_path):
+    slow, fast = at_rate(1e-5, (1, 2)), at_rate(1e-3, (1, 2))
+    declare(tmp_path, "imdb", slow, {})
+    declare(tmp_path, "custom", slow[:1], {})
+    for cell in slow:
+        write_result(tmp_path, make_result(cell, paper_like(cell)))
+    declare(tmp_path, "imdb", fast, {})
+    study = load_study(tmp_path)
+    assert set(study.cells) == {slow[0].id, *(cell.id for cell in fast)}
+    assert list(study.results) == [slow[0].id]
+    declare(tmp_path, "imdb", slow, {})
+    assert set(load_study(tmp_path).results) == {cell.id for cell in slow}
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_a_method_of_ones_own_is_named_by_its_place(tmp_path, monkeypatch):
         "@dataclass(frozen=True)\nclass Mine(SparseCredit):\n    sharpness: float = 1.0\n\n"
         "NOT_A_CLASS = 3\n"
     )
+    (tmp_path / "my_bug.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(grid, "CREDIT_METHODS", methods := dict(CREDIT_METHODS))
     monkeypatch.setattr(credit_package, "CREDIT_METHODS", methods)
@@ -134,7 +135,7 @@ def test_a_method_of_ones_own_is_named_by_its_place(tmp_path, monkeypatch):
     assert cell.settings.credit == "my_credit.Mine"
     assert cell.method == "my_credit.Mine sharpness=2"
     assert credit_of(cell.settings).sharpness == 2
-    for wrong in ("my_credit.Yours", "my_credit.NOT_A_CLASS", "no_such_module.Mine"):
+    for wrong in ("my_credit.Yours", "my_credit.NOT_A_CLASS", "no_such_module.Mine", "my_bug.Mine"):
         with pytest.raises(StudyError, match=f"--methods '{wrong}'"):
             parse_method(wrong)
 

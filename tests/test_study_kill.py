@@ -35,6 +35,14 @@ def workers_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def alive(pid):
+    """Whether the process runs: one that ended stays in /proc until somebody asks how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def under_way(out):
     """Cells with updates behind them and updates before them."""
     found = []
@@ -64,14 +72,15 @@ def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys)
     command = [sys.executable, "-m", "tokenmdp.cli", "ablate", *OPTIONS, "--out", str(broken)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: times(broken) and under_way(broken))
-        running = workers_of(process.pid)
+        running = wait_until(lambda: times(broken) and under_way(broken) and workers_of(process.pid))
     finally:
         process.kill()
         process.wait()
     with contextlib.suppress(ProcessLookupError):  # it may just have ended
         os.kill(running[0], signal.SIGKILL)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))  # another orphan ends by itself
+    wait_until(lambda: not any(map(alive, running)))  # another orphan ends by itself
+    for file in (broken / "cells").glob(".*"):  # half-written; old ones are removed
+        os.utime(file, (0, 0))
     finished = times(broken)
     assert 0 < len(finished) < 3
 

@@ -232,7 +232,8 @@ def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial,
     entries = [{"method": "sparse", "learning_rate": rate, "setting": "8-16 tokens", "areas": {"101": mean},
                 "mean": mean, "crashed": [102] * (rate == 3e-4), "not_run": []}
                for rate, mean in ((1e-4, 2.25), (3e-4, 3.5))]  # fmt: skip
-    found = {"learning_rates": {"sparse": 1e-4}, "at_the_edge_of_the_search": ["sparse"], "search": entries}
+    found = {"learning_rates": {"sparse": 1e-4}, "at_the_edge_of_the_search": ["sparse"], "search": entries,
+             "limited_by_kl": ["sparse"], "with_other_bounds": {"18.7": {}, "25": {"sparse": 3e-4}}}  # fmt: skip
     (tmp_path / "learning_rates.json").write_text(json.dumps(found))
     cells = {id: replace(cell, settings=replace(cell.settings, ppo=cell.settings.ppo | {"learning_rate": 5e-4}))
              if cell.method == "red" else cell for id, cell in partial.cells.items()}  # fmt: skip
@@ -244,7 +245,9 @@ def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial,
     assert "torch 6.5.4" in words
     assert "<b>0.0001</b> sparse, uniform, ABC; <b>0.0005</b> RED" in text
     assert "<td><b>2.25</b></td><td>3.50<small>1 crashed</small></td>" in text
-    assert "sparse (0.0001)" in words
+    assert "may be better: sparse (0.0001)" in words
+    assert "a better mean score: sparse (0.0001)" in words
+    assert "A bound of 25 nats would choose otherwise for sparse (0.0003)" in words
     assert "kl_target: 6" in words
     assert "Not the same in all runs: credit, credit_beta, learning_rate, seed" in words
 
@@ -326,6 +329,15 @@ def test_diagnostics_have_a_panel_for_what_is_recorded_and_say_what_is_zero(full
     names = {text.get_text() for text in shown["attention on the response"].texts}
     assert names == {"ABC", "ABC-D", "ABC-D2"}
     assert len(shown["entropy of the policy"].texts) == len(groups)
+
+
+def test_a_diagnostic_that_leaves_its_picture_is_called_by_its_name(full):
+    groups = {"sparse": list(by_setting(full, "imdb")["8-16 tokens"]["sparse"])}
+    wild = groups["sparse"][0].metrics
+    wild = wild | {"explained_variance": [-400.0, *wild["explained_variance"][1:]]}
+    groups["sparse"][0] = replace(groups["sparse"][0], metrics=wild)
+    _, remarks = diagnostics(groups)
+    assert remarks[0].startswith("sparse leaves the picture: its mean explained variance of the returns gets to")
 
 
 def test_families_differ_in_what_is_varied_alone(full):

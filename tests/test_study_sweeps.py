@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from study_doubles import LENGTHS, SHORT, Course, grid_cells, make_cell, quality_record
-from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on
+from study_doubles import LENGTHS, SHORT, Course, grid_cells, make_cell, make_result, quality_record
+from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on, without
 
+from tokenmdp.study.outcomes import collapsed
 from tokenmdp.study.verdicts import verdicts
 
 BETA = "the score rises with credit_beta (linear trend)"
@@ -97,6 +98,39 @@ def test_sparse_collapses(tokens, seeds, fallen, outcome):
     assert ("says nothing" in verdict.rule) == (tokens == 59 and not fallen)
 
 
+def test_noise_alone_is_no_collapse():
+    """The highest of many trailing means lies above a start that is as noisy, and nothing of that lasts."""
+    rng = np.random.default_rng(0)
+    cell = make_cell("sparse", 1, updates=150)
+    result = make_result(cell, quiet())
+    fallen = 0
+    for scores in rng.normal(2.5, 0.6, (400, 150)):
+        start = {"update": [0], "score": [2.5 + rng.normal(0, 0.3)]}  # of four times as many episodes
+        fallen += collapsed(replace(result, metrics={"score_mean": scores.tolist()}, evaluations=start))
+    assert fallen <= 0.05 * 400
+
+
+def test_a_run_of_one_update_has_not_collapsed():
+    assert not collapsed(make_result(make_cell("sparse", 1, updates=1), quiet()))
+
+
+def test_a_collapse_that_abc_shares_says_nothing_about_sparse():
+    verdict = check(collapse_study(109, 6, 3, abc=3), COLLAPSE, "inconclusive")
+    assert verdict.rule.endswith("no smaller a share of ABC's runs does so")
+    check(collapse_study(109, 6, 3, abc=2), COLLAPSE, "reproduced")
+
+
+@pytest.mark.parametrize("others", ["sparse", "both"])
+def test_a_longest_length_at_which_every_run_crashed_is_not_passed_over(others):
+    study = collapse_study(109, 4, 0, crashed=4)
+    if others == "both":
+        study = without(study, lambda cell: (cell.setting, cell.method) != ("90-110 tokens", "attention"))
+    verdict = check(study, COLLAPSE, "inconclusive")
+    told = " of sparse's runs" + ("; 0 of 4 of ABC's" if others == "sparse" else "")
+    assert verdict.ours == f"4 of 4 (4 crashed){told}"
+    assert "90-110 tokens" in verdict.where
+
+
 def test_abcs_collapses_stand_beside_sparses():
     assert verdict_on(collapse_study(109, 4, 3, abc=2), COLLAPSE).ours == "3 of 4 of sparse's runs; 2 of 4 of ABC's"
 
@@ -183,19 +217,48 @@ def test_an_uncertain_gain_of_sparse_widens_the_interval():
     assert high - low > 0.1
 
 
-def test_models_that_differ_in_nothing_but_their_row_are_compared_and_all_are_shown():
-    """imdb-plain has the lower correlation here, but other scores too."""
-    cells = grid_cells("faithful", 4, 20)
+def three_models(seeds=4, **options):
+    """As `credit_quality_study`, with a third reward model that has imdb-tiny's scores and another row."""
+    cells = grid_cells("faithful", seeds, 20)
     for cell in [cell for cell in cells if cell.settings.reward_model == "imdb-plain"]:
         settings = replace(cell.settings, reward_model="imdb-uniform")
         cells.append(replace(cell, setting=f"{SHORT}, reward model imdb-uniform", settings=settings))
-    study = study_of(cells, lambda cell: quiet(start=0, half=5), "faithful", ("imdb-tiny", "imdb-plain"))
+    study = study_of(cells, lambda cell: quiet(start=0, half=5), "faithful", ("imdb-tiny", "imdb-plain"), **options)
     uniform = quality_record("imdb-plain")
     uniform["worlds"][0]["attention"]["spearman"] = [0.08, 0.06, 0.1]
     study.quality["imdb-uniform"] = uniform
-    verdict = next(verdict for verdict in verdicts(study) if verdict.claim.startswith("ABC gains more on"))
+    return study
+
+
+def gain_verdict(study):
+    return next(verdict for verdict in verdicts(study) if verdict.claim.startswith("ABC gains more on"))
+
+
+def test_models_that_differ_in_nothing_but_their_row_are_compared_and_all_are_shown():
+    """imdb-plain has the lower correlation here, but other scores too."""
+    verdict = gain_verdict(three_models())
     assert verdict.claim.startswith("ABC gains more on imdb-tiny than on imdb-uniform (")
     assert all(model in verdict.ours for model in ("imdb-tiny", "imdb-plain", "imdb-uniform"))
+
+
+def test_a_third_model_is_shown_as_far_as_it_goes_and_decides_nothing():
+    plain = {"reward_model": "imdb-plain"}
+
+    def on_plain(cell, seed=None):
+        return cell.settings.reward_model == plain["reward_model"] and seed in (None, cell.seed)
+
+    whole = gain_verdict(three_models())
+    crashed = gain_verdict(three_models(crashed=lambda cell: on_plain(cell, 1)))
+    assert (crashed.verdict, crashed.interval) == (whole.verdict, whole.interval)
+    assert "crashed, which may be no accident" not in crashed.rule
+    apart = without(three_models(), lambda cell: not on_plain(cell) or (cell.method == "sparse") == (cell.seed < 3))
+    assert "no seed of both methods on imdb-plain" in gain_verdict(apart).ours
+    flat = three_models()
+    for result in flat.results.values():
+        if on_plain(result.cell):
+            result.metrics["score_mean"][:] = [-1.0] * 20
+    assert "no gain to share on imdb-plain" in gain_verdict(flat).ours
+    assert gain_verdict(flat).interval == whole.interval
 
 
 def test_credit_quality_does_not_depend_on_the_scale_of_a_reward_model():

@@ -79,6 +79,19 @@ def test_a_rate_that_leaves_the_reference_behind_is_not_chosen_for_its_reward(tm
     assert [row["kl"] for row in record["search"]] == [1.0, 1.0, MOST_KL + 1]
 
 
+def test_a_choice_that_hangs_on_the_bound_says_so(tmp_path):
+    areas = {("sparse", SHORT, rate): (place, place) for place, rate in enumerate((1e-5, 1e-4, 1e-3))}
+    areas |= {("red", SHORT, rate): (-place, -place) for place, rate in enumerate((1e-5, 1e-4, 1e-3))}
+    record = chosen_rates(searched(tmp_path, areas, far={1e-3}))  # one nat beyond the bound
+    assert record["learning_rates"] == {"sparse": 1e-4, "red": 1e-5}
+    assert record["limited_by_kl"] == ["sparse"]
+    assert record["with_other_bounds"] == {"18.7": {}, "25": {"sparse": 1e-3}}
+    note = edge_note(record)
+    assert f"Held back by the bound of {MOST_KL:g} nats" in note
+    assert "a better mean score: sparse (0.0001)." in note
+    assert note.endswith("A bound of 25 nats would choose otherwise for sparse (0.001).")
+
+
 def test_a_method_of_which_no_rate_finished_is_left_out(tmp_path):
     record = chosen_rates(searched(tmp_path, {("sparse", SHORT, 1e-4): (2, 2), ("red", SHORT, 1e-4): (None, None)}))
     assert record["learning_rates"] == {"sparse": 1e-4}

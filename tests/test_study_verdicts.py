@@ -198,6 +198,23 @@ def test_abc_is_known_by_its_settings_not_by_its_label():
     assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), "ABC above sparse").verdict == "not measured"
 
 
+def test_of_two_labels_of_one_method_the_grids_first_counts():
+    """They differ in the learning rate, which may be given for a label."""
+    cells = grid_cells("imdb", 4, 20)
+    again = [
+        replace(cell, method="red again", settings=replace(cell.settings, ppo=cell.settings.ppo | {"learning_rate": 1}))
+        for cell in cells
+        if cell.method == "red"
+    ]
+    course = quiet(end=5, half=5)
+    study = study_of(
+        cells + again,
+        lambda cell: replace(course, end={"red": 6, "red again": 1}.get(cell.method, 5)),
+        crashed=lambda cell: (cell.method, cell.seed) == ("red again", 1),
+    )
+    check(study, RED, "reproduced")
+
+
 def test_a_method_of_ones_own_disturbs_nothing():
     cells = grid_cells("imdb", 4, 20)
     own = [replace(cell, method="mine.Own", settings=replace(cell.settings, credit="mine.Own")) for cell in cells[:1]]

@@ -96,12 +96,13 @@ def test_a_full_disk_is_a_failure_that_says_so(tmp_path, cell, monkeypatch, caps
     assert not list(tmp_path.glob("cells/*"))
 
 
-def test_an_orphan_stops_and_its_cell_is_not_called_failed(tmp_path, cell, monkeypatch):
+def test_an_orphan_stops_and_its_cell_is_not_called_failed(tmp_path, cell, monkeypatch, capsys):
     declare(tmp_path, "smoke", [cell], {})
     parents = iter([1, 1, 1, 2])
     monkeypatch.setattr(worker.os, "getppid", lambda: next(parents))
     assert worker.main([str(tmp_path), cell.id]) == 130
     assert next(parents, None) is None
+    assert capsys.readouterr().err == f"{cell.id} was stopped: process 1 is gone\n"
     assert not list((tmp_path / "cells").iterdir())
 
 
@@ -201,9 +202,15 @@ def test_what_earlier_attempts_left_is_swept_before_the_first_cell(stand_in, tmp
     for cell in cells[1:]:
         for suffix in (".error.txt", ".progress"):
             cell_file(study, cell.id, suffix).write_text("{}")
-        (study / "cells" / f".{cell.id}.json.x1y2z3").write_text("half")
+        old = study / "cells" / f".{cell.id}.json.x1y2z3"
+        old.write_text("half")
+        os.utime(old, (0, 0))
+    new = study / "cells" / f".{cells[-1].id}.json.a1b2c3"
+    new.write_text("half")  # another command is writing it
     run(study, cells, jobs=1)
-    assert (tmp_path / "seen").read_text() == ""
+    assert (tmp_path / "seen").read_text().split() == [new.name]
+    os.utime(new, (0, 0))  # its writer was killed, and the cell is finished by now
+    run(study, cells[-1:])
     assert {file.suffix for file in (study / "cells").iterdir()} == {".json", ".txt"}  # the new failure's
 
 
@@ -291,10 +298,14 @@ def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in,
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run(study, cells, jobs=1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(study, cells, jobs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -385,6 +396,16 @@ def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path, monkeyp
     assert (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns == before
     given = json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]
     assert (given["num"], given["credit_beta"]) == (3, 1.0)
+
+
+def test_credit_quality_on_fewer_texts_does_not_replace_that_on_more(tmp_path, monkeypatch):
+    methods = ("sparse", "uniform")
+    for count, num in ((1, 3), (2, 2)):
+        plan = replace(PRESETS["quick"], methods=methods[:count], seeds=(1,), gold=None)
+        declare(tmp_path, "quick", expand(plan), {})
+        ablate.measure_credit_quality(tmp_path, num, "cpu", Console(quiet=True))
+        given = load_study(tmp_path).quality["imdb-tiny"]["arguments"]
+        assert (given["num"], given["methods"]) == (3, list(methods[:count]))
 
 
 @UNIX

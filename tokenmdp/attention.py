@@ -51,15 +51,19 @@ class RowCapture:
         chosen = chosen.unflatten(1, (key_heads, chosen.shape[1] // key_heads))  # query heads that share a key head
         with torch.autocast(query.device.type, enabled=False):  # it would round the products
             scores = torch.einsum("nkgrd,nktd->nkgrt", chosen, key.float()).flatten(1, 2)  # (N, heads, R, T)
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        # In place from here on: for many rows the scores are the largest tensor of the layer.
+        scores.mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
         if mask is not None:
             mask = mask.expand(query.shape[0], -1, query.shape[2], -1)  # a view: no memory
             visible = mask[rows, :, index].transpose(1, 2)  # (N, 1 or heads, R, T)
-            scores = scores.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else scores + visible
+            if visible.dtype == torch.bool:
+                scores.masked_fill_(~visible, -torch.inf)
+            else:
+                scores.add_(visible)
         elif is_causal:
             cached = key.shape[2] - query.shape[2]  # keys of earlier calls stand before this call's
             seen = torch.arange(key.shape[2], device=key.device) <= cached + index[..., None]  # (N, R, T)
-            scores = scores.masked_fill(~seen[:, None], -torch.inf)
+            scores.masked_fill_(~seen[:, None], -torch.inf)
         self._layers.append(scores.softmax(-1))
 
     def rows(self) -> torch.Tensor:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
+STATUS = Path("/proc/self/status")
+
 
 def peak_bytes(device: torch.device) -> float:
     """Since the process began: what PyTorch allocated on a CUDA ``device``, else what was resident on the host.
 
-    NaN where the system does not say (Windows).
+    NaN for the host on Windows, where Python does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent as it was when it forked
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])  # type: ignore[index]
+    # First this: ru_maxrss counts the parent as it was when it forked. Some containers' kernels have no such line.
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
+        return 1024 * int(found[1])
     if sys.platform == "win32":
         return float("nan")
     import resource

@@ -50,6 +50,10 @@ class SampledAttention:
 class ForwardAttention:
     """The rows of finished episodes from one more forward of ``policy`` over them.
 
+    It takes n * heads * H * (P + H) float32 numbers for the rows of a layer and as many for their scores, beside what
+    the forward itself takes: a loop with long responses passes fewer episodes at a time, or samples with
+    `SampledAttention`.
+
     Args:
         policy: any `CausalLMPolicy`; its attention is switched to an implementation that can keep rows.
     """

@@ -189,14 +189,15 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
         before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
         if set(known) <= set(before["methods"]) and num <= before["num"]:
             continue
+        texts = max(num, before["num"])
         asked = Quality(
             reward_model=reward_model,
-            num=num,
+            num=texts,
             methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
             policy=policy,
             device=device,
         )
-        said = f"measuring credit quality on {reward_model}, {num} texts (--quality-texts): {', '.join(known)}"
+        said = f"measuring credit quality on {reward_model}, {texts} texts (--quality-texts): {', '.join(known)}"
         console.print(said, highlight=False, soft_wrap=True)
         try:
             results = [result for result, _ in measured(asked, console)]
@@ -206,7 +207,7 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
         given = {
             "reward_model": reward_model,
             "policy": policy,
-            "num": num,
+            "num": texts,
             "methods": known,
             "credit_beta": asked.credit_beta,
         }

@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 MOST_ARROWS = 3
 
 
-DIAGNOSTICS = {  # metric -> what it is called, its unit
-    "entropy": ("entropy of the policy", "nats a token"),
-    "clip_fraction": ("tokens whose ratio was clipped", "share"),
-    "explained_variance": ("returns explained by the value head", "1 is all of their variance"),
-    "attention_mass": ("attention on the response", "mass"),
-    "attention_entropy": ("entropy of the attention credit", "share of its maximum"),
-    "credit_fallback": ("episodes without usable attention", "share"),
+DIAGNOSTICS = {  # metric -> its panel's title, its unit, what a sentence calls it
+    "entropy": ("entropy of the policy", "nats a token", "entropy"),
+    "clip_fraction": ("tokens whose ratio was clipped", "share", "share of clipped tokens"),
+    "explained_variance": (
+        "returns explained by the value head",
+        "1 is all of their variance",
+        "explained variance of the returns",
+    ),
+    "attention_mass": ("attention on the response", "mass", "attention on the response"),
+    "attention_entropy": ("entropy of the attention credit", "share of its maximum", "entropy of the credit"),
+    "credit_fallback": ("episodes without usable attention", "share", "share of episodes without usable attention"),
 }
 
 
@@ -53,7 +57,7 @@ def learning_curves(groups: Groups, *, title: str = "") -> tuple[Figure, list[st
     dress(lower, xlabel="update", ylabel="KL, nats a response")
     lay_out(figure)
     remarks = draw_curves(upper, groups, styles)
-    remarks += draw_curves(lower, groups, styles, "kl")
+    remarks += draw_curves(lower, groups, styles, "kl", "KL")
     remarks += _draw_overtaking(upper, groups, styles)
     return figure, remarks
 
@@ -149,7 +153,7 @@ def length_study(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
     Returns:
         The figure, and remarks for its caption.
     """
-    names = sorted(settings, key=lambda name: length_of(next(iter(settings[name].values()))[0]))
+    names = sorted(settings, key=lambda name: length_of(next(iter(settings[name].values()))[0].cell))
     styles = looks(list(dict.fromkeys(method for name in names for method in settings[name])))
     figure = new_figure(11, 7.6)
     panels = figure.add_gridspec(2, 1, height_ratios=[1.15, 1])
@@ -209,7 +213,7 @@ def diagnostics(groups: Groups) -> tuple[Figure, list[str]]:
     """
     styles = looks(list(groups))
     remarks, shown = [], {}
-    for key, (title, _) in DIAGNOSTICS.items():
+    for key, (title, *_) in DIAGNOSTICS.items():
         held = {method: cells for method, cells in groups.items() if all(key in cell.metrics for cell in cells)}
         if any(any(cell.metrics[key]) for cells in held.values() for cell in cells):
             shown[key] = held
@@ -225,5 +229,5 @@ def diagnostics(groups: Groups) -> tuple[Figure, list[str]]:
         axes.set_visible(False)
     lay_out(figure)
     for (key, held), axes in zip(shown.items(), panels, strict=False):
-        remarks += draw_curves(axes, held, styles, key)
+        remarks += draw_curves(axes, held, styles, key, DIAGNOSTICS[key][2])
     return figure, remarks

@@ -11,13 +11,12 @@ from tokenmdp.report.curves import band
 from tokenmdp.report.drawing import INK, Look, finite, label_ends, name_of, signed
 from tokenmdp.study.claims import FEWEST_SEEDS
 from tokenmdp.study.outcomes import Groups, curves, window_for
-from tokenmdp.study.statistics import Estimate, mean_level, paired_difference, trailing_mean, without_interval
+from tokenmdp.study.statistics import Estimate, mean_level, mean_over_seeds, trailing_mean, without_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SCORE, KL = "score of the reward model", "KL to the reference, nats a response"
-NOUNS = {"score_mean": "score", "kl": "KL"}
 
 
 def draw_band(axes: Axes, places: np.ndarray, values: np.ndarray, look: Look) -> np.ndarray:
@@ -36,9 +35,15 @@ def draw_band(axes: Axes, places: np.ndarray, values: np.ndarray, look: Look) ->
 
 
 def draw_curves(
-    axes: Axes, groups: Groups, styles: Mapping[str, Look], key: str = "score_mean", *, named: bool = True
+    axes: Axes,
+    groups: Groups,
+    styles: Mapping[str, Look],
+    key: str = "score_mean",
+    noun: str = "score",
+    *,
+    named: bool = True,
 ) -> list[str]:
-    """Mean over seeds of a metric against updates, with bands; ``named`` at the right edge.
+    """Mean over seeds of a metric, in words the ``noun``, against updates, with bands; ``named`` at the right edge.
 
     Returns what the picture does not show: mean curves that leave it, since it is scaled to where most seeds are.
     """
@@ -64,8 +69,7 @@ def draw_curves(
     for method, mean in means.items():
         furthest = float(max(mean, key=lambda value: max(low - value, value - high)))
         if not low <= furthest <= high:
-            what = NOUNS.get(key, key)
-            remarks.append(f"{name_of(method)} leaves the picture: its mean {what} gets to {plain(furthest)}")
+            remarks.append(f"{name_of(method)} leaves the picture: its mean {noun} gets to {plain(furthest)}")
     return remarks
 
 
@@ -92,7 +96,7 @@ def mean_difference(values: Sequence[float] | np.ndarray) -> Estimate:
     """The mean of one difference a seed with its t interval, which too few seeds for a decision do not have."""
     if len(values) < FEWEST_SEEDS:
         return without_interval(float(np.mean(values)))
-    return paired_difference(values, np.zeros(len(values)))
+    return mean_over_seeds(values)
 
 
 def draw_estimates(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], look: Look) -> None:

@@ -18,7 +18,18 @@ from tokenmdp.report.study_tradeoffs import (
     score_against_kl,
 )
 from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
-from tokenmdp.study.outcomes import BASELINE, Groups, by_setting, credit_quality, family, length_of, window_for
+from tokenmdp.study.outcomes import (
+    BASELINE,
+    KL_COEF,
+    LENGTH,
+    REWARD_MODEL,
+    Groups,
+    by_setting,
+    credit_quality,
+    family,
+    length_of,
+    window_for,
+)
 from tokenmdp.study.results import Study, model_name, slug
 
 if TYPE_CHECKING:
@@ -148,8 +159,8 @@ def _length(study: Study) -> Section:
         missing="needs several lengths: tokenmdp ablate --preset length",
     )
     for grid in ("length", "custom", "gpt2"):
-        found = family(by_setting(study, grid), ("horizon_range", "min_new_tokens", "max_new_tokens"))
-        if len({length_of(next(iter(groups.values()))[0]) for groups in found.values()}) < 2:
+        found = family(by_setting(study, grid), LENGTH)
+        if len({length_of(next(iter(groups.values()))[0].cell) for groups in found.values()}) < 2:
             continue
         every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
         figure, remarks = length_study(found)
@@ -173,7 +184,7 @@ def _kl(study: Study) -> Section:
         missing="needs several fixed KL coefficients: tokenmdp ablate --preset kl",
     )
     for grid in ("kl", "custom"):
-        found = family(by_setting(study, grid), ("kl_coef", "kl_target"))
+        found = family(by_setting(study, grid), KL_COEF)
         if len({coefficient(groups) for groups in found.values()}) < 2:
             continue
         every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
@@ -224,7 +235,7 @@ def _quality(study: Study) -> Section:
         missing="needs two reward models: tokenmdp ablate --preset faithful",
     )
     for grid in ("faithful", "custom"):
-        found = family(by_setting(study, grid), ("reward_model",))
+        found = family(by_setting(study, grid), REWARD_MODEL)
         models = {next(iter(groups.values()))[0].cell.settings.reward_model: groups for groups in found.values()}
         if len(models) < 2:
             continue

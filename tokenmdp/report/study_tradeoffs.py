@@ -45,7 +45,7 @@ GOLD = "score of the second reward model"
 DIVERSITY = {
     "distinct_2": ("distinct-2", "share of token pairs that differ"),
     "self_bleu": ("self-BLEU", "how far texts repeat one another"),
-    "perplexity": ("perplexity", "under the reference"),
+    "perplexity": ("log-perplexity", "nats a token, under the reference"),  # one run can be at 4000, others at 30
 }
 
 
@@ -223,7 +223,7 @@ def faithful_study(
 
 
 def diversity(groups: Groups) -> Figure:
-    """Over training: distinct-2, self-BLEU and perplexity under the reference, on held-out prompts."""
+    """Over training: distinct-2, self-BLEU and log-perplexity under the reference, on held-out prompts."""
     styles = looks(list(groups))
     figure = new_figure(11, 3.9)
     panels = figure.subplots(1, len(DIVERSITY))
@@ -235,7 +235,7 @@ def diversity(groups: Groups) -> Figure:
         for method, results in groups.items():
             look = styles[method]
             updates, values = evaluation_curves(results, key)
-            mean = draw_band(axes, updates, values, look)
+            mean = draw_band(axes, updates, np.log(values) if key == "perplexity" else values, look)
             ends[name_of(method)] = (float(mean[-1]), look.colour)
             means += [*mean[np.isfinite(mean)]]
             axes.set_xlim(0, updates[-1])

@@ -71,14 +71,17 @@ class Claim:
         threshold: float = 0.0,
         below: bool = False,
         fewest: int = FEWEST_SEEDS,
+        when: str = "",
     ) -> Verdict:
         """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``.
 
-        Nothing is decided on fewer than ``fewest`` seeds, nor where runs crashed.
+        Nothing is decided on fewer than ``fewest`` seeds, nor where runs crashed. ``when`` says in words when the claim
+        is reproduced, where more than this interval takes part.
         """
         side = estimate.side(threshold) * (-1 if below else 1)
         verdict = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)[side + 1]
-        rule = f"{what}; reproduced if the interval lies {'below' if below else 'above'} {threshold:g}"
+        when = when or f"the interval lies {'below' if below else 'above'} {threshold:g}"
+        rule = f"{what}; reproduced if {when}"
         decided = Verdict(self.says, self.paper, ours, bounds(estimate), verdict, rule, place.text)
         if seeds < fewest:
             decided = undecided(decided, f"{count(seeds, 'seed')}, a decision needs {fewest}")
@@ -135,7 +138,7 @@ def find(study: Study, methods: Sequence[str], length: tuple[int, int] | None = 
     for grid in MAIN_GRIDS:
         best: tuple[str, list[tuple[CellResult, ...]]] = ("", [])
         for setting, groups in with_methods(study, grid, methods).items():
-            if length is None or outcomes.length_of(groups[methods[0]][0]) == length:
+            if length is None or outcomes.length_of(groups[methods[0]][0].cell) == length:
                 rows = outcomes.paired(*(groups[method] for method in methods))
                 best = max(best, (setting, rows), key=lambda found: len(found[1]))
         chosen, rows = best
@@ -146,12 +149,27 @@ def find(study: Study, methods: Sequence[str], length: tuple[int, int] | None = 
 
 
 def with_methods(study: Study, grid: str, methods: Sequence[str]) -> dict[str, dict[str, list[CellResult]]]:
-    """Setting -> method -> cells, of the settings that have all methods; `plain_method` says which those are."""
+    """Setting -> method -> cells, of the settings that have all methods; `plain_cells` says which those are."""
+    plain = plain_cells(study, grid, methods)
     found: dict[str, dict[str, list[CellResult]]] = {}
     for (setting, _), results in study.select(grid).items():
-        if (method := plain_method(results[0].cell)) is not None and method in methods:
-            found.setdefault(setting, {}).setdefault(method, []).extend(results)
+        if results[0].cell.id in plain:
+            found.setdefault(setting, {})[str(plain_method(results[0].cell))] = results
     return {setting: groups for setting, groups in found.items() if len(groups) == len(methods)}
+
+
+def plain_cells(study: Study, grid: str, methods: Sequence[str]) -> dict[str, Cell]:
+    """Id -> cell of a grid's cells with these methods, finished or not.
+
+    Where a setting has one method under two labels, such as ``red`` and ``red:credit_beta=1``, the grid's first wins.
+    """
+    labels: dict[tuple[str, str], str] = {}
+    found = {}
+    for cell in study.declared(grid):
+        method = plain_method(cell)
+        if method in methods and labels.setdefault((cell.setting, str(method)), cell.method) == cell.method:
+            found[cell.id] = cell
+    return found
 
 
 def plain_method(cell: Cell) -> str | None:
@@ -172,9 +190,9 @@ def families(study: Study, grid: str, methods: Sequence[str], varied: Sequence[s
 
 
 def cells_of(study: Study, grid: str, methods: Sequence[str], setting: str | None = None) -> set[str]:
-    """The ids of the cells of a grid with these methods, finished or not; of one setting if it is given."""
-    cells = (cell for cell in study.declared(grid) if setting in (None, cell.setting))
-    return {cell.id for cell in cells if plain_method(cell) in methods}
+    """The ids of `plain_cells`; of one setting if it is given."""
+    cells = plain_cells(study, grid, methods)
+    return {id for id, cell in cells.items() if setting in (None, cell.setting)}
 
 
 def place_of(study: Study, grid: str, setting: str, seeds: int, compared: Collection[str]) -> Place:

@@ -55,7 +55,7 @@ def register(name: str) -> None:
     Modules of the working directory are found too.
 
     Raises:
-        StudyError: no method has this name.
+        StudyError: no method has this name, or its module cannot be imported, for whatever reason.
     """
     if name in CREDIT_METHODS:
         return
@@ -68,8 +68,10 @@ def register(name: str) -> None:
     try:
         with _working_directory_on_path():
             method = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise StudyError(f"--methods {name!r} cannot be imported ({error}); run it where {module} is found") from error
+    except Exception as error:  # the module is the user's own
+        raise StudyError(
+            f"--methods {name!r} cannot be imported ({error!r}); mend {module}, or run it where {module} is found"
+        ) from error
     if not isinstance(method, type) or not is_dataclass(method):
         raise StudyError(f"--methods {name!r} is no dataclass whose instances are credit methods; see CreditMethod")
     CREDIT_METHODS[name] = method

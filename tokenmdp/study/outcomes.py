@@ -10,13 +10,17 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tokenmdp.commands.settings import settings_record
-from tokenmdp.study.results import CellResult, Study, slug
+from tokenmdp.study.results import Cell, CellResult, Study
 from tokenmdp.study.statistics import trailing_mean
 
 BASELINE = "sparse"  # what every method is compared with
 WINDOW = 5  # updates in a trailing mean, before a level is looked for
 TENTH = 10
 KEPT = 0.5  # a run that ends with less of its gain than this has collapsed
+LEAST_GAIN = 5.0  # standard errors of a trailing mean, since the highest of many is above the start by noise alone
+LENGTH = ("horizon_range", "min_new_tokens", "max_new_tokens")  # what a family of lengths differs in
+KL_COEF = ("kl_coef",)
+REWARD_MODEL = ("reward_model",)
 Groups: TypeAlias = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 
@@ -45,14 +49,22 @@ def start(result: CellResult) -> float:
 
 
 def kept_of_gain(result: CellResult) -> float:
-    """The share of its highest gain (trailing mean less the start) that a run's last tenth has; nan without a gain."""
+    """The share of its highest gain (trailing mean less the start) that a run's last tenth has.
+
+    nan with no gain beyond noise: `LEAST_GAIN` standard errors of a trailing mean, from the differences of updates.
+    """
     scores, first = np.asarray(result.metrics["score_mean"]), start(result)
-    gain = float(trailing_mean(scores, window_for(len(scores))).max()) - first
-    return (last_tenth(result) - first) / gain if gain > 0 else math.nan
+    window = window_for(len(scores))
+    noise = float(np.diff(scores).std()) / math.sqrt(2 * window) if len(scores) > 1 else math.inf
+    gain = float(trailing_mean(scores, window).max()) - first
+    return (last_tenth(result) - first) / gain if gain > LEAST_GAIN * noise else math.nan
 
 
 def collapsed(result: CellResult) -> bool:
-    """Whether the run lost what it had gained: less than `KEPT` of it is left. A run that never gained has not."""
+    """Whether the run lost what it had gained: less than `KEPT` of it is left.
+
+    A run with no gain beyond noise has not.
+    """
     return kept_of_gain(result) < KEPT
 
 
@@ -100,9 +112,9 @@ def paired(*groups: Sequence[CellResult]) -> list[tuple[CellResult, ...]]:
     return [tuple(column[seed] for column in columns) for seed in seeds]
 
 
-def length_of(result: CellResult) -> tuple[int, int]:
+def length_of(cell: Cell) -> tuple[int, int]:
     """The shortest and the longest response that a cell may write."""
-    settings = result.cell.settings
+    settings = cell.settings
     return settings.horizon_range or (settings.max_new_tokens, settings.max_new_tokens)
 
 
@@ -111,7 +123,7 @@ def credit_quality(study: Study, reward_model: str) -> dict[str, Any] | None:
 
     None if it was not measured, or the model shows no attention.
     """
-    record: Mapping[str, Any] = study.quality.get(slug(reward_model), study.quality.get(reward_model, {}))
+    record: Mapping[str, Any] = study.quality.get(reward_model, {})
     rows = (world["attention"] for world in record.get("worlds", ()))
     return next((row for row in rows if row is not None), None)
 
@@ -126,17 +138,22 @@ def by_setting(study: Study, grid: str) -> dict[str, dict[str, list[CellResult]]
 
 def family(settings: Mapping[str, Groups], varied: Sequence[str]) -> dict[str, Groups]:
     """The settings that differ in nothing but ``varied``; of several such families the largest."""
-    families: dict[str, dict[str, Groups]] = {}
-    for name, groups in settings.items():
-        first = groups.get(BASELINE, next(iter(groups.values())))[0]
-        families.setdefault(apart_from(first, varied), {})[name] = groups
-    return max(families.values(), key=len, default={})
+    first = {name: groups.get(BASELINE, next(iter(groups.values())))[0].cell for name, groups in settings.items()}
+    return {name: settings[name] for name in alike(first, varied)}
 
 
-def apart_from(result: CellResult, names: Sequence[str]) -> str:
+def alike(cells: Mapping[str, Cell], varied: Sequence[str]) -> list[str]:
+    """The names of the cells that differ in nothing but ``varied``; of several such families the largest."""
+    families: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        families.setdefault(apart_from(cell, varied), []).append(name)
+    return max(families.values(), key=len, default=[])
+
+
+def apart_from(cell: Cell, names: Sequence[str]) -> str:
     """All that a cell computes but its seed and the named settings or PPO options, to be compared with another's."""
     left_out = {"seed", *names}
-    record = settings_record(result.cell.settings)
+    record = settings_record(cell.settings)
     ppo = {key: value for key, value in record["ppo"].items() if key not in left_out}
     kept = {key: value for key, value in record.items() if key not in left_out}
-    return json.dumps(kept | {"ppo": ppo, "updates": result.cell.updates}, sort_keys=True)
+    return json.dumps(kept | {"ppo": ppo, "updates": cell.updates}, sort_keys=True)

@@ -85,7 +85,6 @@ class Study:
     results: dict[str, CellResult]  # of the finished ones
     errors: dict[str, str]  # id -> the last line of the traceback
     quality: dict[str, dict[str, Any]]  # reward model -> the record of its quality file
-    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)  # grid -> what its last command line gave
     commands: dict[str, list[str]] = field(default_factory=dict)  # grid -> all command lines that added to it
     labels: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)  # grid -> id -> (setting, method)
     version: str = ""  # of tokenmdp
@@ -201,7 +200,9 @@ def cell_file(path: str | Path, id: str, suffix: str = ".json") -> Path:
 def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mapping[str, Any]) -> None:
     """Add cells to a grid in the ``study.json`` of the study at ``path``; what the grid has already stays.
 
-    A cell takes the place of one with the same labels and seed: that one had another learning rate.
+    The runs of a method in a setting differ by their seed alone: where it comes with another learning rate, or with
+    other options under the same label, its earlier cells leave the grid, whatever their seeds. Of a cell that is in no
+    grid any more only its result stays, which is found where the cell is declared again.
 
     Raises:
         StudyError: the directory holds something else, or results of another version, to which none may be added, or
@@ -228,7 +229,9 @@ def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mappi
             record = {"format": FORMAT, "version": tokenmdp_version(), "grids": {}, "cells": {}}
         try:
             record["grids"][grid] = _extended(record, grid, cells, arguments, path)
-            record["cells"] |= {cell.id: cell_record(cell) for cell in cells if cell.id not in record["cells"]}
+            known = record["cells"] | {cell.id: cell_record(cell) for cell in cells if cell.id not in record["cells"]}
+            held = {id for kept in record["grids"].values() for id in kept["cells"]}
+            record["cells"] = {id: cell for id, cell in known.items() if id in held}
         except (TypeError, KeyError, AttributeError) as error:
             raise _damaged(place, error) from error
         record["packages"] = package_versions()
@@ -253,11 +256,11 @@ def _extended(
                 f"would have {gets}, which cannot be compared under one name: choose another --out"
             )
     new = {cell.id: {"setting": cell.setting, "method": cell.method} for cell in cells}
-    replaced = {(cell.setting, cell.method, cell.seed) for cell in cells}
+    given = {(cell.setting, cell.method): _unseeded(cell_record(cell)) for cell in cells}
     kept = {
         id: label
         for id, label in old["cells"].items()
-        if (label["setting"], label["method"], record["cells"][id]["seed"]) not in replaced
+        if (pair := (label["setting"], label["method"])) not in given or given[pair] == _unseeded(record["cells"][id])
     }
     commands = [*_commands(old), *_commands({"arguments": arguments})]
     return {"arguments": dict(arguments), "commands": list(dict.fromkeys(commands)), "cells": {**kept, **new}}
@@ -270,9 +273,16 @@ def _common(record: Mapping[str, Any]) -> dict[str, Any]:
     return settings | ppo | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")}
 
 
+def _unseeded(record: Mapping[str, Any]) -> str:
+    """The settings that all runs of a method in one setting share, as text."""
+    return json.dumps({**record["settings"], "seed": None}, sort_keys=True)
+
+
 def _commands(kept: Mapping[str, Any]) -> list[str]:
     """The command lines of a grid's entry; the first format kept the last one only."""
-    return kept.get("commands") or [str(kept["arguments"][key]) for key in ("command",) if key in kept["arguments"]]
+    if "commands" in kept:
+        return kept["commands"]
+    return [kept["arguments"]["command"]] if "command" in kept["arguments"] else []
 
 
 def read_cell(path: str | Path, id: str) -> Cell:
@@ -303,7 +313,6 @@ def load_study(path: str | Path) -> Study:
             grid: {id: (label["setting"], label["method"]) for id, label in kept["cells"].items()}
             for grid, kept in record["grids"].items()
         }
-        arguments = {grid: kept["arguments"] for grid, kept in record["grids"].items()}
         commands = {grid: _commands(kept) for grid, kept in record["grids"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(place, error) from error
@@ -323,9 +332,8 @@ def load_study(path: str | Path) -> Study:
         except (TypeError, KeyError) as error:
             raise _damaged(file, error) from error
     return Study(
-        path, grids, cells, results, errors, quality, arguments, commands, labels, record["version"],
-        record.get("packages", {}),
-    )  # fmt: skip
+        path, grids, cells, results, errors, quality, commands, labels, record["version"], record.get("packages", {})
+    )
 
 
 def quality_file(path: str | Path, reward_model: str) -> Path:

@@ -22,6 +22,7 @@ from tokenmdp.study.results import Cell, StudyError, cell_file, read_result, wit
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0  # for a worker that is asked to end
+STALE_SECONDS = 600.0  # a half-written file as old as this has no writer any more
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -71,7 +72,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
     """
     progress = Progress.of(path, cells, jobs)
     slots = list(range(min(jobs, len(progress.waiting))))
-    for cell in progress.waiting:
+    for cell in cells:
         _sweep(path, cell)
     with _termination_is_an_interrupt(), display_of(progress, console) as display:
         try:
@@ -98,10 +99,17 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
 
 
 def _sweep(path: Path, cell: Cell) -> None:
-    """Remove what an earlier attempt left: the trace of a crash, and of a killed process its half-written files."""
-    leftovers = cell_file(path, cell.id).parent.glob(f".{cell.id}.*")  # as `write_text` names what it has not finished
-    for file in (cell_file(path, cell.id, ".error.txt"), cell_file(path, cell.id, ".progress"), *leftovers):
-        file.unlink(missing_ok=True)
+    """Remove what an earlier attempt left: the trace of a crash, and of a killed process its half-written files.
+
+    Another command may be at the same cell. Its progress file is written anew within seconds, but the result that it
+    is writing would be lost, so a half-written file has to be old.
+    """
+    for suffix in (".error.txt", ".progress"):
+        cell_file(path, cell.id, suffix).unlink(missing_ok=True)
+    for file in (path / "cells").glob(f".{cell.id}.*"):  # as `write_text` names what it has not finished
+        with contextlib.suppress(FileNotFoundError):  # just finished
+            if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink()
 
 
 def _check_presence(path: Path) -> None:

@@ -90,17 +90,26 @@ def stratified_bootstrap(
     return percentile_interval(value, statistic(np.concatenate(drawn, axis=-1)))
 
 
-def mean_level(strata: Sequence[Values]) -> Estimate:
-    """Mean of all values: `stratified_bootstrap`, but Student's t for one stratum of too few seeds to be resampled.
+def mean_over_seeds(values: Values) -> Estimate:
+    """Mean of one number a seed, such as a difference, with its t interval; a single seed has an infinite one.
 
-    >>> print(mean_level([[1.0, 2.0, 3.0]]))
+    >>> print(mean_over_seeds([1.0, 2.0, 3.0]))
     2.00 [-0.48, 4.48]
 
     Raises:
         ValueError: no values.
     """
+    return Estimate(*mean_interval(values))
+
+
+def mean_level(strata: Sequence[Values]) -> Estimate:
+    """Mean of all values: `stratified_bootstrap`, but `mean_over_seeds` for one stratum of too few seeds for that.
+
+    Raises:
+        ValueError: no values.
+    """
     if len(strata) == 1 and 0 < len(strata[0]) < FEWEST_RESAMPLED:
-        return Estimate(*mean_interval(strata[0]))
+        return mean_over_seeds(strata[0])
     return stratified_bootstrap(strata)
 
 
@@ -132,7 +141,7 @@ def paired_difference(values: Values, baseline: Values) -> Estimate:
     left, right = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"{left.size} values and {right.size} of the baseline are no pairs; give one a seed of each")
-    return Estimate(*mean_interval(left - right))
+    return mean_over_seeds(left - right)
 
 
 def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
@@ -144,14 +153,14 @@ def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Est
         rows: (n, ...), a row a seed.
         statistic: (m, ...) -> a number, for m = n and n - 1.
 
-    >>> jackknife(np.array([1.0, 2.0, 6.0]), np.mean) == Estimate(*mean_interval([1.0, 2.0, 6.0]))
+    >>> jackknife(np.array([1.0, 2.0, 6.0]), np.mean) == mean_over_seeds([1.0, 2.0, 6.0])
     True
     """
     seeds, value = len(rows), statistic(rows)
     if seeds < 2:
         return without_interval(value)
     left_out = [statistic(np.delete(rows, seed, axis=0)) for seed in range(seeds)]
-    return Estimate(*mean_interval(seeds * value - (seeds - 1) * np.array(left_out)))
+    return mean_over_seeds(seeds * value - (seeds - 1) * np.array(left_out))
 
 
 def share_of_runs(number: int, runs: int) -> Estimate:

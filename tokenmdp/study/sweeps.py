@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -12,25 +13,26 @@ from scipy import stats
 from tokenmdp.commands.display import count
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
-    FEWEST_SEEDS,
     INCONCLUSIVE,
     NO_FIGURE,
     NOT_REPRODUCED,
+    REPRODUCED,
     Claim,
     Verdict,
     cells_of,
     families,
     place_of,
+    plain_cells,
     undecided,
 )
 from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
 from tokenmdp.study.results import Cell, CellResult, Study, model_name
-from tokenmdp.study.statistics import Estimate, jackknife, paired_difference, share_of_runs, slope
+from tokenmdp.study.statistics import Estimate, jackknife, mean_over_seeds, share_of_runs, slope
 
 COLLAPSE_TOKENS = 90  # from this length on the paper sees it
 RARE = 0.025  # two of ten runs are more, by their interval; a single run never is
 PAPER_SHARE = 0.2  # two of ten
-LENGTH = ("horizon_range", "min_new_tokens", "max_new_tokens")
+LENGTH_GRIDS = ("length", "custom", "gpt2")  # where several lengths may be, the best first
 SAME_SCORES = {"imdb-tiny", "imdb-uniform"}  # bundled models that differ in nothing but their attention row
 PAIR = ("attention", "sparse")
 
@@ -45,7 +47,7 @@ def rises_with_beta(study: Study) -> Verdict:
         swept: dict[str, dict[float, list[CellResult]]] = {}
         for (setting, _), results in study.select(grid).items():
             if _reads_attention(results[0].cell):
-                swept.setdefault(setting, {})[results[0].cell.settings.credit_beta] = results
+                swept.setdefault(setting, {}).setdefault(results[0].cell.settings.credit_beta, results)
         for setting, groups in swept.items():
             betas = sorted(groups)
             rows = outcomes.paired(*(groups[beta] for beta in betas))
@@ -59,7 +61,7 @@ def rises_with_beta(study: Study) -> Verdict:
             }
             listed = ", ".join(f"{value:.2f} ({beta:g})" for beta, value in zip(betas, means, strict=True))
             return claim.decide(
-                _over_seeds(slopes),
+                mean_over_seeds(slopes),
                 len(rows),
                 f"slope {slopes.mean():+.2f}: {listed}; rank correlation {rank:.2f}",
                 place_of(study, grid, setting, len(rows), swept_cells),
@@ -73,15 +75,10 @@ def _reads_attention(cell: Cell) -> bool:
     return cell.settings.credit == "attention" and not cell.settings.credit_options
 
 
-def _over_seeds(values: np.ndarray) -> Estimate:
-    """One number a seed that is itself a difference or is compared with a threshold."""
-    return paired_difference(values, np.zeros_like(values))
-
-
-def _lengths(study: Study, methods: Sequence[str]) -> tuple[str, dict[tuple[int, int], list[list[CellResult]]]]:
-    """The first grid with several lengths, and its cells of the methods at each length, the shortest first."""
-    for grid in ("length", "custom", "gpt2"):
-        found = {outcomes.length_of(groups[0][0]): groups for groups in families(study, grid, methods, LENGTH)}
+def _lengths(study: Study) -> tuple[str, dict[tuple[int, int], list[list[CellResult]]]]:
+    """The first grid with several lengths, and its cells of `PAIR` at each length, the shortest first."""
+    for grid in LENGTH_GRIDS:
+        found = {outcomes.length_of(pair[0][0].cell): pair for pair in families(study, grid, PAIR, outcomes.LENGTH)}
         if len(found) > 1:
             return grid, dict(sorted(found.items()))
     return "", {}
@@ -93,7 +90,7 @@ def grows_with_length(study: Study) -> Verdict:
         "ABC's advantage over sparse grows with length",
         "+1.10 (8-16), +0.92 (20-30), +1.27 (40-60), +3.24 (90-110), +3.74 (140-160)",
     )
-    grid, lengths = _lengths(study, PAIR)
+    grid, lengths = _lengths(study)
     rows = outcomes.paired(*(group for groups in lengths.values() for group in groups)) if lengths else []
     if not rows:
         return claim.missing(
@@ -104,7 +101,7 @@ def grows_with_length(study: Study) -> Verdict:
     slopes = 10 * slope(advantage, [(low + high) / 2 for low, high in lengths])
     listed = ", ".join(f"{value:+.2f} ({_range(at)})" for value, at in zip(advantage.mean(0), lengths, strict=True))
     return claim.decide(
-        _over_seeds(slopes),
+        mean_over_seeds(slopes),
         len(rows),
         f"{listed}; {slopes.mean():+.2f} for ten tokens more",
         place_of(study, grid, f"{len(lengths)} lengths", len(rows), cells_of(study, grid, PAIR)),
@@ -126,16 +123,17 @@ def collapses(study: Study) -> Verdict:
         "9.19 (40-60), then 7.42 +- 1.74 (90-110) and 7.03 +- 1.65 (140-160); ABC stays above 10.4; elsewhere two of "
         "ten runs",
     )
-    grid, lengths = _lengths(study, ("sparse",))
-    if not lengths:
+    if (found := _longest(study)) is None:
         return claim.missing("needs sparse at several lengths: tokenmdp ablate --preset length")
-    at, (results,) = list(lengths.items())[-1]
-    setting = results[0].cell.setting
-    fallen, runs, crashed = _runs_lost(study, grid, setting, "sparse")
-    if not runs:
-        return claim.missing(f"no run of sparse gains anything at {_range(at)} tokens")
-    others = _runs_lost(study, grid, setting, "attention")
-    ours = f"{_told(fallen, runs, crashed)} of sparse's runs; {_told(*others)} of ABC's"
+    grid, longest = found
+    at = outcomes.length_of(longest)
+    fallen, runs, crashed = _runs_lost(study, grid, longest.setting, "sparse")
+    if not runs + crashed:
+        return claim.missing(f"no run of sparse has a gain beyond noise at {_range(at)} tokens")
+    others = _runs_lost(study, grid, longest.setting, "attention")
+    ours = f"{_told(fallen, runs, crashed)} of sparse's runs"
+    if others.runs + others.crashed:
+        ours += f"; {_told(*others)} of ABC's"
     place = place_of(study, grid, f"{_range(at)} tokens, its longest", runs + crashed, ())  # the crashed ones count
 
     def decided(fallen: int, runs: int) -> Verdict:
@@ -146,17 +144,20 @@ def collapses(study: Study) -> Verdict:
             ours,
             place,
             f"runs whose last tenth has less than {outcomes.KEPT:.0%} of their highest gain (trailing mean less the "
-            "start), and crashed ones; those that never gained are left out; Clopper-Pearson interval of sparse's "
-            f"share; not reproduced if it lies below {PAPER_SHARE:g}",
+            "start), and crashed ones; those with no gain beyond noise are left out; Clopper-Pearson interval of "
+            "sparse's share",
             threshold=RARE,
+            when=f"the interval lies above {RARE:g}; otherwise not reproduced if it lies below {PAPER_SHARE:g}",
         )
-        if runs >= FEWEST_SEEDS and verdict.verdict == INCONCLUSIVE and share.high < PAPER_SHARE:
+        if verdict.verdict == INCONCLUSIVE and share.high < PAPER_SHARE:
             return replace(verdict, verdict=NOT_REPRODUCED)
         return verdict
 
     verdict = decided(fallen + crashed, runs + crashed)
-    if decided(fallen, runs).verdict != verdict.verdict:
+    if not runs or decided(fallen, runs).verdict != verdict.verdict:
         return undecided(verdict, "which hangs on the runs that crashed")
+    if verdict.verdict == REPRODUCED and others.share >= (fallen + crashed) / (runs + crashed):
+        return undecided(verdict, "but no smaller a share of ABC's runs does so")
     if verdict.verdict == NOT_REPRODUCED and at[1] < COLLAPSE_TOKENS:
         return undecided(
             verdict, f"below {COLLAPSE_TOKENS} tokens the paper sees no collapse either, so its absence says nothing"
@@ -164,11 +165,34 @@ def collapses(study: Study) -> Verdict:
     return verdict
 
 
-def _runs_lost(study: Study, grid: str, setting: str, method: str) -> tuple[int, int, int]:
-    """Of a method's runs in a setting: collapsed, finished with any gain, crashed."""
+def _longest(study: Study) -> tuple[str, Cell] | None:
+    """The first grid with sparse at several lengths, and such a cell of the longest; a run may have crashed there."""
+    for grid in LENGTH_GRIDS:
+        cells = plain_cells(study, grid, ("sparse",))
+        tried = {cell.setting: cell for id, cell in cells.items() if id in study.results or id in study.errors}
+        family = [tried[setting] for setting in outcomes.alike(tried, outcomes.LENGTH)]
+        if len(family) > 1:
+            return grid, max(family, key=outcomes.length_of)
+    return None
+
+
+class _Lost(NamedTuple):
+    """Of a method's runs in a setting."""
+
+    fallen: int  # collapsed
+    runs: int  # finished with a gain beyond noise
+    crashed: int
+
+    @property
+    def share(self) -> float:
+        """Of collapsed and crashed ones; 0 without a run."""
+        return (self.fallen + self.crashed) / max(self.runs + self.crashed, 1)
+
+
+def _runs_lost(study: Study, grid: str, setting: str, method: str) -> _Lost:
     cells = cells_of(study, grid, (method,), setting)
     kept = np.array([outcomes.kept_of_gain(study.results[id]) for id in cells & study.results.keys()])
-    return int((kept < outcomes.KEPT).sum()), int(np.isfinite(kept).sum()), len(cells & study.errors.keys())
+    return _Lost(int((kept < outcomes.KEPT).sum()), int(np.isfinite(kept).sum()), len(cells & study.errors.keys()))
 
 
 def _told(fallen: int, runs: int, crashed: int) -> str:
@@ -180,7 +204,7 @@ def leads_at_equal_kl(study: Study) -> Verdict:
     """Is ABC above sparse where both spend the same KL?"""
     claim = Claim("ABC above sparse at equal KL", f"{NO_FIGURE}: the paper shows reward alone")
     for grid in ("kl", "custom"):
-        settings = families(study, grid, PAIR, ("kl_coef",))
+        settings = families(study, grid, PAIR, outcomes.KL_COEF)
         found = equal_kl(*zip(*settings, strict=True)) if len(settings) > 1 else None
         if found is None or not found.seeds:
             continue
@@ -195,7 +219,7 @@ def leads_at_equal_kl(study: Study) -> Verdict:
             why = f"too little KL in common: compared is {over}; add KL coefficients to the grid"
             return Verdict(claim.says, claim.paper, "", "", INCONCLUSIVE, why, place.text)
         return claim.decide(
-            _over_seeds(found.differences),
+            mean_over_seeds(found.differences),
             seeds,
             f"{found.differences.mean():+.2f} at the same KL, {seeds} of {count(found.seeds, 'seed')}",
             place,
@@ -214,7 +238,7 @@ def follows_credit_quality(study: Study) -> Verdict:
     why = "needs ABC and sparse on two reward models of measured credit quality: tokenmdp ablate --preset faithful"
     for grid in ("faithful", "custom"):
         groups, quality = {}, {}
-        for pair in families(study, grid, PAIR, ("reward_model",)):
+        for pair in families(study, grid, PAIR, outcomes.REWARD_MODEL):
             model = pair[0][0].cell.settings.reward_model
             if (row := outcomes.credit_quality(study, model)) is not None:
                 groups[model], quality[model] = pair, row
@@ -233,7 +257,11 @@ def follows_credit_quality(study: Study) -> Verdict:
         if not (least_gains > 0).all():
             why = f"sparse gains too little on {model_name(most)} or {model_name(least)} for a share of its gain"
             continue
-        shares = {model: _share_of_gain(_areas_and_start(outcomes.paired(*groups[model]))) for model in order}
+        compared = {
+            id
+            for id in cells_of(study, grid, PAIR)
+            if study.cells[id].settings.reward_model in (most, least)  # a third model is only shown
+        }
         verdict = replace(
             claim,
             says=f"ABC gains more on {model_name(most)} than on {model_name(least)} ({quality[most]['level']} "
@@ -242,10 +270,11 @@ def follows_credit_quality(study: Study) -> Verdict:
             jackknife(runs, lambda kept: _share_of_gain(kept[:, 0]) - _share_of_gain(kept[:, 1])),
             len(rows),
             ", ".join(
-                f"{shares[model]:+.0%} on {model_name(model)} (rank correlation {quality[model]['spearman'][0]:.2f})"
+                f"{_share_told(groups[model])} on {model_name(model)} "
+                f"(rank correlation {quality[model]['spearman'][0]:.2f})"
                 for model in order
             ),
-            place_of(study, grid, f"{len(order)} reward models", len(rows), cells_of(study, grid, PAIR)),
+            place_of(study, grid, f"{len(order)} reward models", len(rows), compared),
             # Reward models differ in scale, so the advantage is taken as a share.
             "(ABC - sparse) in mean score as a share of sparse's mean gain, the first model's less the other's; t "
             "interval of the jackknife over seeds, since sparse's gain is an estimate too",
@@ -259,6 +288,15 @@ def follows_credit_quality(study: Study) -> Verdict:
 def _areas_and_start(rows: Sequence[Sequence[CellResult]]) -> np.ndarray:
     """(R, 3): ABC's area, sparse's, and sparse's start, of rows that begin with a cell of each."""
     return np.array([(outcomes.area(row[0]), outcomes.area(row[1]), outcomes.start(row[1])) for row in rows])
+
+
+def _share_told(pair: Sequence[Sequence[CellResult]]) -> str:
+    """`_share_of_gain` of the seeds of both methods, if there are any and sparse gains."""
+    if not (rows := outcomes.paired(*pair)):
+        return "no seed of both methods"
+    runs = _areas_and_start(rows)
+    _, other, start = runs.mean(0)
+    return f"{_share_of_gain(runs):+.0%}" if other > start else "no gain to share"
 
 
 def _share_of_gain(runs: np.ndarray) -> float:

@@ -1,12 +1,15 @@
-"""What the grid "tune" found: for each method the learning rate with the best area under its learning curve.
+"""What the grid "tune" found: for each method the rate with the best area under its learning curve that a bound allows.
 
 Reward alone would choose the rate at which the policy soonest writes one and the same text that the reward model likes:
 on the bundled models every method's area is highest, or nearly so, where the KL is beyond 20 nats and one bigram in
-twenty is distinct. So only rates count whose policies end within `MOST_KL` of the reference.
+twenty is distinct. So only rates count whose policies end within `MOST_KL` of the reference. That bound was set after
+the first search had been seen, and it decides: so the record also says which methods it held back, and what
+`OTHER_BOUNDS` would have chosen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from tokenmdp.study.outcomes import area, last_tenth
 from tokenmdp.study.results import Cell, Study, rounded
 
 MOST_KL = 20.0  # nats a response over the last tenth of the updates; the paper's policies end at 14.2 to 18.7
+OTHER_BOUNDS = (18.7, 25.0)  # as defensible
 
 
 class Run(NamedTuple):
@@ -23,6 +27,13 @@ class Run(NamedTuple):
 
     setting: str  # without the rate
     seed: int
+
+
+class _Ranked(NamedTuple):
+    """A learning rate that finished everywhere."""
+
+    area: float  # mean over settings and seeds, as is
+    kl: float  # at the end
 
 
 def chosen_rates(study: Study, grid: str = "tune") -> dict[str, Any]:
@@ -33,6 +44,9 @@ def chosen_rates(study: Study, grid: str = "tune") -> dict[str, Any]:
     setting and seed are ranked: a run that crashed is seldom a good one, and without it the rate would look better than
     it is. Of equal ones the lower wins. A method without such a rate is left out.
     ``at_the_edge_of_the_search``: methods whose rate is the lowest or the highest of several that were tried.
+    ``limited_by_kl``: methods of which a rate with more KL has a better area than the chosen one.
+    ``with_other_bounds``: each of `OTHER_BOUNDS` as text -> method -> the rate that it would have chosen, where that is
+    another one; None for no rate.
     ``search``: for every method, setting and rate the area of each seed, their mean, the mean KL at the end, and the
     seeds that crashed or have not run.
     """
@@ -40,16 +54,15 @@ def chosen_rates(study: Study, grid: str = "tune") -> dict[str, Any]:
     for cell in study.declared(grid):
         run = Run(cell.setting.partition(", learning_rate=")[0], cell.seed)
         tried.setdefault(cell.method, {}).setdefault(cell.settings.ppo["learning_rate"], {})[run] = cell
-    best = {}
-    for method, rates in tried.items():
-        wanted = {run for cells in rates.values() for run in cells}
-        means = {
-            rate: float(np.mean(list(areas.values())))
-            for rate, cells in sorted(rates.items())
-            if (areas := _areas(study, cells)).keys() == wanted and _kl(study, cells.values()) <= MOST_KL
-        }
-        if means:
-            best[method] = max(means, key=means.__getitem__)
+    ranked = {method: _ranked(study, rates) for method, rates in tried.items()}
+    best = _best(ranked, MOST_KL)
+    anywhere = _best(ranked, math.inf)
+    limited = [method for method, rate in best.items() if ranked[method][anywhere[method]].kl > MOST_KL]
+    others = {f"{bound:g}": _best(ranked, bound) for bound in OTHER_BOUNDS}
+    differing = {
+        bound: {method: rates.get(method) for method in ranked if rates.get(method) != best.get(method)}
+        for bound, rates in others.items()
+    }
     at_the_edge = [method for method, rate in best.items() if len(tried[method]) > 1 and rate in _ends(tried[method])]
     search = [
         _row(study, method, rate, setting, cells)
@@ -57,19 +70,61 @@ def chosen_rates(study: Study, grid: str = "tune") -> dict[str, Any]:
         for rate, cells in sorted(rates.items())
         for setting in dict.fromkeys(run.setting for run in cells)
     ]
-    return {"learning_rates": best, "at_the_edge_of_the_search": at_the_edge, "search": search}
+    return {
+        "learning_rates": best,
+        "at_the_edge_of_the_search": at_the_edge,
+        "limited_by_kl": limited,
+        "with_other_bounds": differing,
+        "search": search,
+    }
+
+
+def _ranked(study: Study, rates: Mapping[float, Mapping[Run, Cell]]) -> dict[float, _Ranked]:
+    """A method's rates that finished under every setting and seed, the lowest first."""
+    wanted = {run for cells in rates.values() for run in cells}
+    return {
+        rate: _Ranked(float(np.mean(list(areas.values()))), _kl(study, cells.values()))
+        for rate, cells in sorted(rates.items())
+        if (areas := _areas(study, cells)).keys() == wanted
+    }
+
+
+def _best(ranked: Mapping[str, Mapping[float, _Ranked]], most_kl: float) -> dict[str, float]:
+    """Method -> its rate with the highest area of those with at most this KL, the lower of equal ones."""
+    allowed = {
+        method: {rate: found.area for rate, found in rates.items() if found.kl <= most_kl}
+        for method, rates in ranked.items()
+    }
+    return {method: max(areas, key=areas.__getitem__) for method, areas in allowed.items() if areas}
 
 
 def edge_note(record: Mapping[str, Any]) -> str:
-    """A sentence on the methods whose best rate may lie outside of the search; empty if there are none.
+    """Sentences on where the choice hangs on the edge of the search or on the bound on the KL; empty if nowhere.
+
+    A record of an earlier version says nothing about the bound.
 
     >>> edge_note({"at_the_edge_of_the_search": ["sparse", "red"], "learning_rates": {"sparse": 1e-3, "red": 3e-5}})
     'At the edge of the search, so a rate beyond it may be better: sparse (0.001), red (3e-05).'
     """
-    listed = ", ".join(
-        f"{method} ({record['learning_rates'][method]:g})" for method in record["at_the_edge_of_the_search"]
-    )
-    return f"At the edge of the search, so a rate beyond it may be better: {listed}." if listed else ""
+    chosen, limited = record["learning_rates"], record.get("limited_by_kl", ())
+    notes = []
+    if edge := record["at_the_edge_of_the_search"]:
+        notes.append(f"At the edge of the search, so a rate beyond it may be better: {_listed(chosen, edge)}.")
+    if limited:
+        notes.append(
+            f"Held back by the bound of {MOST_KL:g} nats of KL, beyond which a rate has a better mean score: "
+            f"{_listed(chosen, limited)}."
+        )
+    for bound, rates in record.get("with_other_bounds", {}).items():
+        if rates:
+            notes.append(f"A bound of {bound} nats would choose otherwise for {_listed(rates, rates)}.")
+    return " ".join(notes)
+
+
+def _listed(rates: Mapping[str, float | None], methods: Iterable[str]) -> str:
+    """Such as ``sparse (0.001), red (none)``."""
+    shown = {method: rates[method] for method in methods}
+    return ", ".join(f"{method} ({'none' if rate is None else f'{rate:g}'})" for method, rate in shown.items())
 
 
 def _areas(study: Study, cells: Mapping[Run, Cell]) -> dict[Run, float]:

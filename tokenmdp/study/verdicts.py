@@ -132,7 +132,8 @@ def _between(study: Study, method: str, paper: str) -> Verdict:
     ours = f"{low.mean():.2f} uniform, {middle.mean():.2f} {name}, {high.mean():.2f} ABC"
     what = f"paired by seed, t intervals of {name} - uniform and of ABC - {name} in mean score over all updates"
     parts = [paired_difference(middle, low), paired_difference(high, middle)]
-    decided = [claim.decide(part, len(low), ours, found.place, what) for part in parts]
+    when = "both lie above 0; not reproduced if one lies below"
+    decided = [claim.decide(part, len(low), ours, found.place, what, when=when) for part in parts]
     outcome = {verdict.verdict for verdict in decided}
     return Verdict(
         claim.says,
@@ -140,7 +141,7 @@ def _between(study: Study, method: str, paper: str) -> Verdict:
         ours,
         "; ".join(verdict.interval for verdict in decided if verdict.interval),
         next(verdict for verdict in (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED) if verdict in outcome),
-        decided[0].rule.replace("the interval lies", "both lie") + "; not reproduced if one lies below",
+        decided[0].rule,
         found.place.text,
     )
 

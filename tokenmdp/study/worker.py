@@ -173,8 +173,11 @@ def main(argv: list[str] | None = None) -> int:
         result = run_cell(cell, device, progress)
         progress.check()
         write_result(arguments.out, result)
-    except (Orphaned, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return 130  # to be run again, not a failure of the cell
+    except Orphaned as error:
+        print(f"{cell.id} was stopped: {error}", file=sys.stderr)
+        return 130
     except Exception:
         traceback.print_exc()
         with contextlib.suppress(OSError):  # the scheduler says it too
