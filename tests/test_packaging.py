@@ -61,7 +61,8 @@ def test_sdist_and_wheel_hold_agents_once_and_every_asset(source, tmp_path):
     assert wheel.stat().st_size <= 40e6
 
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it from 3.11.4 on
+        archive.extractall(tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     (tmp_path / "again").mkdir()
     again = build(unpacked, "wheel", tmp_path / "again")

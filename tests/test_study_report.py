@@ -28,13 +28,14 @@ from tokenmdp.report.drawing import (
 )
 from tokenmdp.report.study import _typeset, write_report
 from tokenmdp.report.study_figures import diagnostics, learning_curves
-from tokenmdp.report.study_protocol import protocol, rates_of, shared_settings
+from tokenmdp.report.study_protocol import protocol, shared_settings
 from tokenmdp.report.study_sections import correlations
 from tokenmdp.report.study_tradeoffs import score_against_kl
 from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.outcomes import by_setting, family
 from tokenmdp.study.results import load_study
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
+from tokenmdp.study.tuning import rates_of
 from tokenmdp.study.verdicts import verdicts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

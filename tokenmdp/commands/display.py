@@ -37,15 +37,6 @@ def summary(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def count(number: int, thing: str) -> str:
-    """A number of things.
-
-    >>> count(1, "thread"), count(2, "thread")
-    ('1 thread', '2 threads')
-    """
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def clock(seconds: float) -> str:
     """Minutes and seconds.
 

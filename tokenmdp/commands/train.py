@@ -16,7 +16,7 @@ from transformers.utils import logging
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.checkpoints import CheckpointError, write_text
 from tokenmdp.commands import allocator
-from tokenmdp.commands.display import Interruption, TrainingDisplay, count, make_console
+from tokenmdp.commands.display import Interruption, TrainingDisplay, make_console
 from tokenmdp.commands.evaluation import (
     Evaluation,
     comparison,
@@ -42,6 +42,7 @@ from tokenmdp.commands.settings import (
 from tokenmdp.processes import launched, processes_of
 from tokenmdp.rendering import SEPARATOR
 from tokenmdp.report import curves, heatmap
+from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

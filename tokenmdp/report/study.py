@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 
 from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
@@ -23,6 +22,7 @@ from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.results import Cell, Study, without_directories
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
+from tokenmdp.wording import count
 
 SHOWN_SAMPLES = 3  # a method
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.checkpoints import read_json
-from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import name_of
 from tokenmdp.study.results import Cell, Study, cell_record, model_name, without_directories
-from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note
+from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note, rates_of
+from tokenmdp.wording import count
 
 SEARCH = "tune"  # the grid that searches for learning rates
 LACKING = {"crashed": "crashed", "not_run": "not run"}
@@ -47,16 +46,6 @@ def _versions(study: Study) -> str:
 
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def rates_of(cells: Sequence[Cell]) -> dict[float, list[str]]:
-    """Learning rate -> the methods trained with it, both in order."""
-    found: dict[float, list[str]] = {}
-    for cell in cells:
-        methods = found.setdefault(cell.settings.ppo.get("learning_rate", PPOConfig().learning_rate), [])
-        if cell.method not in methods:
-            methods.append(cell.method)
-    return dict(sorted(found.items()))
 
 
 def _rates(study: Study) -> str:

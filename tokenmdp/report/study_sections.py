@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import name_of
 from tokenmdp.report.study_figures import beta_sweep, diagnostics, learning_curves, length_study
 from tokenmdp.report.study_tradeoffs import (
@@ -31,6 +30,7 @@ from tokenmdp.study.outcomes import (
     window_for,
 )
 from tokenmdp.study.results import Study, model_name, slug
+from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenmdp.commands.display import count
 from tokenmdp.report.drawing import (
     FAINT,
     INK,
@@ -36,6 +35,7 @@ from tokenmdp.study.equal_kl import equal_kl, pareto_front
 from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
 from tokenmdp.study.results import model_name
 from tokenmdp.study.statistics import Estimate
+from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tokenmdp.commands.credit_options import default_beta
-from tokenmdp.commands.display import count
 from tokenmdp.study import outcomes
 from tokenmdp.study.results import Cell, CellResult, Study
 from tokenmdp.study.statistics import Estimate
+from tokenmdp.wording import count
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from tokenmdp.commands.display import count
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
     INCONCLUSIVE,
@@ -28,6 +27,7 @@ from tokenmdp.study.claims import (
 from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
 from tokenmdp.study.results import Cell, CellResult, Study, model_name
 from tokenmdp.study.statistics import Estimate, jackknife, mean_over_seeds, share_of_runs, slope
+from tokenmdp.wording import count
 
 COLLAPSE_TOKENS = 90  # from this length on the paper sees it
 RARE = 0.025  # two of ten runs are more, by their interval; a single run never is

@@ -10,11 +10,12 @@ the first search had been seen, and it decides: so the record also says which me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.study.outcomes import area, last_tenth
 from tokenmdp.study.results import Cell, Study, rounded
 
@@ -96,6 +97,16 @@ def _best(ranked: Mapping[str, Mapping[float, _Ranked]], most_kl: float) -> dict
         for method, rates in ranked.items()
     }
     return {method: max(areas, key=areas.__getitem__) for method, areas in allowed.items() if areas}
+
+
+def rates_of(cells: Sequence[Cell]) -> dict[float, list[str]]:
+    """Learning rate -> the methods trained with it, both in order."""
+    found: dict[float, list[str]] = {}
+    for cell in cells:
+        methods = found.setdefault(cell.settings.ppo.get("learning_rate", PPOConfig().learning_rate), [])
+        if cell.method not in methods:
+            methods.append(cell.method)
+    return dict(sorted(found.items()))
 
 
 def edge_note(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,12 @@
+"""Words for what people read."""
+
+from __future__ import annotations
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> count(1, "thread"), count(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"
