@@ -17,9 +17,9 @@ from rich.table import Table
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.allocator import SETTINGS, describe
-from tokenmdp.commands.display import count
 from tokenmdp.intervals import Interval
 from tokenmdp.policy import resolve_dtype
+from tokenmdp.wording import count
 
 WIDTH = 160  # columns of a table that goes to a file
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy")
