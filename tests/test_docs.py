@@ -12,6 +12,7 @@ PAGES = {  # and the sections, where only those have blocks that can run as they
     "README.md": ("## The contract\n", "## Use it with your own tools\n"),
     "agents/README.md": ("",),
     "docs/bring_your_own_agent.md": ("",),
+    "docs/study.md": ("",),
 }
 # Without doctests, which pytest collects itself.
 BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(?!>>>)(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -295,3 +295,10 @@ def test_every_option_is_in_the_recorded_command():
 def test_the_names_of_the_presets_are_the_command_lines():
     assert set(PRESETS) == set(get_args(get_type_hints(cli.Ablate)["preset"]))
     assert {name for plan in PRESETS.values() for name in plan.methods} <= set(CREDIT_METHODS)
+
+
+def test_a_missing_file_of_rates_and_a_share_that_is_no_number_name_their_option(tmp_path):
+    with pytest.raises(StudyError, match=r"--learning-rates .*absent.json cannot be read: No such file"):
+        read_rates(tmp_path / "absent.json")
+    with pytest.raises(StudyError, match=r"--methods 'attention:credit_beta=x': credit_beta is 'x'"):
+        parse_method("attention:credit_beta=x")

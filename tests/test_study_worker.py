@@ -314,6 +314,24 @@ def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in,
 
 
 @UNIX
+def test_an_interruption_while_a_process_starts_ends_that_process_too(stand_in, tmp_path, monkeypatch):
+    study, cells = stand_in(s1="exec sleep 60")
+    started = []
+
+    def start_and_interrupt(*arguments):
+        started.append(start(*arguments))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # the handler runs here
+        return started[-1]
+
+    start = scheduler._start
+    monkeypatch.setattr(scheduler, "_start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, cells, jobs=1)
+    assert started[0].process.poll() is not None
+
+
+@UNIX
 def test_shards_share_a_study_and_the_last_one_reports(stand_in, monkeypatch, capsys):
     study, cells = stand_in()
     reported = []

@@ -10,3 +10,12 @@ def count(number: int, thing: str) -> str:
     ('1 thread', '2 threads')
     """
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> clock(75.4)
+    '1:15'
+    """
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

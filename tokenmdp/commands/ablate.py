@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.display import clock, make_console
+from tokenmdp.commands.display import make_console
 from tokenmdp.commands.quality import measured
 from tokenmdp.commands.settings import (
     TOY_POLICY,
@@ -44,6 +44,7 @@ from tokenmdp.study.scheduler import default_jobs, run_cells
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.text_metrics import self_bleu
 from tokenmdp.study.tuning import chosen_rates, edge_note
+from tokenmdp.wording import clock
 
 if TYPE_CHECKING:
     from tokenmdp import cli
@@ -80,9 +81,10 @@ def ablate(arguments: cli.Ablate) -> int:
     study = load_study(out)
     left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
     try:
-        if not left:
+        if not left and not study.results:
+            console.print("no run finished, so there is nothing to report", style="red")
+        elif not left:
             if arguments.quality_texts:
-                (out / "cells").mkdir(exist_ok=True)  # not there if no cell could write anything
                 with locked(out / "cells"):  # of two shards that end at once the second finds it measured
                     measure_credit_quality(out, arguments.quality_texts, device, console)
             report(out, plan.name, console)

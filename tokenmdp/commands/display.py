@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokenmdp.wording import clock
+
 LOG_SECONDS = 10.0  # at most one line in this time where the output is a file
 ECHO_SECONDS = 2.0  # in which a signal may be the first one again, passed on by a launcher
 
@@ -35,15 +37,6 @@ def summary(metrics: Mapping[str, Any]) -> str:
         f"score {metrics['score_mean']:+z.2f}  KL {metrics['kl']:z.2f}  entropy {metrics['entropy']:z.2f}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds.
-
-    >>> clock(75.4)
-    '1:15'
-    """
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 class TrainingDisplay:

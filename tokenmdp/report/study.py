@@ -22,7 +22,7 @@ from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.results import Cell, Study, without_directories
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
-from tokenmdp.wording import count
+from tokenmdp.wording import clock, count
 
 SHOWN_SAMPLES = 3  # a method
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
@@ -72,7 +72,7 @@ def write_report(study: Study, path: str | Path) -> Path:
     bodies = "".join(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in parts)
     seconds = sum(result.seconds for result in study.results.values())
     note = (
-        f"{len(study.results)} of {count(len(study.cells), 'training run')} finished, {seconds / 3600:.1f} hours of "
+        f"{len(study.results)} of {count(len(study.cells), 'training run')} finished, {clock(seconds)} of "
         f"computing, {count(len(grids), 'grid')}: {', '.join(grids)}."
     )
     title = "Dense reward for free: the claims, tried again"

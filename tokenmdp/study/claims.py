@@ -103,6 +103,8 @@ def multiplicity(decided: Sequence[Verdict]) -> str:
     'Each of the 12 claims with an interval has its own'
     """
     told = sum(bool(verdict.interval) for verdict in decided)
+    if not told:
+        return "No claim has an interval: the runs are too few, or other ones."
     return (
         f"Each of the {count(told, 'claim')} with an interval has its own, with no correction for their number: one "
         f"interval in twenty misses by chance, so {told / 20:.1f} of these are expected to. Several claims share their "

@@ -38,7 +38,7 @@ def parse_method(specification: str) -> Method:
     Method(label='attention credit_beta=0.4', credit='attention', credit_beta=0.4, options={})
 
     Raises:
-        StudyError: no such method.
+        StudyError: no such method, or a credit_beta that is no number.
         ValueError: an option without a value.
     """
     name, _, text = specification.partition(":")
@@ -46,6 +46,8 @@ def parse_method(specification: str) -> Method:
     options = parse_options(re.split(r",(?=\w+=)", text), "--credit-option") if text else {}
     label = without_directories(" ".join([name, *(f"{key}={value}" for key, value in options.items())]))
     beta = options.pop("credit_beta", default_beta(name))
+    if not isinstance(beta, int | float):
+        raise StudyError(f"--methods {specification!r}: credit_beta is {beta!r}, which is no number")
     return Method(label, name, float(beta), options)
 
 
@@ -178,10 +180,14 @@ def read_rates(path: Path) -> dict[str, float]:
     """Learning rates from what the grid "tune" wrote, or from a JSON object of methods and numbers.
 
     Raises:
-        StudyError: the file holds neither.
+        StudyError: the file holds neither, or is not there.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"--learning-rates {path} cannot be read: {error.strerror}") from error
+    try:
+        record = json.loads(text)
         rates = record.get("learning_rates", record)
         return {str(method): float(rate) for method, rate in rates.items()}
     except (ValueError, TypeError, AttributeError) as error:

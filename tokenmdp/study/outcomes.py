@@ -85,8 +85,8 @@ def _cut(tables: Sequence[Mapping[str, Sequence[float]]], key: str) -> tuple[np.
 
 
 def window_for(updates: int) -> int:
-    """`WINDOW`, or less for a curve that is shorter."""
-    return min(WINDOW, updates)
+    """`WINDOW`, or less for a curve so short that such a mean would leave little of it."""
+    return max(1, min(WINDOW, updates // 8))
 
 
 def by_seed(results: Sequence[CellResult]) -> dict[int, CellResult]:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tokenmdp.commands.display import clock
 from tokenmdp.study.grid import load_cost
 from tokenmdp.study.results import Cell, cell_file, read_result
+from tokenmdp.wording import clock
 
 LINE_SECONDS = 60.0  # between two lines about running cells where the output is a file
 

@@ -82,7 +82,8 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
                     if progress.finished(cell):  # by another command, meanwhile
                         display.ended(cell)
                         continue
-                    progress.running.append(_start(path, cell, slots.pop(0), device))
+                    with _interrupts_wait():
+                        progress.running.append(_start(path, cell, slots.pop(0), device))
                 time.sleep(POLL_SECONDS)
                 _check_presence(path)
                 for worker in [worker for worker in progress.running if worker.process.poll() is not None]:
@@ -129,6 +130,23 @@ def _termination_is_an_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """An interrupt in the block comes at its end, when the process that was started is known and can be ended."""
+    came: list[int] = []
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in held.items() if callable(handler)}  # not those that are ignored
+    for number in held:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _start(path: Path, cell: Cell, slot: int, device: str) -> Worker:

@@ -51,8 +51,8 @@ LEGEND = (
     f"{FEWEST_RESAMPLED} means of one setting have a t interval instead and other numbers none, nor have numbers that "
     "are the same in all resamples. "
     "Updates to sparse's maximum: the maximum of sparse's mean curve, and the Kaplan-Meier median over seeds of the "
-    f"updates until a seed's own curve is there, both as trailing means over {outcomes.WINDOW} updates; never: more "
-    "than half of the seeds did not get there. A single seed's curve is noisier than the mean curve that it is "
+    f"updates until a seed's own curve is there, both as trailing means over up to {outcomes.WINDOW} updates; never: "
+    "more than half of the seeds did not get there. A single seed's curve is noisier than the mean curve that it is "
     "compared with, and may touch the level by chance; the interval takes the level as known. "
     "Mean +- 2 SE: the paper's summary, with the standard error over seeds."
 )

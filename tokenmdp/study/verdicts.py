@@ -35,6 +35,7 @@ from tokenmdp.study.sweeps import (
     rises_with_beta,
 )
 
+FEWEST_EVALUATIONS = 4  # the first is the start, and thirds of the others are compared
 FIRST_STEPS = "steps 0 to 100 of its 151"  # that the paper's means are over
 
 
@@ -154,8 +155,13 @@ def _gold(study: Study) -> list[Verdict]:
     found = find(study, ("attention", "sparse"), length=None)
     if found is None:
         return [claim.missing(needs(("attention", "sparse"))) for claim in (rises, holds, above)]
-    if any(len(result.evaluations.get("gold", ())) < 4 for group in found.groups for result in group):
-        why = "needs a second reward model (--gold) and four evaluations or more"
+    scored = [len(result.evaluations.get("gold", ())) for group in found.groups for result in group]
+    if min(scored) < FEWEST_EVALUATIONS:
+        why = (
+            f"needs {FEWEST_EVALUATIONS} evaluations or more of each run; lower --eval-every"
+            if min(scored)
+            else "needs a second reward model: --gold"
+        )
         return [claim.missing(why) for claim in (rises, holds, above)]
     (updates, gold), (_, other) = (outcomes.evaluation_curves(group, "gold") for group in found.groups)
     evaluations = min(len(gold[0]), len(other[0]))
