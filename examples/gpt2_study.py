@@ -28,7 +28,7 @@ from transformers import (
 from tokenmdp import cli
 from tokenmdp.checkpoints import atomic_directory
 from tokenmdp.loading import load_tokenizer, quiet
-from tokenmdp.study.results import Study, load_study
+from tokenmdp.study.directory import Study, load_study
 
 HEAD_WIDTH = 64  # of GPT-2 in every size
 GPT2 = GPT2Config()  # its defaults are those of GPT-2 124M

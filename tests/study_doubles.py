@@ -19,7 +19,8 @@ from tokenmdp.intervals import Interval
 from tokenmdp.quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
 from tokenmdp.report.quality import record
 from tokenmdp.report.samples import Sample
-from tokenmdp.study.results import Cell, CellResult, cell_file, declare, write_result
+from tokenmdp.study.directory import declare
+from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 
 METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")
 GRIDS = ("imdb", "beta", "length", "kl", "faithful")

@@ -19,7 +19,7 @@ from tokenmdp.commands.settings import toy_policy
 from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.loading import load_causal_lm, load_tokenizer
 from tokenmdp.study import worker
-from tokenmdp.study.results import load_study
+from tokenmdp.study.directory import load_study
 from tokenmdp.wrappers import CreditReward
 
 

@@ -13,20 +13,12 @@ from study_doubles import grid_cells, make_cell, make_result, paper_like, synthe
 
 from tokenmdp import cli
 from tokenmdp.commands import ablate
-from tokenmdp.study import results
+from tokenmdp.study import directory, results
+from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
 from tokenmdp.study.locking import locked
 from tokenmdp.study.presets import PRESETS
-from tokenmdp.study.results import (
-    CellResult,
-    StudyError,
-    cell_file,
-    declare,
-    load_study,
-    quality_file,
-    read_result,
-    write_result,
-)
+from tokenmdp.study.results import CellResult, StudyError, cell_file, read_result, write_result
 
 
 def full_disk(path, text):
@@ -72,7 +64,7 @@ def test_a_result_without_costs_is_read(tmp_path):
 
 def test_a_study_of_another_version_is_read_but_not_added_to(tmp_path, monkeypatch):
     cells = grid_cells("imdb", 1, 5)
-    monkeypatch.setattr(results, "tokenmdp_version", lambda: "0.0.1")
+    monkeypatch.setattr(directory, "tokenmdp_version", lambda: "0.0.1")
     declare(tmp_path, "imdb", cells, {})
     monkeypatch.undo()
     before = (tmp_path / "study.json").read_text()
@@ -259,15 +251,15 @@ def test_absolute_names_show_their_last_part(tmp_path):
 
 def test_one_process_at_a_time_holds_a_directory(tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    directory = os.open(tmp_path, os.O_RDONLY)
+    handle = os.open(tmp_path, os.O_RDONLY)
     with locked(tmp_path), pytest.raises(BlockingIOError):
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(directory)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
 
 
 def test_a_full_disk_at_the_start_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results, "write_text", full_disk)
+    monkeypatch.setattr(directory, "write_text", full_disk)
     assert cli.main(["ablate", "--preset", "smoke", "--out", str(tmp_path / "study"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error

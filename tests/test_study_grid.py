@@ -18,11 +18,7 @@ from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.study import grid
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
 from tokenmdp.study.presets import PRESETS
-from tokenmdp.study.results import (
-    StudyError,
-    cell_from_record,
-    cell_record,
-)
+from tokenmdp.study.results import StudyError, cell_from_record, cell_record
 
 SIZES = {
     "quick": 12,

@@ -32,8 +32,8 @@ from tokenmdp.report.study_protocol import protocol, shared_settings
 from tokenmdp.report.study_sections import correlations
 from tokenmdp.report.study_tradeoffs import score_against_kl
 from tokenmdp.study.claims import multiplicity
+from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting, family
-from tokenmdp.study.results import load_study
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.tuning import rates_of
 from tokenmdp.study.verdicts import verdicts

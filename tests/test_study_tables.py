@@ -8,7 +8,7 @@ from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
 from tokenmdp.study.claims import Verdict
-from tokenmdp.study.results import load_study
+from tokenmdp.study.directory import load_study
 from tokenmdp.study.statistics import Estimate, censored_median
 from tokenmdp.study.tables import (
     LEGEND,

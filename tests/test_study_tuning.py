@@ -5,8 +5,9 @@ import json
 import pytest
 from study_doubles import make_cell
 
+from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import read_rates
-from tokenmdp.study.results import CellResult, cell_file, declare, load_study, write_result
+from tokenmdp.study.results import CellResult, cell_file, write_result
 from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note
 
 SHORT, LONG = "8-16 tokens", "20-30 tokens"

@@ -10,7 +10,7 @@ from study_doubles import SHORT, Course, grid_cells, make_cell, make_result
 from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on, without
 
 from tokenmdp.study.claims import multiplicity
-from tokenmdp.study.results import Study
+from tokenmdp.study.directory import Study
 from tokenmdp.study.verdicts import verdicts
 
 STEPS = "ABC reaches sparse's maximum in fewer than half the steps"

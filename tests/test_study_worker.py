@@ -21,10 +21,11 @@ from tokenmdp.commands import ablate
 from tokenmdp.commands.settings import make_envs, toy_policy
 from tokenmdp.commands.train import ppo_config
 from tokenmdp.study import results, scheduler, worker
+from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
 from tokenmdp.study.presets import PRESETS
 from tokenmdp.study.progress import Progress, Worker
-from tokenmdp.study.results import StudyError, cell_file, declare, load_study, write_result
+from tokenmdp.study.results import StudyError, cell_file, write_result
 
 SMOKE = PRESETS["smoke"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a worker is a shell script")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from study_doubles import Course, make_result, quality_record
 
-from tokenmdp.study.results import Study
+from tokenmdp.study.directory import Study
 from tokenmdp.study.verdicts import verdicts
 
 OUTCOMES = {"reproduced": 1.0, "not reproduced": -1.0, "inconclusive": None}

@@ -28,18 +28,11 @@ from tokenmdp.commands.settings import (
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.report import quality as quality_report
 from tokenmdp.report.study import write_report
+from tokenmdp.study.directory import Study, declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
 from tokenmdp.study.locking import locked
 from tokenmdp.study.presets import PRESETS, Plan
-from tokenmdp.study.results import (
-    Cell,
-    Study,
-    StudyError,
-    cell_file,
-    declare,
-    load_study,
-    quality_file,
-)
+from tokenmdp.study.results import Cell, StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.text_metrics import self_bleu

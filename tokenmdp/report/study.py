@@ -18,8 +18,10 @@ from tokenmdp.report.study_protocol import protocol
 from tokenmdp.report.study_sections import Picture, Section, main_grids, sections
 from tokenmdp.report.study_style import STUDY_STYLE
 from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
+from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import without_directories
 from tokenmdp.study.outcomes import by_setting
-from tokenmdp.study.results import Cell, Study, without_directories
+from tokenmdp.study.results import Cell
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
 from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count

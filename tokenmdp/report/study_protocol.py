@@ -10,7 +10,9 @@ from typing import Any
 
 from tokenmdp.checkpoints import read_json
 from tokenmdp.report.drawing import name_of
-from tokenmdp.study.results import Cell, Study, cell_record, model_name, without_directories
+from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import model_name, without_directories
+from tokenmdp.study.results import Cell, cell_record
 from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note, rates_of
 from tokenmdp.wording import count
 

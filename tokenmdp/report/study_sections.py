@@ -17,6 +17,8 @@ from tokenmdp.report.study_tradeoffs import (
     score_against_kl,
 )
 from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
+from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import model_name, slug
 from tokenmdp.study.outcomes import (
     BASELINE,
     KL_COEF,
@@ -29,7 +31,6 @@ from tokenmdp.study.outcomes import (
     length_of,
     window_for,
 )
-from tokenmdp.study.results import Study, model_name, slug
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:

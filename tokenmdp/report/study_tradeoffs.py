@@ -32,8 +32,8 @@ from tokenmdp.report.study_lines import (
     scale_to,
 )
 from tokenmdp.study.equal_kl import equal_kl, pareto_front
+from tokenmdp.study.labels import model_name
 from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
-from tokenmdp.study.results import model_name
 from tokenmdp.study.statistics import Estimate
 from tokenmdp.wording import count
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.study import outcomes
-from tokenmdp.study.results import Cell, CellResult, Study
+from tokenmdp.study.directory import Study
+from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import Estimate
 from tokenmdp.wording import count
 

@@ -18,8 +18,9 @@ from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.commands.settings import RunSettings, credit_of, parse_options
 from tokenmdp.commands.train import ppo_config
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.presets import LEARNING_RATE, Plan
-from tokenmdp.study.results import Cell, StudyError, model_name, without_directories
+from tokenmdp.study.results import Cell, StudyError
 
 
 class Method(NamedTuple):

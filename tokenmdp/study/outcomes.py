@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tokenmdp.commands.settings import settings_record
-from tokenmdp.study.results import Cell, CellResult, Study
+from tokenmdp.study.directory import Study
+from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import trailing_mean
 
 BASELINE = "sparse"  # what every method is compared with

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.commands.allocator import SETTINGS
+from tokenmdp.study.labels import without_directories
 from tokenmdp.study.progress import Progress, Worker, display_of
-from tokenmdp.study.results import Cell, StudyError, cell_file, read_result, without_directories
+from tokenmdp.study.results import Cell, StudyError, cell_file, read_result
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0  # for a worker that is asked to end

@@ -24,8 +24,10 @@ from tokenmdp.study.claims import (
     plain_cells,
     undecided,
 )
+from tokenmdp.study.directory import Study
 from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
-from tokenmdp.study.results import Cell, CellResult, Study, model_name
+from tokenmdp.study.labels import model_name
+from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import Estimate, jackknife, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import Verdict
+from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import BASELINE
-from tokenmdp.study.results import CellResult, Study
+from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import (
     FEWEST_RESAMPLED,
     Estimate,

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenmdp.agents.ppo import PPOConfig
+from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import area, last_tenth
-from tokenmdp.study.results import Cell, Study, rounded
+from tokenmdp.study.results import Cell, rounded
 
 MOST_KL = 20.0  # nats a response over the last tenth of the updates; the paper's policies end at 14.2 to 18.7
 OTHER_BOUNDS = (18.7, 25.0)  # as defensible

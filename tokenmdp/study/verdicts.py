@@ -25,7 +25,8 @@ from tokenmdp.study.claims import (
     find,
     needs,
 )
-from tokenmdp.study.results import CellResult, Study
+from tokenmdp.study.directory import Study
+from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import FEWEST_RESAMPLED, overtaking, paired_difference
 from tokenmdp.study.sweeps import (
     collapses,

@@ -27,16 +27,10 @@ from tokenmdp.commands.settings import TOY_POLICY, make_envs, resolve_device, sp
 from tokenmdp.commands.train import ppo_config
 from tokenmdp.peak_memory import peak_bytes
 from tokenmdp.report.samples import Sample
+from tokenmdp.study.directory import read_cell
 from tokenmdp.study.grid import register
-from tokenmdp.study.results import (
-    Cell,
-    CellResult,
-    cell_file,
-    package_versions,
-    read_cell,
-    without_directories,
-    write_result,
-)
+from tokenmdp.study.labels import without_directories
+from tokenmdp.study.results import Cell, CellResult, cell_file, package_versions, write_result
 from tokenmdp.study.text_metrics import evaluate_cell
 
 COLUMNS = (
