@@ -59,6 +59,14 @@ def play_rows(envs, count, tokens=(3, 4, 5, 6, 7)):
     return [warning for warning in caught if warning.category is UninformativeAttention]
 
 
+def even_rows(max_new_tokens):
+    """64 episodes at a time, whose reward model attends to everything alike."""
+    return wrapped_vec(
+        "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", max_new_tokens=max_new_tokens,
+        reward_model=ConstantAttention(),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def forget(monkeypatch):
     monkeypatch.setattr(CreditWrapper, "_warned_of_attention", set())
@@ -81,10 +89,7 @@ def test_nearly_uniform_attention_warns_once():
 
 @pytest.mark.usefixtures("forget")
 def test_responses_that_repeat_themselves_say_nothing_about_attention():
-    envs = wrapped_vec(
-        "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", max_new_tokens=24,
-        reward_model=ConstantAttention(),
-    )  # fmt: skip
+    envs = even_rows(max_new_tokens=24)
     assert play_rows(envs, 2, [13] * 12) == []
     assert play_rows(envs, 2, [13] * 18 + [14, 15, 16]) == []  # 5 different ones of 22
     assert len(play_rows(envs, 1, [13] * 8 + [14, 15, 16])) == 1
@@ -92,10 +97,7 @@ def test_responses_that_repeat_themselves_say_nothing_about_attention():
 
 @pytest.mark.usefixtures("forget")
 def test_long_responses_are_judged_by_a_number_of_distinct_tokens_not_a_share():
-    envs = wrapped_vec(
-        "AttentionCreditReward", num_envs=64, autoreset_mode="Disabled", max_new_tokens=96,
-        reward_model=ConstantAttention(),
-    )  # fmt: skip
+    envs = even_rows(max_new_tokens=96)
     assert play_rows(envs, 1, [13] * 64 + [*range(14, 27)]) == []  # 15 different ones of 78
     assert len(play_rows(envs, 1, [13] * 64 + [*range(14, 28)])) == 1
 

@@ -1,7 +1,6 @@
 """The report of a study: what the page holds and leaves out, its figures, and what a real browser makes of it."""
 
 import html as markup
-import itertools
 import json
 import re
 import shutil
@@ -10,30 +9,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib.image
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from study_doubles import Course, grid_cells, make_cell, make_result, paper_like, quality_record, synthetic_study
+from study_doubles import quality_record, synthetic_study
 
-from tokenmdp.report.drawing import (
-    COLOURS,
-    DARK_COLOURS,
-    DARK_ORDERED,
-    ORDERED,
-    inline,
-    looks,
-    new_figure,
-    spread_apart,
-)
 from tokenmdp.report.study import _typeset, write_report
-from tokenmdp.report.study_figures import diagnostics, learning_curves
 from tokenmdp.report.study_protocol import protocol, shared_settings
-from tokenmdp.report.study_sections import correlations
-from tokenmdp.report.study_tradeoffs import score_against_kl
+from tokenmdp.report.study_quality import correlations
 from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.directory import load_study
-from tokenmdp.study.outcomes import by_setting, family
+from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.tuning import rates_of
 from tokenmdp.study.verdicts import verdicts
@@ -176,6 +160,28 @@ def test_what_is_not_there_is_left_out_and_said(partial):
     }
 
 
+def test_one_reward_model_has_its_table_of_credit_quality_without_a_figure(tmp_path):
+    path = synthetic_study(tmp_path, grids=("quick",), seeds=1, updates=4, quality=("imdb-tiny",))
+    text = write_report(load_study(path), tmp_path / "report").read_text(encoding="utf-8")
+    section = re.search(r'<section id="quality">.*?</section>', text)[0]
+    words = " ".join(Outline(section).words)
+    assert "Not in this study: needs two reward models" in words
+    assert "credit quality on the reward model imdb-tiny" in words
+    assert "is informative: rank correlation 0.57" in words
+    assert f'<tr><th scope="row">ABC</th>{"<td>0.57<small>[0.53, 0.61]</small></td>" * 5}<td>1</td></tr>' in section
+
+
+def test_a_study_of_the_readers_own_does_not_open_with_the_papers_claims(partial, tmp_path):
+    kept = {"grids": {"custom": partial.grids["quick"]}, "commands": {"custom": partial.commands["quick"]}}
+    own = replace(partial, **kept, labels={"custom": partial.labels["quick"]})
+    pages = [write_report(study, tmp_path).read_text(encoding="utf-8") for study in (partial, own)]
+    sections = [re.findall(r'<section id="(\w+)"', page) for page in pages]
+    assert sections[0][0] == "claims"
+    assert sections[1].index("claims") == sections[1].index("samples") - 1
+    assert ["Dense reward for free" in page for page in pages] == [True, False]
+    assert "in different ways: sparse, uniform, ABC, RED." in " ".join(Outline(pages[1]).words)
+
+
 def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_path):
     stale = tmp_path / "figures" / "kl.svg"
     stale.parent.mkdir()
@@ -253,101 +259,6 @@ def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial,
     assert "Not the same in all runs: credit, credit_beta, learning_rate, seed" in words
 
 
-def test_the_arrow_says_the_share_of_the_steps(full):
-    """Curves without noise: sparse is highest at its end, and attention is there where its formula says."""
-
-    def course(cell):
-        half = {"sparse": 20.0, "attention": 8.0}[cell.method]
-        return Course(start=0, end=10, half=half, noise=0, spread=0)
-
-    groups = {
-        method: [make_result(cell, course(cell)) for cell in (make_cell(method, seed, updates=60) for seed in (1, 2))]
-        for method in ("sparse", "attention")
-    }
-    figure, remarks = learning_curves(groups)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    sparse, own = (np.array(groups[method][0].metrics["score_mean"]) for method in ("sparse", "attention"))
-    highest = max(np.mean(sparse[end - 5 : end]) for end in range(5, 61))
-    step = next(end for end in range(5, 61) if np.mean(own[end - 5 : end]) >= highest)
-    assert f"sparse's maximum {highest:.2f} at update 60" in texts
-    assert f"ABC is there after {step / 60:.0%} of the steps, update {step}" in texts
-    assert not remarks
-    assert "fewer than the curves" in learning_curves(groups | {"sparse": groups["sparse"][:1]})[1][0]
-
-
-def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():
-    def course(cell):
-        return replace(paper_like(cell), collapse=0.5 if (cell.method, cell.seed) == ("sparse", 2) else 2.0)
-
-    groups = {}
-    for cell in grid_cells("quick", seeds=5, updates=40):
-        groups.setdefault(cell.method, []).append(make_result(cell, course(cell)))
-    figure, remarks = learning_curves(groups)
-    assert figure.axes[1].get_ylim()[1] < 40
-    kl = np.mean([result.metrics["kl"] for result in groups["sparse"]], axis=0)
-    highest = max(np.mean(kl[end - 5 : end]) for end in range(5, 41))
-    assert remarks == [f"sparse leaves the picture: its mean KL gets to {highest:.3g}"]
-
-
-def test_a_collapse_downwards_is_said_too():
-    courses = [Course(), Course(collapse=0.5, collapsed_kl=-450), Course()]
-    cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
-    groups = {"sparse": list(map(make_result, cells, courses)), "red": [make_result(cell, Course()) for cell in cells]}
-    figure, remarks = learning_curves(groups)
-    assert figure.axes[1].get_ylim()[0] > -20
-    assert re.fullmatch(r"sparse leaves the picture: its mean KL gets to \N{MINUS SIGN}\d+(\.\d)?", remarks[0])
-
-
-def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
-    settings = {
-        setting: {method: list(results) for method, results in groups.items()}
-        for setting, groups in by_setting(full, "kl").items()
-    }
-    cell = settings["8-16 tokens, kl_coef=0.2"]["sparse"][0].cell
-    settings["8-16 tokens, kl_coef=0.2"]["sparse"][0] = make_result(cell, Course(collapse=0.5))
-    figure, remarks = score_against_kl(settings)
-    assert figure.axes[0].get_xlim()[1] < 60
-    assert remarks[0] == "Points outside of the picture, drawn out by single seeds: 1"
-    assert all("1 collapsed run left out" in remark for remark in remarks[1:])
-    assert len(remarks) == 4
-
-
-def test_two_seeds_are_drawn_one_by_one_and_three_as_a_band(full):
-    groups = by_setting(full, "imdb")["8-16 tokens"]
-    for seeds, bands, lines in ((1, 0, 1), (2, 0, 3), (3, 1, 1)):
-        figure, _ = learning_curves({"red": groups["red"][:seeds]})
-        upper = figure.axes[0]
-        drawn = [line for line in upper.lines if line.get_clip_on()]  # others lead to a name
-        assert (len(upper.collections), len(drawn)) == (bands, lines)
-
-
-def test_diagnostics_have_a_panel_for_what_is_recorded_and_say_what_is_zero(full):
-    groups = by_setting(full, "imdb")["8-16 tokens"]
-    figure, remarks = diagnostics(groups)
-    shown = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
-    assert len(shown) == 5
-    assert remarks == ["Not drawn, 0 throughout: episodes without usable attention"]
-    names = {text.get_text() for text in shown["attention on the response"].texts}
-    assert names == {"ABC", "ABC-D", "ABC-D2"}
-    assert len(shown["entropy of the policy"].texts) == len(groups)
-
-
-def test_a_diagnostic_that_leaves_its_picture_is_called_by_its_name(full):
-    groups = {"sparse": list(by_setting(full, "imdb")["8-16 tokens"]["sparse"])}
-    wild = groups["sparse"][0].metrics
-    wild = wild | {"explained_variance": [-400.0, *wild["explained_variance"][1:]]}
-    groups["sparse"][0] = replace(groups["sparse"][0], metrics=wild)
-    _, remarks = diagnostics(groups)
-    assert remarks[0].startswith("sparse leaves the picture: its mean explained variance of the returns gets to")
-
-
-def test_families_differ_in_what_is_varied_alone(full):
-    settings = by_setting(full, "kl")
-    assert family(settings, ("kl_coef",)).keys() == settings.keys()
-    assert len(family(settings | by_setting(full, "length"), ("kl_coef",))) == 4
-    assert len(family(settings, ("horizon_range",))) == 1
-
-
 def test_credit_quality_goes_by_what_a_method_is_not_by_its_label(full):
     groups = {"mine": by_setting(full, "imdb")["8-16 tokens"]["attention"]}
     assert correlations(full, "imdb-tiny", groups)["mine"][0] == pytest.approx(0.57)
@@ -360,51 +271,6 @@ def test_shared_settings_leave_out_what_varies(full):
     assert shared["learning_rate"] == 1e-4
     assert shared["kl_target"] is None
     assert not shared.keys() & {"seed", "credit", "ppo", "kl_coef"}
-
-
-@given(st.lists(st.floats(-10, 10), max_size=8), st.floats(0.1, 3))
-def test_labels_move_apart_in_order_and_no_more_than_needed(places, gap):
-    moved = spread_apart(places, gap)
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    for left, right in itertools.pairwise(order):
-        assert moved[right] - moved[left] >= gap - 1e-6
-    if all(places[right] - places[left] >= gap for left, right in itertools.pairwise(order)):
-        assert moved == pytest.approx(places)
-    assert sum(moved) == pytest.approx(sum(places), abs=1e-6)
-
-
-def test_methods_keep_their_looks_whoever_is_beside_them():
-    every = ["sparse", "uniform", "attention", "abc-d", "abc-d2", "red"]
-    for methods in (["red"], ["attention", "mine", "red"], [*every, "a", "b"]):
-        chosen = looks(methods)
-        assert len({look.colour for look in chosen.values()}) == len(methods)
-        assert all(chosen[method] == looks(every)[method] for method in methods if method in every)
-    assert len(looks([f"method {number}" for number in range(30)])) == 30
-
-
-def luminance(colour):
-    parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
-    return np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
-
-
-def test_lines_stand_out_from_their_page():
-    for page_colour, colours in (("#fdfdfc", (*COLOURS, *ORDERED)), ("#17181b", (*DARK_COLOURS, *DARK_ORDERED))):
-        for colour in colours:
-            low, high = sorted((luminance(colour), luminance(page_colour)))
-            assert (high + 0.05) / (low + 0.05) >= 4.5, colour
-
-
-def test_an_inlined_figure_has_its_own_names_and_theme_colours():
-    svg = (
-        '<?xml version="1.0"?><svg xmlns="x" viewBox="0 0 1 1" width="1"><metadata>m</metadata><g id="a" '
-        'style="stroke: #c14f00; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
-    )
-    body = inline(svg, "kl", "a &amp; b")
-    assert body == (
-        '<svg viewBox="0 0 1 1" role="img" aria-label="a &amp; b"><g id="kl-a" style="stroke: var(--f-s2); fill: '
-        'var(--f-page)" clip-path="url(#kl-b)"><use xlink:href="#kl-c"/></g></svg>'
-    )
-    assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
 
 
 PROBE = """

@@ -108,7 +108,10 @@ def test_without_sparse_nothing_is_compared(tmp_path):
 
 def test_one_seed_has_numbers_without_intervals(tmp_path):
     path = synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=3)
-    texts = [text for row in method_table(load_study(path), "imdb") for text in method_texts(row)]
+    rows = method_table(load_study(path), "imdb")
+    assert [row.improvement for row in rows] == [None] * 6  # of one run against another it is 0 or 1
+    assert sum(row.difference is not None for row in rows) == 5
+    texts = [text for row in rows for text in method_texts(row)]
     assert not any("[" in text or "inf" in text or "nan" in text for text in texts)
 
 

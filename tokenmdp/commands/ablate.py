@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tokenmdp import cli
 
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "updates to sparse's maximum")
+ONE_LINE = 150  # columns of a terminal that hold numbers and intervals side by side
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
@@ -69,7 +70,12 @@ def ablate(arguments: cli.Ablate) -> int:
         check_models(cells)
     declare(out, plan.name, cells, {"command": command_of(arguments), **_given(arguments)})
     share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
-    console.print(f"{out}: {len(mine)} cells{share}, {jobs} at a time on {device}", highlight=False, soft_wrap=True)
+    finished = sum(cell_file(out, cell.id).exists() for cell in mine)
+    console.print(
+        f"{out}: {len(mine)} cells{share}, {finished} of them finished, {jobs} at a time on {device}",
+        highlight=False,
+        soft_wrap=True,
+    )
     errors = run_cells(out, mine, jobs=jobs, device=device, console=console)
     study = load_study(out)
     left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
@@ -227,7 +233,7 @@ def _report(study: Study, grid: str, console: Console) -> None:
     if "tune" in study.grids:
         show_rates(study, console)
     for name in [grid] if grid in study.grids else study.grids:
-        for table in tables_of(study, name):
+        for table in tables_of(study, name, console.width):
             console.print(table)
     seconds = sum(result.seconds for result in study.results.values())
     console.print(f"{len(study.results)} of {len(study.cells)} cells, {clock(seconds)} of computing", highlight=False)
@@ -244,17 +250,22 @@ def show_rates(study: Study, console: Console) -> None:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
 
-def tables_of(study: Study, grid: str) -> list[Table]:
-    """The main columns of a grid's table for the terminal, one table a setting; the page has the others."""
+def tables_of(study: Study, grid: str, width: int) -> list[Table]:
+    """The main columns of a grid's table for a terminal of ``width``, one table a setting; the page has the others.
+
+    In a narrow terminal intervals stand below their numbers.
+    """
+    between = " " if width >= ONE_LINE else "\n"
     tables: dict[str, Table] = {}
     for row in method_table(study, grid):
         texts = dict(zip(METHOD_HEADINGS, method_texts(row), strict=True))
         if row.setting not in tables:
             tables[row.setting] = table = Table(title=f"{grid}: {row.setting}", title_justify="left")
-            table.add_column("method")
+            table.add_column("method", overflow="fold")
             for heading in SHOWN:
                 table.add_column(heading, justify="right")
-        tables[row.setting].add_row(texts["method"], *(texts[heading] for heading in SHOWN))
+        numbers = (texts[heading].replace(" [", f"{between}[") for heading in SHOWN)
+        tables[row.setting].add_row(texts["method"], *numbers)
     return list(tables.values())
 
 

@@ -14,8 +14,10 @@ from tokenmdp.checkpoints import write_text
 from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
+from tokenmdp.report.study_parts import Picture, Section, main_grids
 from tokenmdp.report.study_protocol import protocol
-from tokenmdp.report.study_sections import Picture, Section, main_grids, sections
+from tokenmdp.report.study_quality import quality_table
+from tokenmdp.report.study_sections import sections
 from tokenmdp.report.study_style import STUDY_STYLE
 from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
 from tokenmdp.study.directory import Study
@@ -27,6 +29,7 @@ from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count
 
 SHOWN_SAMPLES = 3  # a method
+OWN_GRIDS = {"custom", "smoke", "tune"}  # that ask a question of the reader's own, not the paper's
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
 CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
 
@@ -63,9 +66,12 @@ def write_report(study: Study, path: str | Path) -> Path:
         if old.stem not in shown:  # of a grid or setting that is no longer here
             old.unlink(missing_ok=True)
     others = [grid for grid in grids if not any(grid in section.grids for section in found)]
+    of_the_paper = not study.grids.keys() <= OWN_GRIDS
+    claims = ("claims", "The claims" if of_the_paper else "The paper's claims", _claims(decided))
     parts = [
-        ("claims", "The claims", _claims(decided)),
+        *[claims] * of_the_paper,
         *((section.id, section.title, _section(study, section, shown)) for section in found),
+        *[claims] * (not of_the_paper),
         ("samples", "What they write in the end", _samples(study)),
         ("unfinished", "What is missing", _unfinished(study)),
         ("how", "How it was made", protocol(study) + "".join(_grid_table(study, grid) for grid in others)),
@@ -77,13 +83,14 @@ def write_report(study: Study, path: str | Path) -> Path:
         f"{len(study.results)} of {count(len(study.cells), 'training run')} finished, {clock(seconds)} of "
         f"computing, {count(len(grids), 'grid')}: {', '.join(grids)}."
     )
-    title = "Dense reward for free: the claims, tried again"
+    title = "Dense reward for free: the claims, tried again" if of_the_paper else "Credit methods compared"
+    summary = _summary(decided) if of_the_paper else _own_summary(study, decided)
     page = (
         '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
         f'<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
-        f'<p class="note">{escape(note)}</p>{_summary(decided)}<nav>{links}</nav><main>{bodies}</main>'
+        f'<p class="note">{escape(note)}</p>{summary}<nav>{links}</nav><main>{bodies}</main>'
         f"<script>{SCRIPT}</script></body></html>"
     )
     write_text(path / "index.html", page)
@@ -91,15 +98,30 @@ def write_report(study: Study, path: str | Path) -> Path:
 
 
 def _summary(decided: Sequence[Verdict]) -> str:
-    counts = Counter(verdict.verdict for verdict in decided)
-    listed = ", ".join(f"<b>{counts[kind]}</b> {kind}" for kind in MARKS if counts[kind])
     return (
         "<p>Chan et al. (ICML 2024) spread a reward model's score over the tokens by the model's own attention (ABC: "
         "attention-based credit) and report faster and steadier learning than with the score at the last token "
         "(sparse) or in equal parts (uniform). ABC-D and ABC-D2 read the policy's attention instead. RED, which is not "
         "in the paper, pays each token the change of the score of the text so far. Here is what became of their claims "
-        f"on these models, with questions that they left open. Of {count(len(decided), 'claim')}: {listed}.</p>"
+        f"on these models, with questions that they left open. {_counted(decided)}</p>"
     )
+
+
+def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
+    """Of a study that asks its own question."""
+    methods = dict.fromkeys(name_of(cell.method) for grid in study.grids for cell in study.declared(grid))
+    return (
+        f"<p>How a policy learns when the reward model's score is spread over its tokens in different ways: "
+        f"{escape(', '.join(methods))}. Every method trains under the same seeds, which share their prompts. Further "
+        "down the claims of the ABC paper (Chan et al., ICML 2024) are judged on these runs. "
+        f"{_counted(decided)}</p>"
+    )
+
+
+def _counted(decided: Sequence[Verdict]) -> str:
+    counts = Counter(verdict.verdict for verdict in decided)
+    listed = ", ".join(f"<b>{counts[kind]}</b> {kind}" for kind in MARKS if counts[kind])
+    return f"Of {count(len(decided), 'claim')}: {listed}."
 
 
 def _claims(decided: Sequence[Verdict]) -> str:
@@ -133,11 +155,13 @@ def _typeset(text: str) -> str:
 
 
 def _section(study: Study, section: Section, shown: Mapping[str, str]) -> str:
-    if not section.pictures:
-        return f'<p class="note">Not in this study: {escape(section.missing)}.</p>'
+    missing = "" if section.pictures else f'<p class="note">Not in this study: {escape(section.missing)}.</p>'
+    if missing and not section.models:
+        return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
     tables = "".join(_grid_table(study, grid, opened=section.id == "curves") for grid in section.grids)
-    return f"<p>{escape(section.intro)}</p>{pictures}{tables}"
+    tables += "".join(quality_table(study, model) for model in section.models)
+    return f"<p>{escape(section.intro)}</p>{missing}{pictures}{tables}"
 
 
 def _picture(picture: Picture, svg: str) -> str:

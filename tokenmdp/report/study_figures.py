@@ -65,7 +65,7 @@ def learning_curves(groups: Groups, *, title: str = "") -> tuple[Figure, list[st
 def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> list[str]:
     """A dotted line at the baseline's maximum, where others pass it, and an arrow from one step to the other.
 
-    Returns what a caption has to say where the arrows are of fewer seeds than the curves.
+    Returns what a caption has to say of them.
     """
     found, fewer = {}, False
     for method, results in groups.items():
@@ -111,7 +111,14 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
         share = found[method].share.value
         text = f"{name_of(method)} is there after {share:.0%} of the steps, update {step:.0f}"
         _above(axes, (step, place), lines[method], text, colour)
-    return [f"Points and arrows are of the seeds that a method shares with {BASELINE}, fewer than the curves"] * fewer
+    remarks = [
+        f"The arrows say after what share of {BASELINE}'s steps another method stands where {BASELINE}'s mean curve is "
+        "highest"
+    ] * bool(shown)
+    remarks += [
+        f"Points and arrows are of the seeds that a method shares with {BASELINE}, fewer than the curves"
+    ] * fewer
+    return remarks
 
 
 def _above(axes: Axes, across: tuple[float, float], height: float, text: str, colour: str) -> None:

@@ -16,6 +16,7 @@ from tokenmdp.study.results import Cell, cell_record
 from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note, rates_of
 from tokenmdp.wording import count
 
+COMMANDS = "With these commands, each with the same directory as <code>--out</code>:"
 SEARCH = "tune"  # the grid that searches for learning rates
 LACKING = {"crashed": "crashed", "not_run": "not run"}
 
@@ -32,7 +33,7 @@ def protocol(study: Study) -> str:
         for grid in study.grids
         if study.declared(grid)
     )
-    return f"<pre>{escape(commands)}</pre>{_versions(study)}{_rates(study)}{_search(study)}{settings}"
+    return f"<p>{COMMANDS}</p><pre>{escape(commands)}</pre>{_versions(study)}{_rates(study)}{_search(study)}{settings}"
 
 
 def _versions(study: Study) -> str:

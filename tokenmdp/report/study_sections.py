@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 from tokenmdp.report.drawing import name_of
 from tokenmdp.report.study_figures import beta_sweep, diagnostics, learning_curves, length_study
+from tokenmdp.report.study_parts import Picture, Section, bands_of, main_grids, seeds_of, told
+from tokenmdp.report.study_quality import quality_section
 from tokenmdp.report.study_tradeoffs import (
     coefficient,
     diversity,
-    faithful_study,
     gold_against_proxy,
     has_evaluations,
     score_against_kl,
 )
-from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, slug
-from tokenmdp.study.outcomes import (
-    BASELINE,
-    KL_COEF,
-    LENGTH,
-    REWARD_MODEL,
-    Groups,
-    by_setting,
-    credit_quality,
-    family,
-    length_of,
-    window_for,
-)
-from tokenmdp.wording import count
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from tokenmdp.study.outcomes import BASELINE, KL_COEF, LENGTH, by_setting, family, length_of, window_for
 
 MOST_SETTINGS = 4  # of one grid that get learning curves of their own
-
-
-@dataclass
-class Picture:
-    """A figure of the page."""
-
-    name: str  # of its files
-    figure: Figure
-    title: str  # what it shows, in a line
-    caption: str
-
-
-@dataclass
-class Section:
-    """A part of the page; without pictures and tables it is only a line that says why."""
-
-    id: str
-    title: str
-    intro: str = ""
-    pictures: list[Picture] = field(default_factory=list)
-    grids: list[str] = field(default_factory=list)  # whose table of methods follows
-    missing: str = ""
 
 
 def sections(study: Study) -> list[Section]:
@@ -69,42 +28,17 @@ def sections(study: Study) -> list[Section]:
         _length(study),
         _kl(study),
         _gold(study),
-        _quality(study),
+        quality_section(study),
         _diversity(study),
         _diagnostics(study),
     ]
-
-
-def main_grids(study: Study) -> list[str]:
-    """The grids of the paper's main comparison that have finished cells, the best first."""
-    return [grid for grid in MAIN_GRIDS if study.select(grid)]
-
-
-def seeds_of(groups: Groups) -> str:
-    """Such as ``10 seeds`` or ``2 to 3 seeds``."""
-    counts = sorted({len(results) for results in groups.values()})
-    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else count(counts[0], "seed")
-
-
-def bands_of(groups: Groups) -> str:
-    """What is drawn around the means of a figure: as `draw_band` does."""
-    counts = {len(results) for results in groups.values()}
-    parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_SEEDS else []
-    parts += ["Faint lines: the two seeds of a method that has no more."] if 2 in counts else []
-    return " ".join(parts or ["No bands."])
-
-
-def told(remarks: Sequence[str]) -> str:
-    """Sentences at the end of a caption."""
-    return "".join(f" {remark}." for remark in remarks)
 
 
 def _curves(study: Study) -> Section:
     section = Section(
         "curves",
         "How fast each method learns",
-        "The score that the policy is trained on, and the KL that it spends for it. The arrows say after what share of "
-        f"{BASELINE}'s steps another method stands where {BASELINE}'s curve is highest.",
+        "The score that the policy is trained on, and the KL that it spends for it.",
         missing="no finished cell of a main grid: tokenmdp ablate --preset imdb, or quick",
     )
     for grid in main_grids(study):
@@ -225,57 +159,6 @@ def _gold(study: Study) -> Section:
             section.pictures.append(Picture(f"gold-{grid}", gold_against_proxy(groups), title, caption))
             return section
     return section
-
-
-def _quality(study: Study) -> Section:
-    section = Section(
-        "quality",
-        "Does the gain follow the quality of the credit?",
-        "Attention credit is as good as the attention that it reads. The same grid on reward models whose attention "
-        "follows the score's sources to different degrees, with the measured quality beside each curve.",
-        missing="needs two reward models: tokenmdp ablate --preset faithful",
-    )
-    for grid in ("faithful", "custom"):
-        found = family(by_setting(study, grid), REWARD_MODEL)
-        models = {next(iter(groups.values()))[0].cell.settings.reward_model: groups for groups in found.values()}
-        if len(models) < 2:
-            continue
-        figure, remarks = faithful_study(models, {model: correlations(study, model, models[model]) for model in models})
-        every = {f"{model} {method}": results for model, groups in models.items() for method, results in groups.items()}
-        notes = [_row_note(study, model) for model in models]
-        caption = (
-            f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
-            "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
-            "mean over texts with 95% bootstrap interval, measured with all of the score spread "
-            f"(credit_beta 1, where training leaves part of it on the last token). {' '.join(notes)}{told(remarks)}"
-        )
-        section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
-        section.grids.append(grid)
-        break
-    return section
-
-
-def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[float, float, float]]:
-    """Method -> rank correlation of its credit with leave-one-out, for the methods that were measured."""
-    record = study.quality.get(model, {})
-    measured = {
-        method["name"]: tuple(method["metrics"]["spearman"])
-        for world in record.get("worlds", ())
-        for method in world["methods"]
-        if "spearman" in method["metrics"]
-    }
-    credits = {method: results[0].cell.settings.credit for method, results in groups.items()}
-    return {method: measured[credit] for method, credit in credits.items() if credit in measured}
-
-
-def _row_note(study: Study, model: str) -> str:
-    row = credit_quality(study, model)
-    if row is None:
-        return f"The attention of {model_name(model)} was not measured."
-    return (
-        f"The attention row of {model_name(model)} is {row['level']}: rank correlation {row['spearman'][0]:.2f} "
-        f"without signs, entropy {row['entropy']:.2f} of its maximum."
-    )
 
 
 def _diversity(study: Study) -> Section:

@@ -19,6 +19,7 @@ from tokenmdp.study.grid import load_cost
 from tokenmdp.study.results import Cell, cell_file, read_result
 from tokenmdp.wording import clock
 
+TELLING_SHARE = 0.2  # of a cell, after which its own pace tells how long it takes
 LINE_SECONDS = 60.0  # between two lines about running cells where the output is a file
 
 
@@ -47,6 +48,12 @@ class Worker:
     def elapsed(self) -> float:
         """Seconds."""
         return time.monotonic() - self.started
+
+    def seconds_left(self, expected: float) -> float:
+        """By its own pace once that can be told, before by what the whole cell is expected to take."""
+        if self.share < TELLING_SHARE:
+            return max(0.0, expected - self.elapsed)
+        return self.elapsed * (1 - self.share) / self.share
 
 
 @dataclass
@@ -94,7 +101,7 @@ class Progress:
             rates = self.rates.get(cell.settings.credit, known)
             return load_cost(cell) * sum(rates) / len(rates)
 
-        ending = [max(0.0, seconds(worker.cell) - worker.elapsed) for worker in self.running]
+        ending = [worker.seconds_left(seconds(worker.cell)) for worker in self.running]
         return max([(sum(ending) + sum(map(seconds, self.waiting))) / self.jobs, *ending])
 
     def __str__(self) -> str:

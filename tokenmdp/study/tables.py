@@ -114,7 +114,7 @@ def _row(
         mean_level([[outcomes.last_tenth(result, "kl") for result in results] for results in strata]),
         _difference(strata, baseline) if compared else None,
         probability_of_improvement(areas, [[outcomes.area(cell) for cell in cells] for cells in baseline])
-        if compared
+        if compared and len(every) > len(areas)  # of one run against another it is 0 or 1
         else None,
         _steps(strata[0], baseline[0]) if len(strata) == 1 and baseline[0] else None,
         (float(every.mean()), two_standard_errors(every)) if len(strata) == 1 else None,
@@ -132,8 +132,9 @@ def _difference(strata: Sequence[Sequence[CellResult]], baseline: Sequence[Seque
 def _steps(results: Sequence[CellResult], baseline: Sequence[CellResult]) -> Estimate:
     """Updates until each seed reaches the maximum of sparse's mean curve; seeds that do not are censored at the end."""
     updates, own = outcomes.curves(results)
-    window = outcomes.window_for(min(len(updates), len(outcomes.curves(baseline)[0])))
-    level = trailing_mean(outcomes.curves(baseline)[1].mean(0), window).max()
+    others, other = outcomes.curves(baseline)
+    window = outcomes.window_for(min(len(updates), len(others)))
+    level = trailing_mean(other.mean(0), window).max()
     first = steps_to_reach(trailing_mean(own, window), level)
     reached = np.isfinite(first)
     places = updates[window - 1 :]
