@@ -17,6 +17,7 @@ from tokenmdp.commands.settings import settings_from, split_prompts, toy_policy
 from tokenmdp.commands.train import train
 from tokenmdp.intervals import mean_interval
 from tokenmdp.loading import load_tokenizer
+from tokenmdp.locking import BusyError, locked
 
 SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--ppo", "dtype=float32", "--device", "cpu"]
 
@@ -233,6 +234,17 @@ def test_foreign_directory_is_refused_and_untouched(tmp_path, error):
 def test_run_with_other_settings_is_refused(copy, error):
     message = error("train", *SMALL, "--out", copy, "--seed", 7)
     assert "holds a run with other settings (seed is 1, asked 7); choose another --out" in message
+
+
+def test_two_processes_do_not_train_in_one_directory(copy, error):
+    pytest.importorskip("fcntl")
+    before = (copy / "metrics.jsonl").read_bytes()
+    with locked(copy):
+        message = error("train", *SMALL, "--updates", 9, "--out", copy)
+    assert f"another process trains in {copy}; wait for it, or choose another --out" in message
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    with locked(copy), pytest.raises(BusyError), locked(copy, wait=False):
+        pass
 
 
 def test_no_resume_refuses_an_existing_run(copy, error):

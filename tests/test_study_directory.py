@@ -13,10 +13,10 @@ from study_doubles import grid_cells, make_cell, make_result, paper_like, synthe
 
 from tokenmdp import cli
 from tokenmdp.commands import ablate
+from tokenmdp.locking import locked
 from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
-from tokenmdp.study.locking import locked
 from tokenmdp.study.presets import PRESETS
 from tokenmdp.study.results import CellResult, StudyError, cell_file, read_result, write_result
 

@@ -26,11 +26,11 @@ from tokenmdp.commands.settings import (
     split_prompts,
 )
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.locking import locked
 from tokenmdp.report import quality as quality_report
 from tokenmdp.report.study import write_report
 from tokenmdp.study.directory import Study, declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
-from tokenmdp.study.locking import locked
 from tokenmdp.study.presets import PRESETS, Plan
 from tokenmdp.study.results import Cell, StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells

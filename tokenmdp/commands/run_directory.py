@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.checkpoints import recover_directory, write_text
+from tokenmdp.locking import BusyError, locked
 from tokenmdp.report.curves import read_metrics
 
 FORMAT = "tokenmdp-run"
@@ -65,6 +66,23 @@ class RunDirectory:
             changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {settings.get(key)!r}" for key in different)
             raise RunError(f"{self.path} holds a run with other settings ({changes}); choose another --out")
         return recover_directory(self.checkpoint).exists()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training here until the block ends; the directory is made if it is not there.
+
+        Raises:
+            RunError: one does so already, or the path cannot be written.
+        """
+        self._probe()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path, wait=False))
+            except BusyError as error:
+                raise RunError(
+                    f"another process trains in {self.path}; wait for it, or choose another --out"
+                ) from error
+            yield
 
     @contextlib.contextmanager
     def setting_up(self) -> Iterator[None]:
@@ -127,7 +145,7 @@ class RunDirectory:
     def _probe(self) -> None:
         """Make the directory and write a file in it, so that an hour of work is not lost at the first checkpoint."""
         try:
-            self._made = not self.path.exists()
+            self._made |= not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path, prefix=".probe.")
             os.close(handle)

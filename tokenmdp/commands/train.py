@@ -84,19 +84,23 @@ def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator:
     ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
     credit_of(settings)
     run = RunDirectory(arguments.out or Path("runs") / default_name(arguments.preset, settings))
-    with run.setting_up():
-        agent, split = set_up(run, settings, updates, arguments.resume, accelerator, console)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if not processes.rank:
+                held.enter_context(run.alone())
+        with run.setting_up():
+            agent, split = set_up(run, settings, updates, arguments.resume, accelerator, console)
 
-    before: Evaluation | None = None
-    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
-        if not processes.rank:
-            run.claim(settings_record(settings))  # only now: what fails in the set-up leaves no half-made run behind
-            before = evaluate_before(run, agent, settings, split, console)
-    if learn(run, agent, updates, preset.checkpoint_every, console):
-        raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
-    with processes.together(), processes.whole_weights(agent.policy, agent.reference):
-        if before is not None:
-            report(run, agent, settings, split, before, console)
+        before: Evaluation | None = None
+        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+            if not processes.rank:
+                run.claim(settings_record(settings))  # only now: a failed set-up leaves no half-made run behind
+                before = evaluate_before(run, agent, settings, split, console)
+        if learn(run, agent, updates, preset.checkpoint_every, console):
+            raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+            if before is not None:
+                report(run, agent, settings, split, before, console)
     return 0
 
 

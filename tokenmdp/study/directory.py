@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.checkpoints import write_text
+from tokenmdp.locking import locked
 from tokenmdp.study.labels import model_name, slug, without_directories
-from tokenmdp.study.locking import locked
 from tokenmdp.study.results import (
     FORMAT,
     Cell,
