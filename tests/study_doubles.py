@@ -17,6 +17,7 @@ from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.commands.settings import RunSettings
 from tokenmdp.intervals import Interval
 from tokenmdp.quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
+from tokenmdp.quality.measure import CONTROLS
 from tokenmdp.report.quality import record
 from tokenmdp.report.samples import Sample
 from tokenmdp.study.directory import declare
@@ -194,12 +195,13 @@ def quality_record(model: str, methods: Sequence[str] = METHODS) -> dict:
     """The record of a reward model whose row is faithful, or, for imdb-plain, unrelated to what the score hangs on."""
     faithful = model != "imdb-plain"
     row = 0.57 if faithful else 0.05
-    values = {"sparse": 0.1, "uniform": 0.0, "attention": row, "abc-d": 0.12, "abc-d2": 0.1, "red": 0.58}
+    values = {"reference": 1.0, "random": 0.0, "sparse": 0.1, "uniform": 0.0, "attention": row, "abc-d": 0.12,
+              "abc-d2": 0.1, "red": 0.58}  # fmt: skip
     qualities = [
-        MethodQuality(method, [], None if values[method] is not None else "no policy", texts=100, reward_forwards=1.0,
+        MethodQuality(method, [], texts=100, reward_forwards=1.0,
                       metrics={name: Interval(values[method], values[method] - 0.04, values[method] + 0.04)
                                for name in METRICS})
-        for method in methods
+        for method in (*CONTROLS, *methods)
     ]  # fmt: skip
     verdict = AttentionVerdict(Interval(row, row - 0.03, row + 0.03), 0.79 if faithful else 0.95, 0.8, 0.0, 100)
     world = SimpleNamespace(

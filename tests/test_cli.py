@@ -12,6 +12,7 @@ import torch
 
 from tokenmdp import cli
 from tokenmdp.commands import allocator
+from tokenmdp.commands import train as train_command
 from tokenmdp.commands.display import TrainingDisplay, make_console
 from tokenmdp.commands.settings import settings_from, split_prompts, toy_policy
 from tokenmdp.commands.train import train
@@ -236,14 +237,22 @@ def test_run_with_other_settings_is_refused(copy, error):
     assert "holds a run with other settings (seed is 1, asked 7); choose another --out" in message
 
 
-def test_two_processes_do_not_train_in_one_directory(copy, error):
-    pytest.importorskip("fcntl")
+def test_two_processes_do_not_train_in_one_directory(copy, error, monkeypatch):
+    pytest.importorskip("fcntl", reason="only Unix locks directories")
     before = (copy / "metrics.jsonl").read_bytes()
     with locked(copy):
         message = error("train", *SMALL, "--updates", 9, "--out", copy)
     assert f"another process trains in {copy}; wait for it, or choose another --out" in message
     assert (copy / "metrics.jsonl").read_bytes() == before
-    with locked(copy), pytest.raises(BusyError), locked(copy, wait=False):
+
+    def learn(run, *arguments):
+        with pytest.raises(BusyError), locked(run.path, wait=False):
+            pass
+        raise ValueError("that was it")
+
+    monkeypatch.setattr(train_command, "learn", learn)
+    assert "that was it" in error("train", *SMALL, "--updates", 9, "--out", copy)
+    with locked(copy, wait=False):
         pass
 
 

@@ -13,7 +13,6 @@ from study_doubles import grid_cells, make_cell, make_result, paper_like, synthe
 
 from tokenmdp import cli
 from tokenmdp.commands import ablate
-from tokenmdp.locking import locked
 from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
@@ -247,15 +246,6 @@ def test_absolute_names_show_their_last_part(tmp_path):
     }
     method = parse_method("rto:tuned=/home/me/tuned")
     assert (method.label, method.options) == ("rto tuned=tuned", {"tuned": "/home/me/tuned"})
-
-
-def test_one_process_at_a_time_holds_a_directory(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    handle = os.open(tmp_path, os.O_RDONLY)
-    with locked(tmp_path), pytest.raises(BlockingIOError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(handle)
 
 
 def test_a_full_disk_at_the_start_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,8 @@ import matplotlib.image
 import pytest
 from study_doubles import quality_record, synthetic_study
 
-from tokenmdp.report.study import _typeset, write_report
+from tokenmdp.report.study import write_report
+from tokenmdp.report.study_parts import typeset
 from tokenmdp.report.study_protocol import protocol, shared_settings
 from tokenmdp.report.study_quality import correlations
 from tokenmdp.study.claims import multiplicity
@@ -134,12 +135,12 @@ def test_the_numbers_are_those_of_the_tables(full, page, outline):
     words = " ".join(outline.words)
     for verdict in verdicts(full):
         for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where):
-            assert _typeset(text) in words
+            assert typeset(text) in words
     numbers = re.findall(r"<td>(.*?)</td>", page)
     for row in method_table(full, "imdb"):
         texts = method_texts(row)
         assert len(texts) == len(METHOD_HEADINGS)
-        assert _typeset(texts[3]).replace(" [", "<small>[") + "</small>" in numbers
+        assert typeset(texts[3]).replace(" [", "<small>[") + "</small>" in numbers
     stored = json.loads((full.path / "report" / "verdicts.json").read_text())
     assert [record["claim"] for record in stored] == [verdict.claim for verdict in verdicts(full)]
     tables = (full.path / "report" / "tables.md").read_text()
@@ -160,26 +161,24 @@ def test_what_is_not_there_is_left_out_and_said(partial):
     }
 
 
-def test_one_reward_model_has_its_table_of_credit_quality_without_a_figure(tmp_path):
-    path = synthetic_study(tmp_path, grids=("quick",), seeds=1, updates=4, quality=("imdb-tiny",))
-    text = write_report(load_study(path), tmp_path / "report").read_text(encoding="utf-8")
-    section = re.search(r'<section id="quality">.*?</section>', text)[0]
-    words = " ".join(Outline(section).words)
-    assert "Not in this study: needs two reward models" in words
-    assert "credit quality on the reward model imdb-tiny" in words
-    assert "is informative: rank correlation 0.57" in words
-    assert f'<tr><th scope="row">ABC</th>{"<td>0.57<small>[0.53, 0.61]</small></td>" * 5}<td>1</td></tr>' in section
-
-
 def test_a_study_of_the_readers_own_does_not_open_with_the_papers_claims(partial, tmp_path):
-    kept = {"grids": {"custom": partial.grids["quick"]}, "commands": {"custom": partial.commands["quick"]}}
-    own = replace(partial, **kept, labels={"custom": partial.labels["quick"]})
-    pages = [write_report(study, tmp_path).read_text(encoding="utf-8") for study in (partial, own)]
-    sections = [re.findall(r'<section id="(\w+)"', page) for page in pages]
-    assert sections[0][0] == "claims"
-    assert sections[1].index("claims") == sections[1].index("samples") - 1
-    assert ["Dense reward for free" in page for page in pages] == [True, False]
-    assert "in different ways: sparse, uniform, ABC, RED." in " ".join(Outline(pages[1]).words)
+    def renamed(*grids):
+        return replace(
+            partial,
+            grids=dict.fromkeys(grids, partial.grids["quick"]),
+            labels=dict.fromkeys(grids, partial.labels["quick"]),
+        )
+
+    first = {}
+    for grids in (("custom",), ("tune", "custom"), ("smoke",), ("quick",), ("custom", "quick")):
+        text = write_report(renamed(*grids), tmp_path / "-".join(grids)).read_text(encoding="utf-8")
+        ids = re.findall(r'<section id="(\w+)"', text)
+        first[grids] = ids[0]
+        assert ids.count("claims") == 1
+        assert (ids.index("claims") == ids.index("samples") - 1) == (ids[0] == "curves")
+        assert ("Dense reward for free" in text) == (ids[0] == "claims")
+        assert ("in different ways: sparse, uniform, ABC, RED." in text) == (ids[0] == "curves")
+    assert [grids for grids in first if first[grids] == "claims"] == [("quick",), ("custom", "quick")]
 
 
 def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_path):

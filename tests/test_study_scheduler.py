@@ -1,7 +1,6 @@
 """Many cells side by side: what runs, what is kept, what is said, and what happens when one fails."""
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -260,6 +259,10 @@ def test_the_time_left_follows_the_finished_cells_of_the_same_method(tmp_path):
     progress.running.append(half)
     assert half.share == 0.5
     assert progress.seconds_left() == pytest.approx(27.5, abs=0.1)
+    begun = Worker(
+        fast, None, 0, None, time.monotonic() - 4, {"update": 1}
+    )  # too early to tell
+    assert begun.seconds_left(10.0) == pytest.approx(6, abs=0.1)
     half.started -= 45  # a slow one takes another minute, while the rest is done on the other core
     assert progress.seconds_left() == pytest.approx(60, abs=0.1)
 
@@ -287,33 +290,6 @@ def test_one_gpu_is_pinned_and_the_worker_counts_from_it(stand_in, tmp_path, mon
     assert set((tmp_path / "device").read_text().splitlines()) == {"GPU-ab cuda"}
     with pytest.raises(StudyError, match="--device 'cuda:2' names no GPU of the 2 here"):
         scheduler.default_jobs("cuda:2")
-
-
-def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path, monkeypatch):
-    plan = replace(PRESETS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
-    declare(tmp_path, "quick", expand(plan), {})
-    console = Console(quiet=True)
-    ablate.measure_credit_quality(tmp_path, 3, "cpu", console)
-    record = load_study(tmp_path).quality["imdb-tiny"]
-    (world,) = record["worlds"]
-    assert {"reference", "random", "sparse", "attention"} == {method["name"] for method in world["methods"]}
-    before = (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns
-    mine = replace(expand(plan)[0], settings=replace(expand(plan)[0].settings, credit="no_such_module.Mine"))
-    declare(tmp_path, "custom", [mine], {})  # a class that an earlier command could import
-    ablate.measure_credit_quality(tmp_path, 2, "cpu", console)
-    assert (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns == before
-    given = json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]
-    assert (given["num"], given["credit_beta"]) == (3, 1.0)
-
-
-def test_credit_quality_on_fewer_texts_does_not_replace_that_on_more(tmp_path, monkeypatch):
-    methods = ("sparse", "uniform")
-    for count, num in ((1, 3), (2, 2)):
-        plan = replace(PRESETS["quick"], methods=methods[:count], seeds=(1,), gold=None)
-        declare(tmp_path, "quick", expand(plan), {})
-        ablate.measure_credit_quality(tmp_path, num, "cpu", Console(quiet=True))
-        given = load_study(tmp_path).quality["imdb-tiny"]["arguments"]
-        assert (given["num"], given["methods"]) == (3, list(methods[:count]))
 
 
 @UNIX

@@ -1,12 +1,15 @@
 """Rows of the tables against the numbers that they are made of."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
+from tokenmdp.commands.ablate import tables_of
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.statistics import Estimate, censored_median
@@ -175,3 +178,30 @@ def test_the_same_study_gives_the_same_table_whatever_the_order_of_its_files(stu
     assert markdown(method_table(turned, "imdb")) == markdown(method_table(study, "imdb"))
     assert str(Estimate(1.0, 0.5, 1.5)) == "1.00 [0.50, 1.50]"
     assert len(grid_cells("imdb", 5, 30)) == len(study.grids["imdb"])
+
+
+@pytest.mark.parametrize(("width", "parts", "between"), [(200, 1, " "), (149, 1, "\n"), (116, 1, "\n"), (80, 2, "\n")])
+def test_no_interval_is_broken_in_a_narrow_terminal(study, width, parts, between):
+    tables = tables_of(study, "imdb", width)
+    assert len(tables) == parts
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    said = console.file.getvalue()
+    assert said.count("[") == said.count("]") > 20
+    assert all(line.count("[") == line.count("]") for line in said.splitlines())
+    row = next(row for row in method_table(study, "imdb") if row.method == "attention")
+    assert (str(row.mean) in said) == (between == " ")
+    assert str(row.mean).partition(" ")[2] in said
+
+
+def test_the_terminal_shows_brackets_in_names_and_numbers(tmp_path):
+    def course(cell):
+        return Course(end=3.0 if cell.method == "uniform" else 9.0)
+
+    path = synthetic_study(tmp_path, grids=("imdb",), seeds=6, updates=40, course=course)
+    study = load_study(path)
+    labels = {id: (setting, f"{method} kinds=[a]") for id, (setting, method) in study.labels["imdb"].items()}
+    console = Console(file=io.StringIO(), width=300)
+    console.print(*tables_of(replace(study, labels={"imdb": labels}), "imdb", 300))
+    assert "uniform kinds=[a]" in console.file.getvalue()

@@ -37,7 +37,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise BusyError(f"another process holds {path}") from error
+            raise BusyError(f"another process holds {path}; wait until it ends") from error
         except OSError:  # no locks here
             pass
         yield

@@ -7,12 +7,14 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from tokenmdp.checkpoints import write_text
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from tokenmdp import cli
 
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "updates to sparse's maximum")
-ONE_LINE = 150  # columns of a terminal that hold numbers and intervals side by side
+ONE_LINE, ONE_TABLE = 150, 116  # columns of a terminal that hold all with intervals beside or below their numbers
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
@@ -72,7 +74,7 @@ def ablate(arguments: cli.Ablate) -> int:
     share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
     finished = sum(cell_file(out, cell.id).exists() for cell in mine)
     console.print(
-        f"{out}: {len(mine)} cells{share}, {finished} of them finished, {jobs} at a time on {device}",
+        f"{out}: {len(mine)} cells{share}, {finished} of them finished; {jobs} at a time on {device}",
         highlight=False,
         soft_wrap=True,
     )
@@ -251,22 +253,25 @@ def show_rates(study: Study, console: Console) -> None:
 
 
 def tables_of(study: Study, grid: str, width: int) -> list[Table]:
-    """The main columns of a grid's table for a terminal of ``width``, one table a setting; the page has the others.
+    """The main columns of a grid's table for a terminal of ``width``, a setting after the other; the page has all.
 
-    In a narrow terminal intervals stand below their numbers.
+    In a narrow one intervals stand below their numbers, and in one still narrower a second table has the last columns.
     """
     between = " " if width >= ONE_LINE else "\n"
-    tables: dict[str, Table] = {}
+    parts = (SHOWN,) if width >= ONE_TABLE else (SHOWN[:3], SHOWN[3:])
+    settings: dict[str, list[dict[str, str]]] = {}
     for row in method_table(study, grid):
-        texts = dict(zip(METHOD_HEADINGS, method_texts(row), strict=True))
-        if row.setting not in tables:
-            tables[row.setting] = table = Table(title=f"{grid}: {row.setting}", title_justify="left")
-            table.add_column("method", overflow="fold")
-            for heading in SHOWN:
-                table.add_column(heading, justify="right")
-        numbers = (texts[heading].replace(" [", f"{between}[") for heading in SHOWN)
-        tables[row.setting].add_row(texts["method"], *numbers)
-    return list(tables.values())
+        settings.setdefault(row.setting, []).append(dict(zip(METHOD_HEADINGS, method_texts(row), strict=True)))
+    tables = []
+    for (setting, rows), shown in product(settings.items(), parts):
+        table = Table(title=Text(f"{grid}: {setting}") if shown is parts[0] else None, title_justify="left")
+        table.add_column("method", overflow="fold")
+        for heading in shown:
+            table.add_column(heading, justify="right")
+        for texts in rows:
+            table.add_row(*(Text(texts[heading].replace(" [", f"{between}[")) for heading in ("method", *shown)))
+        tables.append(table)
+    return tables
 
 
 def command_of(arguments: cli.Ablate) -> str:

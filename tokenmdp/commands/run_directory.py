@@ -43,13 +43,11 @@ class RunDirectory:
         self._made = False  # by this object
 
     def check(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
-        """Make sure that a run with ``settings`` may use the directory; True if there is a checkpoint to go on from.
+        """Whether the directory, held by `alone`, has a checkpoint that a run with ``settings`` may go on from.
 
         Raises:
-            RunError: the path cannot be written, holds something else, holds a run with other settings, or holds a
-                run while ``resume`` is off.
+            RunError: it holds something else, a run with other settings, or a run while ``resume`` is off.
         """
-        self._probe()
         if not self.record.exists():
             strangers = sorted(entry.name for entry in self.path.iterdir())
             if strangers:
@@ -78,7 +76,7 @@ class RunDirectory:
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.path, wait=False))
-            except BusyError as error:
+            except (BusyError, FileNotFoundError) as error:  # or one that has just failed to begin, and removed it
                 raise RunError(
                     f"another process trains in {self.path}; wait for it, or choose another --out"
                 ) from error
@@ -86,7 +84,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def setting_up(self) -> Iterator[None]:
-        """Remove the directory if the block fails, where `check` made it and nothing is in it."""
+        """Remove the directory if the block fails, where `alone` made it and nothing is in it."""
         try:
             yield
         except BaseException:
@@ -145,7 +143,7 @@ class RunDirectory:
     def _probe(self) -> None:
         """Make the directory and write a file in it, so that an hour of work is not lost at the first checkpoint."""
         try:
-            self._made |= not self.path.exists()
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path, prefix=".probe.")
             os.close(handle)

@@ -14,6 +14,7 @@ from tokenmdp.quality.counting import BACKWARD
 from tokenmdp.quality.measure import CONTROLS
 from tokenmdp.report.comparison import refusals
 
+FORMAT = "tokenmdp-credit-quality-1"  # of `record`
 ONE_LINE, ONE_TABLE = 165, 125  # columns of a terminal that hold all with intervals beside or below their means
 HEADINGS = {
     "spearman": "Spearman",
@@ -93,16 +94,20 @@ def _table(
 
 def notes(result: WorldQuality) -> list[str]:
     """Below the table: what could not run or not on all texts, and why; and the verdict on the attention."""
-    refused = refusals({method.name: method.unavailable for method in result.methods if method.unavailable})
-    reasons = {method.name: method.stopped for method in result.methods if method.stopped and method.texts}
-    stopped = [f"{name}: the first texts only, because {reason}" for name, reason in reasons.items()]
     if result.attention is not None:
         verdict = str(result.attention)
     elif "attention" in result.world.model.provides:
         verdict = "Fewer than two texts have a rank correlation of the attention row with |leave-one-out|."
     else:
         verdict = "The reward model shows no attention."
-    return [*refused, *stopped, verdict]
+    return [*method_notes(result.methods), verdict]
+
+
+def method_notes(methods: Sequence[MethodQuality]) -> list[str]:
+    """What could not run or not on all texts, and why."""
+    refused = refusals({method.name: method.unavailable for method in methods if method.unavailable})
+    reasons = {method.name: method.stopped for method in methods if method.stopped and method.texts}
+    return [*refused, *(f"{name}: the first texts only, because {reason}" for name, reason in reasons.items())]
 
 
 def markdown(results: Sequence[WorldQuality], labels: Mapping[str, str], command: str) -> str:
@@ -124,7 +129,7 @@ def markdown(results: Sequence[WorldQuality], labels: Mapping[str, str], command
 def record(results: Sequence[WorldQuality], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Everything as plain data for JSON."""
     return {
-        "format": "tokenmdp-credit-quality-1",
+        "format": FORMAT,
         "arguments": dict(arguments),
         "worlds": [
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,8 +13,8 @@ from tokenmdp.checkpoints import write_text
 from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
-from tokenmdp.report.study_parts import Picture, Section, main_grids
-from tokenmdp.report.study_protocol import protocol
+from tokenmdp.report.study_parts import Picture, Section, main_grids, number_cell, typeset
+from tokenmdp.report.study_protocol import SEARCH, protocol
 from tokenmdp.report.study_quality import quality_table
 from tokenmdp.report.study_sections import sections
 from tokenmdp.report.study_style import STUDY_STYLE
@@ -29,7 +28,7 @@ from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count
 
 SHOWN_SAMPLES = 3  # a method
-OWN_GRIDS = {"custom", "smoke", "tune"}  # that ask a question of the reader's own, not the paper's
+OWN_GRIDS = {"custom", "smoke", SEARCH}  # a study of these alone asks a question of its reader's own
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
 CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
 
@@ -111,10 +110,9 @@ def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
     """Of a study that asks its own question."""
     methods = dict.fromkeys(name_of(cell.method) for grid in study.grids for cell in study.declared(grid))
     return (
-        f"<p>How a policy learns when the reward model's score is spread over its tokens in different ways: "
-        f"{escape(', '.join(methods))}. Every method trains under the same seeds, which share their prompts. Further "
-        "down the claims of the ABC paper (Chan et al., ICML 2024) are judged on these runs. "
-        f"{_counted(decided)}</p>"
+        f"<p>How a policy learns when the score of a text is spread over its tokens in different ways: "
+        f"{escape(', '.join(methods))}. Runs with the same seed get the same prompts. Further down the claims of "
+        f"the ABC paper (Chan et al., ICML 2024) are judged on these runs. {_counted(decided)}</p>"
     )
 
 
@@ -128,10 +126,10 @@ def _claims(decided: Sequence[Verdict]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(verdict.claim)}</th>'
         f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {verdict.verdict}</span></td>'
-        f"<td>{escape(_typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
-        f'{escape(_typeset(verdict.rule))}</details></td><td class="interval">'
-        f"{escape(_typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
-        f"<td>{escape(_typeset(verdict.paper))}</td></tr>"
+        f"<td>{escape(typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
+        f'{escape(typeset(verdict.rule))}</details></td><td class="interval">'
+        f"{escape(typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
+        f"<td>{escape(typeset(verdict.paper))}</td></tr>"
         for verdict in decided
     )
     return (
@@ -145,17 +143,9 @@ def _claims(decided: Sequence[Verdict]) -> str:
     )
 
 
-def _typeset(text: str) -> str:
-    """With the signs that a keyboard lacks.
-
-    >>> _typeset("ABC - sparse: -0.25 +- 0.10 [-0.30, 0.20], 8-16 tokens")
-    'ABC \N{MINUS SIGN} sparse: \N{MINUS SIGN}0.25 ± 0.10 [\N{MINUS SIGN}0.30, 0.20], 8-16 tokens'
-    """
-    return re.sub(r"(?<![\w.])-(?=[\d. ])", "\N{MINUS SIGN}", text.replace("+-", "±"))
-
-
 def _section(study: Study, section: Section, shown: Mapping[str, str]) -> str:
-    missing = "" if section.pictures else f'<p class="note">Not in this study: {escape(section.missing)}.</p>'
+    what = "No figure" if section.models else "Not in this study"
+    missing = "" if section.pictures else f'<p class="note">{what}: {escape(section.missing)}.</p>'
     if missing and not section.models:
         return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
@@ -172,26 +162,19 @@ def _picture(picture: Picture, svg: str) -> str:
 
 
 def _grid_table(study: Study, grid: str, *, opened: bool = False) -> str:
-    head = "".join(f'<th scope="col">{escape(_typeset(heading))}</th>' for heading in METHOD_HEADINGS[1:])
+    head = "".join(f'<th scope="col">{escape(typeset(heading))}</th>' for heading in METHOD_HEADINGS[1:])
     body, last = "", None
     for row in method_table(study, grid):
         if row.setting != last:
             last = row.setting
             body += f'<tr class="group"><th colspan="{len(METHOD_HEADINGS) - 1}">{escape(row.setting)}</th></tr>'
         _, method, *numbers = method_texts(row)
-        body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(_number, numbers))}</tr>'
+        body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(number_cell, numbers))}</tr>'
     return (
         f"<details{' open' if opened else ''}><summary>all numbers of the grid {escape(grid)}</summary>"
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{escape(_typeset(LEGEND))}</p></details>'
+        f'<p class="note">{escape(typeset(LEGEND))}</p></details>'
     )
-
-
-def _number(text: str) -> str:
-    """A cell with the interval below its number."""
-    number, bracket, interval = _typeset(text).partition(" [")
-    below = f"<small>[{escape(interval)}</small>" if bracket else ""
-    return f"<td>{escape(number) or '&ndash;'}{below}</td>"
 
 
 def _samples(study: Study) -> str:

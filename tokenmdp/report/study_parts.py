@@ -1,9 +1,11 @@
-"""What the sections of a study's page are made of, and what their captions say alike."""
+"""What the sections of a study's page are made of and have in common: captions, numbers, the grids that they show."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING
 
 from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
@@ -39,7 +41,7 @@ class Section:
 
 
 def main_grids(study: Study) -> list[str]:
-    """The grids of the paper's main comparison that have finished cells, the best first."""
+    """The grids with finished cells where methods are compared at one setting, as in the paper's figure; best first."""
     return [grid for grid in MAIN_GRIDS if study.select(grid)]
 
 
@@ -60,3 +62,19 @@ def bands_of(groups: Groups) -> str:
 def told(remarks: Sequence[str]) -> str:
     """Sentences at the end of a caption."""
     return "".join(f" {remark}." for remark in remarks)
+
+
+def typeset(text: str) -> str:
+    """With the signs that a keyboard lacks.
+
+    >>> typeset("ABC - sparse: -0.25 +- 0.10 [-0.30, 0.20], 8-16 tokens")
+    'ABC \N{MINUS SIGN} sparse: \N{MINUS SIGN}0.25 ± 0.10 [\N{MINUS SIGN}0.30, 0.20], 8-16 tokens'
+    """
+    return re.sub(r"(?<![\w.])-(?=[\d. ])", "\N{MINUS SIGN}", text.replace("+-", "±"))
+
+
+def number_cell(text: str) -> str:
+    """The HTML of a table's cell, with the interval below its number."""
+    number, bracket, interval = typeset(text).partition(" [")
+    below = f"<small>[{escape(interval)}</small>" if bracket else ""
+    return f"<td>{escape(number) or '&ndash;'}{below}</td>"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 
+from tokenmdp.intervals import Interval
+from tokenmdp.quality import MethodQuality
 from tokenmdp.report.drawing import name_of
-from tokenmdp.report.quality import HEADINGS, LEGEND, cost_of
-from tokenmdp.report.study_parts import Picture, Section, bands_of, seeds_of, told
+from tokenmdp.report.quality import HEADINGS, LEGEND, cost, method_notes
+from tokenmdp.report.study_parts import Picture, Section, bands_of, number_cell, seeds_of, told
 from tokenmdp.report.study_tradeoffs import faithful_study
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name
@@ -39,7 +40,7 @@ def quality_section(study: Study) -> Section:
         caption = (
             f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
-            f"mean over texts with 95% bootstrap interval, {AS_MEASURED}.{told(remarks)}"
+            f"mean over texts with 95% bootstrap interval. {AS_MEASURED}{told(remarks)}"
         )
         section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
         section.grids.append(grid)
@@ -49,29 +50,26 @@ def quality_section(study: Study) -> Section:
 
 def quality_table(study: Study, model: str) -> str:
     """The HTML of how each method's credit on a reward model agrees with leave-one-out."""
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in ("credit", *HEADINGS.values(), "cost"))
-    rows = ""
+    headings = ("method", "texts", *HEADINGS.values(), "cost")
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    rows, notes = "", [_row_note(study, model)]
     for world in study.quality[model]["worlds"]:
-        for method in world["methods"]:
-            if method["unavailable"] is None and method["name"] != "reference":
-                cost = cost_of(method["reward_forwards"], method["policy_forwards"])
-                cells = "".join(_estimate(method["metrics"].get(metric)) for metric in HEADINGS)
-                name = name_of(method["name"])
-                rows += f'<tr><th scope="row">{escape(name)}</th>{cells}<td>{escape(cost)}</td></tr>'
-    legend = " ".join((*LEGEND[:5], f"Credit is {AS_MEASURED}."))
+        methods = [MethodQuality(**record) for record in world["methods"]]
+        notes += method_notes(methods)
+        for method in methods:
+            if method.unavailable is None:
+                found = (method.metrics.get(metric) for metric in HEADINGS)
+                numbers = (number_cell("" if interval is None else str(Interval(*interval))) for interval in found)
+                rows += (
+                    f'<tr><th scope="row">{escape(name_of(method.name))}</th>{number_cell(str(method.texts))}'
+                    f"{''.join(numbers)}{number_cell(cost(method))}</tr>"
+                )
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
     return (
-        f"<details><summary>credit quality on the reward model {escape(model_name(model))}</summary>"
-        f"<p>{escape(_row_note(study, model))}</p>"
+        f"<details><summary>credit quality on the reward model {escape(model_name(model))}</summary>{said}"
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<p class="note">{escape(legend)}</p></details>'
+        f'<p class="note">{escape(" ".join((*LEGEND, AS_MEASURED)))}</p></details>'
     )
-
-
-def _estimate(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return "<td>&ndash;</td>"
-    mean, low, high = (f"{value + 0.0:.2f}".replace("-", "\N{MINUS SIGN}") for value in interval)
-    return f"<td>{mean}<small>[{low}, {high}]</small></td>"
 
 
 def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[float, float, float]]:
@@ -90,7 +88,7 @@ def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[fl
 def _row_note(study: Study, model: str) -> str:
     row = credit_quality(study, model)
     if row is None:
-        return f"The attention of {model_name(model)} was not measured."
+        return f"{model_name(model)} shows no attention, or too few texts tell how it agrees with leave-one-out."
     return (
         f"The attention row of {model_name(model)} is {row['level']}: rank correlation {row['spearman'][0]:.2f} "
         f"without signs, entropy {row['entropy']:.2f} of its maximum."

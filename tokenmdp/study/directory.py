@@ -5,6 +5,7 @@ cells/ID.json          a finished cell
 cells/ID.progress      how far a running one is
 cells/ID.error.txt     why one crashed
 quality/NAME.json      credit quality of every method on a reward model
+learning_rates.json    what the grid "tune" found
 report/                written from the rest at any time
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from tokenmdp.checkpoints import write_text
 from tokenmdp.locking import locked
+from tokenmdp.report.quality import FORMAT as QUALITY_FORMAT
 from tokenmdp.study.labels import model_name, slug, without_directories
 from tokenmdp.study.results import (
     FORMAT,
@@ -208,6 +210,8 @@ def load_study(path: str | Path) -> Study:
         measured = _read_json(file)
         try:
             quality[measured["arguments"]["reward_model"]] = measured
+            if measured["format"] != QUALITY_FORMAT:
+                raise KeyError(measured["format"])
         except (TypeError, KeyError) as error:
             raise _damaged(file, error) from error
     return Study(

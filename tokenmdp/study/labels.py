@@ -18,10 +18,11 @@ def slug(label: str) -> str:
 def model_name(name: str) -> str:
     """What tables, figures and labels call a model: its name, of an absolute path only the last part.
 
-    >>> model_name("lvwerra/gpt2-imdb"), model_name("/home/me/models/reward")
-    ('lvwerra/gpt2-imdb', 'reward')
+    >>> model_name("lvwerra/gpt2-imdb"), model_name("/home/me/models/reward"), model_name("lexicon:/home/me/policy")
+    ('lvwerra/gpt2-imdb', 'reward', 'lexicon:policy')
     """
-    return Path(name).name if Path(name).is_absolute() else name
+    kind, colon, place = name.rpartition(":")
+    return f"{kind}{colon}{Path(place).name}" if Path(place).is_absolute() else name
 
 
 def without_directories(text: str) -> str:

@@ -89,7 +89,11 @@ class Progress:
         self.rates.setdefault(cell.settings.credit, []).append(seconds / load_cost(cell))
 
     def seconds_left(self) -> float | None:
-        """An estimate from the finished cells, those of the same method first; None while there is nothing to go by."""
+        """An estimate; None while there is nothing to go by.
+
+        Waiting cells are taken to be as fast as finished ones, those of the same method first, and so are running ones
+        until their own pace can be told.
+        """
         known = [rate for rates in self.rates.values() for rate in rates]
         known = known or [
             worker.elapsed / worker.share / load_cost(worker.cell) for worker in self.running if worker.share

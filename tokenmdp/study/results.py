@@ -1,4 +1,4 @@
-"""A cell, one training run of a study: its ID, its result, and the file that holds it.
+"""A cell, one training run of a study: its ID, its result, and the file that holds it, with format and versions.
 
 A cell's ID is a hash of everything that decides what it computes, so a cell of two grids is run once.
 """

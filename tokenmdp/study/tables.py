@@ -46,7 +46,7 @@ LEGEND = (
     "below four seeds the IQM is the mean. "
     "Last tenth: the same of the last tenth of the updates; KL in nats a response. "
     "- sparse: difference of the mean scores, paired by seed, [95% t interval]. "
-    "P(> sparse): probability that one run is better than one of sparse's, [bootstrap]. "
+    "P(> sparse): probability that one run is better than one of sparse's, [bootstrap]; left out for one run of each. "
     f"Resamples of a few seeds stay within their range, so a bootstrap interval is too narrow: of {FEWEST_RESAMPLED} "
     "seeds with normal noise it holds the truth 86 times in 100, of ten 89 times. With fewer seeds than "
     f"{FEWEST_RESAMPLED} means of one setting have a t interval instead and other numbers none, nor have numbers that "
@@ -71,7 +71,7 @@ class MethodRow:
     last: Estimate  # mean score of the last tenth of the updates
     kl: Estimate  # of the last tenth
     difference: Estimate | None  # to sparse in area, paired by seed
-    improvement: Estimate | None  # probability of improvement over sparse
+    improvement: Estimate | None  # probability of improvement over sparse; None too for one run of each
     steps: Estimate | None  # updates to the maximum of sparse's mean curve; censored, so it may be infinite
     paper: tuple[float, float] | None  # mean and two standard errors; None over several settings
 
@@ -114,7 +114,7 @@ def _row(
         mean_level([[outcomes.last_tenth(result, "kl") for result in results] for results in strata]),
         _difference(strata, baseline) if compared else None,
         probability_of_improvement(areas, [[outcomes.area(cell) for cell in cells] for cells in baseline])
-        if compared and len(every) > len(areas)  # of one run against another it is 0 or 1
+        if compared and len(every) + sum(map(len, baseline)) > 2 * len(areas)  # of two runs it is 0 or 1
         else None,
         _steps(strata[0], baseline[0]) if len(strata) == 1 and baseline[0] else None,
         (float(every.mean()), two_standard_errors(every)) if len(strata) == 1 else None,
