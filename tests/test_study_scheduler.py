@@ -259,9 +259,7 @@ def test_the_time_left_follows_the_finished_cells_of_the_same_method(tmp_path):
     progress.running.append(half)
     assert half.share == 0.5
     assert progress.seconds_left() == pytest.approx(27.5, abs=0.1)
-    begun = Worker(
-        fast, None, 0, None, time.monotonic() - 4, {"update": 1}
-    )  # too early to tell
+    begun = Worker(fast, None, 0, None, time.monotonic() - 4, {"update": 1})  # too early to tell
     assert begun.seconds_left(10.0) == pytest.approx(6, abs=0.1)
     half.started -= 45  # a slow one takes another minute, while the rest is done on the other core
     assert progress.seconds_left() == pytest.approx(60, abs=0.1)
