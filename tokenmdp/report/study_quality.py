@@ -15,7 +15,8 @@ from tokenmdp.study.labels import model_name
 from tokenmdp.study.outcomes import REWARD_MODEL, Groups, by_setting, credit_quality, family
 
 AS_MEASURED = (
-    "measured with all of the score spread (credit_beta 1), where training leaves part of it on the last token"
+    "Credit is of each method with its default options and all of the score spread (credit_beta 1), where training may "
+    "leave part of it on the last token."
 )
 
 
@@ -40,7 +41,9 @@ def quality_section(study: Study) -> Section:
         caption = (
             f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
-            f"mean over texts with 95% bootstrap interval. {AS_MEASURED}{told(remarks)}"
+            "mean over texts with 95% bootstrap interval. Attention credit has the score's sign on every token, so it "
+            "agrees better where signs are left out, as in the second column of the tables below. "
+            f"{AS_MEASURED}{told(remarks)}"
         )
         section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
         section.grids.append(grid)

@@ -273,13 +273,14 @@ def follows_credit_quality(study: Study) -> Verdict:
             len(rows),
             ", ".join(
                 f"{_share_told(groups[model])} on {model_name(model)} "
-                f"(rank correlation {quality[model]['spearman'][0]:.2f})"
+                f"(its attention: {quality[model]['spearman'][0]:.2f})"
                 for model in order
             ),
             place_of(study, grid, f"{len(order)} reward models", len(rows), compared),
             # Reward models differ in scale, so the advantage is taken as a share.
             "(ABC - sparse) in mean score as a share of sparse's mean gain, the first model's less the other's; t "
-            "interval of the jackknife over seeds, since sparse's gain is an estimate too",
+            "interval of the jackknife over seeds, since sparse's gain is an estimate too; in brackets the rank "
+            "correlation of a model's attention row with |leave-one-out|",
         )
         if Estimate(*quality[most]["spearman"]).low <= Estimate(*quality[least]["spearman"]).high:
             return undecided(verdict, "the models' rank correlations with leave-one-out do not differ")
