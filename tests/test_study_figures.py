@@ -72,6 +72,14 @@ def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():
     assert remarks[0] == f"sparse leaves the picture: its mean KL gets to {highest:.3g}"
 
 
+def test_a_mean_a_little_outside_of_the_picture_widens_it():
+    cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
+    courses = [Course(kl=kl, noise=0, spread=0) for kl in (10, 10, 15)]
+    figure, remarks = learning_curves({"sparse": list(map(make_result, cells, courses))})
+    assert remarks == []
+    assert figure.axes[1].get_ylim()[1] > max(line.get_ydata().max() for line in figure.axes[1].lines)
+
+
 def test_a_collapse_downwards_is_said_too():
     courses = [Course(), Course(collapse=0.5, collapsed_kl=-450), Course()]
     cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
-from study_doubles import quality_record, synthetic_study
+from study_doubles import paper_like, quality_record, synthetic_study
 
 from tokenmdp.report.study import write_report
 from tokenmdp.report.study_parts import typeset
@@ -228,6 +228,28 @@ def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
     assert "no file named model.safetensors" in words
     assert "second reward model: imdb-gold" in words
     assert "tokenmdp ablate --gold imdb-gold" in words
+
+
+def test_the_papers_claims_are_counted_and_shown_apart_from_our_own_questions(full, page):
+    summary = page[page.index("</h1>") : page.index("<nav>")]
+    counts = re.findall(r"(\d+) (claims of the paper|questions of our own): (.*?)\.", summary)
+    assert [int(number) for number, *_ in counts] == [10, 6]
+    for number, _, kinds in counts:
+        assert sum(map(int, re.findall(r"<b>(\d+)</b>", kinds))) == int(number)
+    assert "reproduced" in counts[0][2]
+    assert "reproduced" not in counts[1][2]
+    rows = re.findall(r'<span class="verdict \w+">\S+ (.*?)</span>', page)
+    assert set(rows[10:]) <= {"yes", "no", "open"}
+    assert "imdb-plain is the same model before that" in summary
+
+
+def test_runs_that_broke_are_named_below_the_curves(tmp_path):
+    def course(cell):
+        return replace(paper_like(cell), collapse=0.5 if (cell.method, cell.seed) == ("sparse", 2) else 2.0)
+
+    path = synthetic_study(tmp_path, grids=("quick",), seeds=3, updates=40, course=course, quality=())
+    text = write_report(load_study(path), tmp_path / "report").read_text(encoding="utf-8")
+    assert "Runs that lost more than half of what they had gained: 1 of 3 of sparse&#x27;s." in text
 
 
 def test_the_page_says_how_many_claims_there_are(full, page):

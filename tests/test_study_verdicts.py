@@ -16,8 +16,9 @@ from tokenmdp.study.verdicts import verdicts
 STEPS = "ABC reaches sparse's maximum in fewer than half the steps"
 RED = "RED above ABC"
 KL = "ABC spends more KL than uniform"
-GOLD = "a second reward model, never trained on, confirms what ABC gains"
-GOLD_HOLDS = "ABC: the second model's score still rises at the end (no over-optimisation yet)"
+GOLD = "ABC raises the score of a second reward model, which trains no policy"
+ABOVE = "ABC above sparse over training"
+GOLD_HOLDS = "ABC: the second model's score still rises in the last third"
 GOLD_ABOVE = "ABC above sparse for the second reward model"
 
 
@@ -25,8 +26,8 @@ GOLD_ABOVE = "ABC above sparse for the second reward model"
 @pytest.mark.parametrize(
     ("claim", "better"),
     [
-        ("ABC above sparse", "attention"),
-        ("ABC above uniform", "attention"),
+        (ABOVE, "attention"),
+        ("ABC above uniform over training", "attention"),
         ("uniform below sparse on short texts", "sparse"),
         (RED, "red"),
     ],
@@ -47,10 +48,17 @@ def test_a_paired_comparison_has_scipys_interval():
         for (_, method), results in study.select("imdb").items()
     }
     interval = stats.ttest_rel(areas["attention"], areas["sparse"]).confidence_interval(0.95)
-    verdict = verdict_on(study, "ABC above sparse")
+    verdict = verdict_on(study, ABOVE)
     assert verdict.interval == f"[{interval.low:.2f}, {interval.high:.2f}]"
     means = np.mean(areas["attention"]), np.mean(areas["sparse"])
-    assert verdict.ours == f"{means[0] - means[1]:+.2f} ({means[0]:.2f} against {means[1]:.2f})"
+    said, ends = verdict.ours.split("; in the last tenth ")
+    assert said == f"{means[0] - means[1]:+.2f} ({means[0]:.2f} against {means[1]:.2f})"
+    last = [
+        [np.mean(result.metrics["score_mean"][-2:]) for result in study.select("imdb")["8-16 tokens", method]]
+        for method in ("attention", "sparse")
+    ]
+    end = stats.ttest_rel(*last).confidence_interval(0.95)
+    assert ends == f"{np.subtract(*last).mean():.2f} [{end.low:.2f}, {end.high:.2f}]"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +119,7 @@ def test_gold_confirms(outcome):
 def test_gold_turns(turns, outcome):
     study = study_of(grid_cells("imdb", 4, 30), lambda cell: quiet(turn=turns[cell.seed % 2], half=5))
     verdict = check(study, GOLD_HOLDS, outcome)
-    turned = float(verdict.ours.split("update ")[1].split(" of")[0])
-    assert (turned == 30) == (outcome == "reproduced")
+    assert "; the score trained on +" in verdict.ours
 
 
 @every_outcome
@@ -152,9 +159,7 @@ def test_two_seeds_decide_nothing():
 def test_only_seeds_of_both_methods_are_paired_and_missing_cells_are_counted():
     study = study_of(grid_cells("imdb", 5, 20), lambda cell: quiet(end=5 + (cell.method == "attention")))
     study = without(study, lambda cell: (cell.method, cell.seed) not in {("attention", 2), ("sparse", 4)})
-    assert verdict_on(study, "ABC above sparse").where == (
-        "grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid not run"
-    )
+    assert verdict_on(study, ABOVE).where == ("grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid not run")
 
 
 def test_crashed_runs_of_the_compared_methods_decide_nothing():
@@ -165,7 +170,7 @@ def test_crashed_runs_of_the_compared_methods_decide_nothing():
         crashed=lambda cell: cell.method == "attention" and cell.seed < 3,
     )
     study = without(study, lambda cell: (cell.method, cell.seed) != ("red", 1))
-    verdict = verdict_on(study, "ABC above sparse")
+    verdict = verdict_on(study, ABOVE)
     assert verdict.verdict == "inconclusive"
     assert verdict.where == ("grid imdb, 8-16 tokens, 3 seeds; 2 cells of the grid crashed; 1 cell of the grid not run")
     assert "2 runs of these methods crashed" in verdict.rule
@@ -177,7 +182,7 @@ def test_the_papers_short_texts_are_not_decided_on_longer_ones():
     found = {verdict.claim: verdict for verdict in verdicts(study_of(long, lambda cell: quiet(), "custom"))}
     for claim in (
         STEPS,
-        "ABC above sparse",
+        ABOVE,
         "uniform below sparse on short texts",
         "ABC-D between uniform and ABC",
         KL,
@@ -192,10 +197,10 @@ def test_abc_is_known_by_its_settings_not_by_its_label():
         replace(cell, method="attention credit_beta=0.8") if cell.method == "attention" else cell
         for cell in grid_cells("imdb", 4, 20)
     ]
-    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), "ABC above sparse").where
+    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), ABOVE).where
     other = [make_cell("attention", seed, updates=20, credit_beta=0.4) for seed in range(1, 5)]
     cells = [cell for cell in cells if cell.settings.credit == "sparse"] + other
-    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), "ABC above sparse").verdict == "not measured"
+    assert verdict_on(study_of(cells, lambda cell: quiet(), "custom"), ABOVE).verdict == "not measured"
 
 
 def test_of_two_labels_of_one_method_the_grids_first_counts():
@@ -223,7 +228,7 @@ def test_a_method_of_ones_own_disturbs_nothing():
     results = {cell.id: replace(make_result(cells[0], quiet()), cell=cell) for cell in own}
     study = replace(study, cells=study.cells | ids, results=study.results | results)
     study.grids["imdb"].extend(ids)
-    assert verdict_on(study, "ABC above sparse").verdict == "reproduced"
+    assert verdict_on(study, ABOVE).verdict == "reproduced"
 
 
 def test_the_reader_is_told_what_the_figures_leave_open():
@@ -234,7 +239,11 @@ def test_the_reader_is_told_what_the_figures_leave_open():
     for claim in (GOLD, GOLD_HOLDS, GOLD_ABOVE):
         assert "on one draw of 64 held-out prompts" in verdict_on(study, claim).rule
     assert "peak of noise" in verdict_on(study, STEPS).rule
-    for claim in ("ABC above sparse", "ABC above uniform", "ABC-D2 between uniform and ABC"):
+    for claim in (
+        ABOVE,
+        "ABC above uniform over training",
+        "ABC-D2 between uniform and ABC",
+    ):
         assert "steps 0 to 100 of its 151" in verdict_on(study, claim).paper
     found = verdicts(study)
     told = sum(bool(verdict.interval) for verdict in found)
@@ -246,15 +255,15 @@ def test_the_reader_is_told_what_the_figures_leave_open():
 def test_the_papers_grid_comes_before_the_quick_one():
     cells = grid_cells("imdb", 4, 20)
     study = study_of(cells, lambda cell: quiet(), "quick")
-    assert "grid quick" in verdict_on(study, "ABC above sparse").where
+    assert "grid quick" in verdict_on(study, ABOVE).where
     study.grids["imdb"] = [cell.id for cell in cells if cell.seed < 3]
-    assert "grid imdb, 8-16 tokens, 2 seeds" in verdict_on(study, "ABC above sparse").where
+    assert "grid imdb, 8-16 tokens, 2 seeds" in verdict_on(study, ABOVE).where
 
 
 def test_a_run_that_diverged_decides_nothing():
     study = study_of(grid_cells("imdb", 4, 20), lambda cell: quiet(end=5 + (cell.method == "attention")))
     next(iter(study.select("imdb")[SHORT, "attention"])).metrics["score_mean"][-1] = float("nan")
-    assert verdict_on(study, "ABC above sparse").verdict == "inconclusive"
+    assert verdict_on(study, ABOVE).verdict == "inconclusive"
 
 
 def test_two_cells_under_one_label_are_refused():

@@ -44,7 +44,7 @@ from tokenmdp.wording import clock
 if TYPE_CHECKING:
     from tokenmdp import cli
 
-SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "updates to sparse's maximum")
+SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
 ONE_LINE, ONE_TABLE = 150, 116  # columns of a terminal that hold all with intervals beside or below their numbers
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")

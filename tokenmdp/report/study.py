@@ -18,9 +18,10 @@ from tokenmdp.report.study_protocol import SEARCH, protocol
 from tokenmdp.report.study_quality import quality_table
 from tokenmdp.report.study_sections import sections
 from tokenmdp.report.study_style import STUDY_STYLE
+from tokenmdp.report.study_words import ABOUT, WORDS
 from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import without_directories
+from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.results import Cell
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
@@ -30,6 +31,7 @@ from tokenmdp.wording import clock, count
 SHOWN_SAMPLES = 3  # a method
 OWN_GRIDS = {"custom", "smoke", SEARCH}  # a study of these alone asks a question of its reader's own
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
+ANSWERS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: NOT_MEASURED}
 CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
 
 
@@ -83,7 +85,7 @@ def write_report(study: Study, path: str | Path) -> Path:
         f"computing, {count(len(grids), 'grid')}: {', '.join(grids)}."
     )
     title = "Dense reward for free: the claims, tried again" if of_the_paper else "Credit methods compared"
-    summary = _summary(decided) if of_the_paper else _own_summary(study, decided)
+    summary = _summary(study, decided) if of_the_paper else _own_summary(study, decided)
     page = (
         '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -96,13 +98,16 @@ def write_report(study: Study, path: str | Path) -> Path:
     return path / "index.html"
 
 
-def _summary(decided: Sequence[Verdict]) -> str:
+def _summary(study: Study, decided: Sequence[Verdict]) -> str:
+    used = (name for cell in study.cells.values() for name in (cell.settings.policy, cell.settings.reward_model))
+    models = [model_name(name) for name in dict.fromkeys(used)]
     return (
         "<p>Chan et al. (ICML 2024) spread a reward model's score over the tokens by the model's own attention (ABC: "
         "attention-based credit) and report faster and steadier learning than with the score at the last token "
         "(sparse) or in equal parts (uniform). ABC-D and ABC-D2 read the policy's attention instead. RED, which is not "
         "in the paper, pays each token the change of the score of the text so far. Here is what became of their claims "
-        f"on these models, with questions that they left open. {_counted(decided)}</p>"
+        f"on the models {escape(', '.join(models))}, with questions that they left open. {_counted(decided)}</p>"
+        f"{''.join(f'<p>{escape(note)}</p>' for model, note in ABOUT.items() if model in models)}{WORDS}"
     )
 
 
@@ -112,30 +117,39 @@ def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
     return (
         f"<p>How a policy learns when the score of a text is spread over its tokens in different ways: "
         f"{escape(', '.join(methods))}. Runs with the same seed get the same prompts. Further down the claims of "
-        f"the ABC paper (Chan et al., ICML 2024) are judged on these runs. {_counted(decided)}</p>"
+        f"the ABC paper (Chan et al., ICML 2024) are judged on these runs. {_counted(decided)}</p>{WORDS}"
     )
 
 
 def _counted(decided: Sequence[Verdict]) -> str:
-    counts = Counter(verdict.verdict for verdict in decided)
-    listed = ", ".join(f"<b>{counts[kind]}</b> {kind}" for kind in MARKS if counts[kind])
-    return f"Of {count(len(decided), 'claim')}: {listed}."
+    parts = []
+    for own, what in ((False, "claims of the paper"), (True, "questions of our own")):
+        asked = [verdict for verdict in decided if verdict.own == own]
+        counts = Counter(map(_answer, asked))
+        parts.append(f"{len(asked)} {what}: {', '.join(f'<b>{number}</b> {kind}' for kind, number in counts.items())}.")
+    return " ".join(parts)
+
+
+def _answer(verdict: Verdict) -> str:
+    """The verdict as the page has it: a question is answered, not reproduced."""
+    return ANSWERS[verdict.verdict] if verdict.own else verdict.verdict
 
 
 def _claims(decided: Sequence[Verdict]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(verdict.claim)}</th>'
-        f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {verdict.verdict}</span></td>'
+        f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {_answer(verdict)}</span></td>'
         f"<td>{escape(typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
         f'{escape(typeset(verdict.rule))}</details></td><td class="interval">'
         f"{escape(typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
         f"<td>{escape(typeset(verdict.paper))}</td></tr>"
-        for verdict in decided
+        for verdict in sorted(decided, key=lambda verdict: verdict.own)
     )
     return (
         "<p>A claim is reproduced if the whole 95% interval lies on its side, not reproduced if all of it lies on the "
-        "other, else inconclusive. Open the small line below a number to read what was measured and how it was "
-        f"decided. {escape(multiplicity(decided))}</p>"
+        "other, else inconclusive, unless its rule says otherwise. Open the small line below a number to read what was "
+        "measured and how it was decided. The paper's scores are of another reward model: compare signs and orders, "
+        f"not sizes. Questions that are not the paper's come last. {escape(multiplicity(decided))}</p>"
         '<div class="scroll"><table class="claims"><thead><tr>'
         '<th scope="col">claim</th><th scope="col">verdict</th><th scope="col">here</th>'
         '<th scope="col">95% interval</th><th scope="col">the paper</th></tr></thead>'
@@ -170,10 +184,11 @@ def _grid_table(study: Study, grid: str, *, opened: bool = False) -> str:
             body += f'<tr class="group"><th colspan="{len(METHOD_HEADINGS) - 1}">{escape(row.setting)}</th></tr>'
         _, method, *numbers = method_texts(row)
         body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(number_cell, numbers))}</tr>'
+    legend = f'<p class="note">{escape(typeset(LEGEND))}</p>' if opened else ""  # once is enough
     return (
         f"<details{' open' if opened else ''}><summary>all numbers of the grid {escape(grid)}</summary>"
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{escape(typeset(LEGEND))}</p></details>'
+        f"{legend}</details>"
     )
 
 

@@ -18,10 +18,10 @@ from tokenmdp.report.drawing import (
     new_figure,
     ordered_colours,
 )
-from tokenmdp.report.study_lines import SCORE, draw_curves, draw_estimates, level, mean_difference, scale_to_points
+from tokenmdp.report.study_lines import SCORE, draw_curves, draw_estimates, scale_to_points
 from tokenmdp.study.outcomes import BASELINE, Groups, area, curves, length_of, paired, window_for
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import Estimate, overtaking
+from tokenmdp.study.statistics import Estimate, level, mean_difference, overtaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

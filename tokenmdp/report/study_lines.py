@@ -9,9 +9,8 @@ import numpy as np
 
 from tokenmdp.report.curves import band
 from tokenmdp.report.drawing import INK, Look, finite, label_ends, name_of, signed
-from tokenmdp.study.claims import FEWEST_SEEDS
 from tokenmdp.study.outcomes import Groups, curves, window_for
-from tokenmdp.study.statistics import Estimate, mean_level, mean_over_seeds, trailing_mean, without_interval
+from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate, trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +24,7 @@ def draw_band(axes: Axes, places: np.ndarray, values: np.ndarray, look: Look) ->
     Two seeds give a band of 12.7 standard errors, which hides every curve and says no more.
     """
     mean, half = band(values)
-    if len(values) < FEWEST_SEEDS:
+    if len(values) < FEWEST_DECIDING:
         for row in values if len(values) > 1 else ():
             axes.plot(places, row, color=look.colour, linestyle=look.dashes, linewidth=0.8, alpha=0.4)
     else:
@@ -60,7 +59,9 @@ def draw_curves(
         ends[name_of(method)] = (float(mean[-1]), styles[method].colour)
     low, high = min(ranges), max(ranges)
     room = 0.15 * (high - low or 1)
-    low, high = low - room, high + room
+    ends_of_means = [end for mean in means.values() for end in (mean.min(), mean.max())]
+    near = [end for end in ends_of_means if low - 2 * room <= end <= high + 2 * room]  # a little more shows it whole
+    low, high = min([low, *near]) - room, max([high, *near]) + room
     axes.set_ylim(low, high)
     axes.set_xlim(0, last)
     if named:
@@ -81,22 +82,6 @@ def plain(value: float) -> str:
     """
     text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}")
-
-
-def level(values: Sequence[float]) -> Estimate:
-    """The mean over seeds with its interval, which too few seeds for a decision do not have.
-
-    >>> level([1.0, 3.0])
-    Estimate(value=2.0, low=-inf, high=inf)
-    """
-    return mean_level([values]) if len(values) >= FEWEST_SEEDS else without_interval(float(np.mean(values)))
-
-
-def mean_difference(values: Sequence[float] | np.ndarray) -> Estimate:
-    """The mean of one difference a seed with its t interval, which too few seeds for a decision do not have."""
-    if len(values) < FEWEST_SEEDS:
-        return without_interval(float(np.mean(values)))
-    return mean_over_seeds(values)
 
 
 def draw_estimates(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], look: Look) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from tokenmdp.study.claims import FEWEST_SEEDS, MAIN_GRIDS
+from tokenmdp.study.claims import MAIN_GRIDS
 from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import Groups
+from tokenmdp.study.statistics import FEWEST_DECIDING
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def seeds_of(groups: Groups) -> str:
 def bands_of(groups: Groups) -> str:
     """What is drawn around the means of a figure: as `draw_band` does."""
     counts = {len(results) for results in groups.values()}
-    parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_SEEDS else []
+    parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_DECIDING else []
     parts += ["Faint lines: the two seeds of a method that has no more."] if 2 in counts else []
     return " ".join(parts or ["No bands."])
 

@@ -15,7 +15,17 @@ from tokenmdp.report.study_tradeoffs import (
 )
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, slug
-from tokenmdp.study.outcomes import BASELINE, KL_COEF, LENGTH, by_setting, family, length_of, window_for
+from tokenmdp.study.outcomes import (
+    BASELINE,
+    KL_COEF,
+    LENGTH,
+    Groups,
+    by_setting,
+    collapsed,
+    family,
+    length_of,
+    window_for,
+)
 
 MOST_SETTINGS = 4  # of one grid that get learning curves of their own
 
@@ -49,7 +59,7 @@ def _curves(study: Study) -> Section:
             window = window_for(min(len(result.metrics["update"]) for results in groups.values() for result in results))
             caption = (
                 f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {bands_of(groups)}"
-                + told(remarks)
+                + told([*remarks, *_lost(groups)])
             )
             section.pictures.append(Picture(name, figure, f"grid {grid}, {setting}: learning curves", caption))
         if len(settings) > MOST_SETTINGS:
@@ -58,6 +68,13 @@ def _curves(study: Study) -> Section:
             ].caption += f" The other {len(settings) - MOST_SETTINGS} settings of the grid are in the table below."
         section.grids.append(grid)
     return section
+
+
+def _lost(groups: Groups) -> list[str]:
+    """Which methods have runs that a mean curve hides in itself."""
+    lost = {method: sum(map(collapsed, results)) for method, results in groups.items()}
+    told = [f"{number} of {len(groups[method])} of {name_of(method)}'s" for method, number in lost.items() if number]
+    return [f"Runs that lost more than half of what they had gained: {', '.join(told)}"] if told else []
 
 
 def _beta(study: Study) -> Section:
@@ -142,8 +159,9 @@ def _gold(study: Study) -> Section:
     section = Section(
         "gold",
         "Would another reward model agree?",
-        "A second reward model, of another architecture and seed, scores held-out texts and is never trained on. Where "
-        "the first score rises and the second falls, the policy exploits the first.",
+        "A second reward model, of another architecture and seed but trained on the same labels, scores held-out "
+        "texts; no policy is trained on it. Where the first score rises and the second falls, the policy exploits the "
+        "first.",
         missing="needs a second reward model in a main grid: tokenmdp ablate --preset imdb",
     )
     for grid in main_grids(study):
@@ -187,8 +205,9 @@ def _diagnostics(study: Study) -> Section:
         "diagnostics",
         "Where would a difference come from?",
         "Training from inside. A policy whose entropy falls early explores no longer; much clipping says that the "
-        "learning rate is high for the method; returns that the value head does not explain leave noisy advantages; "
-        "attention that is spread evenly makes ABC all but uniform, and without attention on the response it is.",
+        "learning rate is high for the method; returns that the value head does not explain leave noisy advantages, "
+        "but methods differ in that by themselves, since sparse's return is the same at every token; attention that is "
+        "spread evenly makes ABC all but uniform, and with none on the response it is uniform.",
         missing="no finished cell of a main grid: tokenmdp ablate --preset imdb, or quick",
     )
     for grid in main_grids(study):

@@ -26,15 +26,13 @@ from tokenmdp.report.study_lines import (
     draw_band,
     draw_curves,
     draw_row,
-    level,
-    mean_difference,
     name_rows,
     scale_to,
 )
 from tokenmdp.study.equal_kl import equal_kl, pareto_front
 from tokenmdp.study.labels import model_name
 from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
-from tokenmdp.study.statistics import Estimate
+from tokenmdp.study.statistics import Estimate, level, mean_difference
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:

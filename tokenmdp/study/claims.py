@@ -11,7 +11,7 @@ from tokenmdp.commands.credit_options import default_beta
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import Estimate
+from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate
 from tokenmdp.wording import count
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -26,7 +26,6 @@ NAMES = {
     "uniform": "uniform",
 }
 NO_FIGURE = "no figure"  # of the paper
-FEWEST_SEEDS = 3
 PAPER_LENGTH = (8, 15)  # of the paper's main comparison, both ends included
 
 
@@ -41,6 +40,11 @@ class Verdict:
     verdict: str  # "reproduced", "not reproduced", "inconclusive" or "not measured"
     rule: str  # how it was decided, or what is missing
     where: str = ""  # grid, setting and number of seeds
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a question of ours, and no claim of the paper."""
+        return self.paper.startswith(NO_FIGURE)
 
 
 class Place(NamedTuple):
@@ -71,7 +75,7 @@ class Claim:
         *,
         threshold: float = 0.0,
         below: bool = False,
-        fewest: int = FEWEST_SEEDS,
+        fewest: int = FEWEST_DECIDING,
         when: str = "",
     ) -> Verdict:
         """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``.

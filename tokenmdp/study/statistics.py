@@ -18,6 +18,7 @@ from scipy import stats
 from tokenmdp.intervals import RESAMPLES, mean_interval
 
 FEWEST_RESAMPLED = 6  # resamples stay within n seeds' range, which misses a median with probability 2**(1 - n)
+FEWEST_DECIDING = 3  # seeds; the t interval of two is 25 standard errors wide and says no more than they do
 TAILS = (0.025, 0.975)
 Values: TypeAlias = Sequence[float] | np.ndarray
 
@@ -111,6 +112,20 @@ def mean_level(strata: Sequence[Values]) -> Estimate:
     if len(strata) == 1 and 0 < len(strata[0]) < FEWEST_RESAMPLED:
         return mean_over_seeds(strata[0])
     return stratified_bootstrap(strata)
+
+
+def level(values: Values) -> Estimate:
+    """`mean_level` of one setting, without an interval below `FEWEST_DECIDING` seeds.
+
+    >>> level([1.0, 3.0])
+    Estimate(value=2.0, low=-inf, high=inf)
+    """
+    return mean_level([values]) if len(values) >= FEWEST_DECIDING else without_interval(float(np.mean(values)))
+
+
+def mean_difference(values: Values) -> Estimate:
+    """`mean_over_seeds` of one difference a seed, without an interval below `FEWEST_DECIDING` seeds."""
+    return mean_over_seeds(values) if len(values) >= FEWEST_DECIDING else without_interval(float(np.mean(values)))
 
 
 def without_interval(value: float) -> Estimate:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
     INCONCLUSIVE,
+    NAMES,
     NO_FIGURE,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -28,7 +27,7 @@ from tokenmdp.study.directory import Study
 from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
 from tokenmdp.study.labels import model_name
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import Estimate, jackknife, mean_over_seeds, share_of_runs, slope
+from tokenmdp.study.statistics import Estimate, jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count
 
 COLLAPSE_TOKENS = 90  # from this length on the paper sees it
@@ -42,7 +41,7 @@ PAIR = ("attention", "sparse")
 def rises_with_beta(study: Study) -> Verdict:
     """Is there a trend? A maximum between the ends may be hidden in one, so all means are given."""
     claim = Claim(
-        "the score rises with credit_beta (linear trend)",
+        "the score over training rises with credit_beta (linear trend)",
         "7.94 (0), 8.28 (.2), 8.40 (.4), 8.50 (.6), 8.64 (.8), 8.80 (1); n=10",
     )
     for grid in ("beta", "custom"):
@@ -57,7 +56,7 @@ def rises_with_beta(study: Study) -> Verdict:
                 continue
             areas = outcomes.areas(rows)  # (R, betas)
             slopes, means = slope(areas, betas), areas.mean(0)
-            rank = stats.spearmanr(betas, means).statistic if np.ptp(means) else math.nan
+            ends = slope(np.array([[outcomes.last_tenth(result) for result in row] for row in rows]), betas)
             swept_cells = {
                 cell.id for cell in study.declared(grid) if cell.setting == setting and _reads_attention(cell)
             }
@@ -65,7 +64,7 @@ def rises_with_beta(study: Study) -> Verdict:
             return claim.decide(
                 mean_over_seeds(slopes),
                 len(rows),
-                f"slope {slopes.mean():+.2f}: {listed}; rank correlation {rank:.2f}",
+                f"slope {slopes.mean():+.2f}: {listed}; in the last tenth {mean_difference(ends)}",
                 place_of(study, grid, setting, len(rows), swept_cells),
                 "each seed's least-squares slope of the mean score in credit_beta, t interval over seeds",
             )
@@ -102,10 +101,13 @@ def grows_with_length(study: Study) -> Verdict:
     advantage = areas[..., 0] - areas[..., 1]  # (R, lengths)
     slopes = 10 * slope(advantage, [(low + high) / 2 for low, high in lengths])
     listed = ", ".join(f"{value:+.2f} ({_range(at)})" for value, at in zip(advantage.mean(0), lengths, strict=True))
+    uniform = families(study, grid, ("attention", "uniform"), outcomes.LENGTH)
+    leads = [outcomes.areas(found).mean(0) @ [1, -1] for pair in uniform if (found := outcomes.paired(*pair))]
+    over = f"; over uniform {', '.join(f'{value:+.2f}' for value in leads)}" if len(leads) == len(lengths) else ""
     return claim.decide(
         mean_over_seeds(slopes),
         len(rows),
-        f"{listed}; {slopes.mean():+.2f} for ten tokens more",
+        f"{listed}; {slopes.mean():+.2f} for ten tokens more{over}",
         place_of(study, grid, f"{len(lengths)} lengths", len(rows), cells_of(study, grid, PAIR)),
         "each seed's slope of (ABC - sparse) in mean score against the mean length, for ten tokens; t interval over "
         "seeds",
@@ -133,9 +135,9 @@ def collapses(study: Study) -> Verdict:
     if not runs + crashed:
         return claim.missing(f"no run of sparse has a gain beyond noise at {_range(at)} tokens")
     others = _runs_lost(study, grid, longest.setting, "attention")
-    ours = f"{_told(fallen, runs, crashed)} of sparse's runs"
-    if others.runs + others.crashed:
-        ours += f"; {_told(*others)} of ABC's"
+    lost = {name: _runs_lost(study, grid, longest.setting, method) for method, name in NAMES.items()}
+    told = [f"{name} {_told(*found)}" for name, found in lost.items() if found.runs + found.crashed]
+    ours = f"runs lost: {', '.join(sorted(told, key=lambda text: not text.startswith('sparse')))}"
     place = place_of(study, grid, f"{_range(at)} tokens, its longest", runs + crashed, ())  # the crashed ones count
 
     def decided(fallen: int, runs: int) -> Verdict:
@@ -147,7 +149,7 @@ def collapses(study: Study) -> Verdict:
             place,
             f"runs whose last tenth has less than {outcomes.KEPT:.0%} of their highest gain (trailing mean less the "
             "start), and crashed ones; those with no gain beyond noise are left out; Clopper-Pearson interval of "
-            "sparse's share",
+            "sparse's share, of which alone the claim is",
             threshold=RARE,
             when=f"the interval lies above {RARE:g}; otherwise not reproduced if it lies below {PAPER_SHARE:g}",
         )
@@ -264,6 +266,10 @@ def follows_credit_quality(study: Study) -> Verdict:
             for id in cells_of(study, grid, PAIR)
             if study.cells[id].settings.reward_model in (most, least)  # a third model is only shown
         }
+        direct = ""
+        if {most, least} == SAME_SCORES:  # whose scores have one scale
+            differences = np.subtract(*(outcomes.areas(rows)[:, place] for place in (0, 2)))
+            direct = f"; ABC's own score differs by {mean_difference(differences)}"
         verdict = replace(
             claim,
             says=f"ABC gains more on {model_name(most)} than on {model_name(least)} ({quality[most]['level']} "
@@ -275,12 +281,13 @@ def follows_credit_quality(study: Study) -> Verdict:
                 f"{_share_told(groups[model])} on {model_name(model)} "
                 f"(its attention: {quality[model]['spearman'][0]:.2f})"
                 for model in order
-            ),
+            )
+            + direct,
             place_of(study, grid, f"{len(order)} reward models", len(rows), compared),
             # Reward models differ in scale, so the advantage is taken as a share.
             "(ABC - sparse) in mean score as a share of sparse's mean gain, the first model's less the other's; t "
             "interval of the jackknife over seeds, since sparse's gain is an estimate too; in brackets the rank "
-            "correlation of a model's attention row with |leave-one-out|",
+            "correlation of a model's attention row with leave-one-out without signs",
         )
         if Estimate(*quality[most]["spearman"]).low <= Estimate(*quality[least]["spearman"]).high:
             return undecided(verdict, "the models' rank correlations with leave-one-out do not differ")

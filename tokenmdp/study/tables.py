@@ -37,7 +37,7 @@ METHOD_HEADINGS = (
     "KL, last tenth",
     "- sparse",
     "P(> sparse)",
-    "updates to sparse's maximum",
+    "median seed's updates to sparse's maximum",
     "mean +- 2 SE",
 )
 VERDICT_HEADINGS = ("claim", "paper", "ours", "95% interval", "verdict", "where", "rule")
@@ -51,8 +51,9 @@ LEGEND = (
     "seeds with normal noise it holds the truth 86 times in 100, of ten 89 times. With fewer seeds than "
     f"{FEWEST_RESAMPLED} means of one setting have a t interval instead and other numbers none, nor have numbers that "
     "are the same in all resamples. "
-    "Updates to sparse's maximum: the maximum of sparse's mean curve, and the Kaplan-Meier median over seeds of the "
-    f"updates until a seed's own curve is there, both as trailing means over up to {outcomes.WINDOW} updates; never: "
+    "Median seed's updates to sparse's maximum: the maximum of sparse's mean curve, and the Kaplan-Meier median over "
+    "seeds of the updates until a seed's own curve is there, both as trailing means over up to "
+    f"{outcomes.WINDOW} updates; never: "
     "more than half of the seeds did not get there. A single seed's curve is noisier than the mean curve that it is "
     "compared with, and may touch the level by chance; the interval takes the level as known. "
     "Mean +- 2 SE: the paper's summary, with the standard error over seeds."

@@ -27,7 +27,7 @@ from tokenmdp.study.claims import (
 )
 from tokenmdp.study.directory import Study
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import FEWEST_RESAMPLED, overtaking, paired_difference
+from tokenmdp.study.statistics import FEWEST_RESAMPLED, mean_difference, overtaking, paired_difference
 from tokenmdp.study.sweeps import (
     collapses,
     follows_credit_quality,
@@ -44,8 +44,16 @@ def verdicts(study: Study) -> list[Verdict]:
     """Every claim, decided or with what it lacks."""
     above = "paired by seed, t interval of {} - {} in mean score over all updates"
     pairs = [
-        ("attention", "sparse", Claim("ABC above sparse", f"8.32 +- .16 against 7.22 +- .39, {FIRST_STEPS}")),
-        ("attention", "uniform", Claim("ABC above uniform", f"8.32 +- .16 against 6.60 +- .19, {FIRST_STEPS}")),
+        (
+            "attention",
+            "sparse",
+            Claim("ABC above sparse over training", f"8.32 +- .16 against 7.22 +- .39, {FIRST_STEPS}"),
+        ),
+        (
+            "attention",
+            "uniform",
+            Claim("ABC above uniform over training", f"8.32 +- .16 against 6.60 +- .19, {FIRST_STEPS}"),
+        ),
         (
             "sparse",
             "uniform",
@@ -97,6 +105,9 @@ def _compare(
         return claim.missing(needs((left, right)))
     values, baseline = (np.array([measure(result) for result in group]) for group in found.groups)
     ours = f"{(values - baseline).mean():+.2f} ({values.mean():.2f} against {baseline.mean():.2f})"
+    if measure is outcomes.area:
+        end, other = (np.array([outcomes.last_tenth(result) for result in group]) for group in found.groups)
+        ours += f"; in the last tenth {mean_difference(end - other)}"
     what = what.format(NAMES[left], NAMES[right])
     return claim.decide(paired_difference(values, baseline), len(values), ours, found.place, what)
 
@@ -150,8 +161,8 @@ def _between(study: Study, method: str, paper: str) -> Verdict:
 
 def _gold(study: Study) -> list[Verdict]:
     open_question = f"{NO_FIGURE}: the paper leaves over-optimisation open"
-    rises = Claim("a second reward model, never trained on, confirms what ABC gains", open_question)
-    holds = Claim("ABC: the second model's score still rises at the end (no over-optimisation yet)", open_question)
+    rises = Claim("ABC raises the score of a second reward model, which trains no policy", open_question)
+    holds = Claim("ABC: the second model's score still rises in the last third", open_question)
     above = Claim("ABC above sparse for the second reward model", open_question)
     found = find(study, ("attention", "sparse"), length=None)
     if found is None:
@@ -164,27 +175,27 @@ def _gold(study: Study) -> list[Verdict]:
             else "needs a second reward model: --gold"
         )
         return [claim.missing(why) for claim in (rises, holds, above)]
-    (updates, gold), (_, other) = (outcomes.evaluation_curves(group, "gold") for group in found.groups)
+    (_, gold), (_, other) = (outcomes.evaluation_curves(group, "gold") for group in found.groups)
     evaluations = min(len(gold[0]), len(other[0]))
     gold, other = gold[:, :evaluations], other[:, :evaluations]
     proxy = outcomes.evaluation_curves(found.groups[0], "score")[1][:, :evaluations]
     on = f"on one draw of {found.groups[0][0].cell.eval_samples} held-out prompts, which the interval takes as given"
     seeds, third = len(gold), (evaluations - 1) // 3
-    late, middle = gold[:, -third:].mean(1), gold[:, -2 * third : -third].mean(1)
-    turn = updates[int(gold.mean(0).argmax())]
+    late, middle = _late(gold, third), _late(gold, third, 1)
+    own = _late(proxy, third) - _late(proxy, third, 1)
     gain = gold[:, -1] - gold[:, 0]
     return [
         rises.decide(
             paired_difference(gold[:, -1], gold[:, 0]),
             seeds,
-            f"{gain.mean():+.2f}, while the score trained on gains {(proxy[:, -1] - proxy[:, 0]).mean():+.2f}",
+            f"{gain.mean():+.2f}; the score trained on, in its own units, {(proxy[:, -1] - proxy[:, 0]).mean():+.2f}",
             found.place,
             f"second model's score {on}, end - start, t interval over seeds",
         ),
         holds.decide(
             paired_difference(late, middle),
             seeds,
-            f"{(late - middle).mean():+.2f}; highest at update {turn:.0f} of {updates[evaluations - 1]:.0f}",
+            f"{(late - middle).mean():+.2f}; the score trained on {own.mean():+.2f}",
             found.place,
             f"second model's score {on}, last third of the evaluations - middle third, t interval over seeds",
         ),
@@ -196,3 +207,9 @@ def _gold(study: Study) -> list[Verdict]:
             f"paired by seed, t interval of ABC - sparse in the second model's mean score over all evaluations, {on}",
         ),
     ]
+
+
+def _late(curves: np.ndarray, length: int, earlier: int = 0) -> np.ndarray:
+    """Means (R,) of the last ``length`` values of curves (R, K), or of as many values that many times earlier."""
+    end = curves.shape[1] - earlier * length
+    return curves[:, end - length : end].mean(1)
