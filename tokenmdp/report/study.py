@@ -124,10 +124,14 @@ def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
 def _counted(decided: Sequence[Verdict]) -> str:
     parts = []
     for own, what in ((False, "claims of the paper"), (True, "questions of our own")):
-        asked = [verdict for verdict in decided if verdict.own == own]
+        asked = sorted((verdict for verdict in decided if verdict.own == own), key=_rank)
         counts = Counter(map(_answer, asked))
         parts.append(f"{len(asked)} {what}: {', '.join(f'<b>{number}</b> {kind}' for kind, number in counts.items())}.")
     return " ".join(parts)
+
+
+def _rank(verdict: Verdict) -> int:
+    return list(MARKS).index(verdict.verdict)
 
 
 def _answer(verdict: Verdict) -> str:
