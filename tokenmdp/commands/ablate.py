@@ -38,7 +38,7 @@ from tokenmdp.study.results import Cell, StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.text_metrics import self_bleu
-from tokenmdp.study.tuning import chosen_rates, edge_note
+from tokenmdp.study.tuning import SEARCH, chosen_rates, edge_note
 from tokenmdp.wording import clock
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def report(out: Path, grid: str, console: Console) -> None:
 
 
 def _report(study: Study, grid: str, console: Console) -> None:
-    if "tune" in study.grids:
+    if SEARCH in study.grids:
         show_rates(study, console)
     for name in [grid] if grid in study.grids else study.grids:
         for table in tables_of(study, name, console.width):

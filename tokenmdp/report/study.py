@@ -14,7 +14,7 @@ from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
 from tokenmdp.report.study_parts import Picture, Section, main_grids, number_cell, typeset
-from tokenmdp.report.study_protocol import SEARCH, protocol
+from tokenmdp.report.study_protocol import protocol
 from tokenmdp.report.study_quality import quality_table
 from tokenmdp.report.study_sections import sections
 from tokenmdp.report.study_style import STUDY_STYLE
@@ -24,7 +24,8 @@ from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.results import Cell
-from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, markdown, method_table, method_texts
+from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, MethodRow, markdown, method_table, method_texts
+from tokenmdp.study.tuning import SEARCH
 from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count
 
@@ -51,10 +52,10 @@ def write_report(study: Study, path: str | Path) -> Path:
     path = Path(path)
     decided = verdicts(study)
     write_text(path / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
-    grids = [grid for grid in study.grids if study.select(grid)]
+    grids = {grid: method_table(study, grid) for grid in study.grids if study.select(grid)}
     tables = ["# Study\n", "## Claims\n", markdown(decided)]
-    for grid in grids:
-        tables += [f"## {grid}\n", markdown(method_table(study, grid))]
+    for grid, rows in grids.items():
+        tables += [f"## {grid}\n", markdown(rows)]
     write_text(path / "tables.md", "\n".join([*tables, LEGEND, ""]))
     found = sections(study)
     figures = path / "figures"
@@ -71,11 +72,11 @@ def write_report(study: Study, path: str | Path) -> Path:
     claims = ("claims", "The claims" if of_the_paper else "The paper's claims", _claims(decided))
     parts = [
         *[claims] * of_the_paper,
-        *((section.id, section.title, _section(study, section, shown)) for section in found),
+        *((section.id, section.title, _section(study, section, shown, grids)) for section in found),
         *[claims] * (not of_the_paper),
         ("samples", "What they write in the end", _samples(study)),
         ("unfinished", "What is missing", _unfinished(study)),
-        ("how", "How it was made", protocol(study) + "".join(_grid_table(study, grid) for grid in others)),
+        ("how", "How it was made", protocol(study) + "".join(_grid_table(grid, grids[grid]) for grid in others)),
     ]
     links = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in parts)
     bodies = "".join(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in parts)
@@ -161,13 +162,13 @@ def _claims(decided: Sequence[Verdict]) -> str:
     )
 
 
-def _section(study: Study, section: Section, shown: Mapping[str, str]) -> str:
+def _section(study: Study, section: Section, shown: Mapping[str, str], grids: Mapping[str, Sequence[MethodRow]]) -> str:
     what = "No figure" if section.models else "Not in this study"
     missing = "" if section.pictures else f'<p class="note">{what}: {escape(section.missing)}.</p>'
     if missing and not section.models:
         return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
-    tables = "".join(_grid_table(study, grid, opened=section.id == "curves") for grid in section.grids)
+    tables = "".join(_grid_table(grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
     tables += "".join(quality_table(study, model) for model in section.models)
     return f"<p>{escape(section.intro)}</p>{missing}{pictures}{tables}"
 
@@ -179,10 +180,10 @@ def _picture(picture: Picture, svg: str) -> str:
     )
 
 
-def _grid_table(study: Study, grid: str, *, opened: bool = False) -> str:
+def _grid_table(grid: str, rows: Sequence[MethodRow], *, opened: bool = False) -> str:
     head = "".join(f'<th scope="col">{escape(typeset(heading))}</th>' for heading in METHOD_HEADINGS[1:])
     body, last = "", None
-    for row in method_table(study, grid):
+    for row in rows:
         if row.setting != last:
             last = row.setting
             body += f'<tr class="group"><th colspan="{len(METHOD_HEADINGS) - 1}">{escape(row.setting)}</th></tr>'

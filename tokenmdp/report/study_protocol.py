@@ -13,11 +13,10 @@ from tokenmdp.report.drawing import name_of
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.results import Cell, cell_record
-from tokenmdp.study.tuning import MOST_KL, chosen_rates, edge_note, rates_of
+from tokenmdp.study.tuning import MOST_KL, SEARCH, chosen_rates, edge_note, rates_of
 from tokenmdp.wording import count
 
 COMMANDS = "With these commands, each with the same directory as <code>--out</code>:"
-SEARCH = "tune"  # the grid that searches for learning rates
 LACKING = {"crashed": "crashed", "not_run": "not run"}
 
 

@@ -55,19 +55,16 @@ def quality_table(study: Study, model: str) -> str:
     """The HTML of how each method's credit on a reward model agrees with leave-one-out."""
     headings = ("method", "texts", *HEADINGS.values(), "cost")
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    rows, notes = "", [_row_note(study, model)]
-    for world in study.quality[model]["worlds"]:
-        methods = [MethodQuality(**record) for record in world["methods"]]
-        notes += method_notes(methods)
-        for method in methods:
-            if method.unavailable is None:
-                found = (method.metrics.get(metric) for metric in HEADINGS)
-                numbers = (number_cell("" if interval is None else str(Interval(*interval))) for interval in found)
-                rows += (
-                    f'<tr><th scope="row">{escape(name_of(method.name))}</th>{number_cell(str(method.texts))}'
-                    f"{''.join(numbers)}{number_cell(cost(method))}</tr>"
-                )
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    methods, rows = _measured(study, model), ""
+    for method in methods:
+        if method.unavailable is None:
+            found = (method.metrics.get(metric) for metric in HEADINGS)
+            numbers = (number_cell("" if interval is None else str(interval)) for interval in found)
+            rows += (
+                f'<tr><th scope="row">{escape(name_of(method.name))}</th>{number_cell(str(method.texts))}'
+                f"{''.join(numbers)}{number_cell(cost(method))}</tr>"
+            )
+    said = "".join(f"<p>{escape(note)}</p>" for note in (_row_note(study, model), *method_notes(methods)))
     return (
         f"<details><summary>credit quality on the reward model {escape(model_name(model))}</summary>{said}"
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -77,15 +74,20 @@ def quality_table(study: Study, model: str) -> str:
 
 def correlations(study: Study, model: str, groups: Groups) -> dict[str, tuple[float, float, float]]:
     """Method -> rank correlation of its credit with leave-one-out, for the methods that were measured."""
-    record = study.quality.get(model, {})
     measured = {
-        method["name"]: tuple(method["metrics"]["spearman"])
-        for world in record.get("worlds", ())
-        for method in world["methods"]
-        if "spearman" in method["metrics"]
+        method.name: method.metrics["spearman"] for method in _measured(study, model) if "spearman" in method.metrics
     }
     credits = {method: results[0].cell.settings.credit for method, results in groups.items()}
     return {method: measured[credit] for method, credit in credits.items() if credit in measured}
+
+
+def _measured(study: Study, model: str) -> list[MethodQuality]:
+    """Every method's credit quality on a reward model; none if it was not measured."""
+    records = (record for world in study.quality.get(model, {}).get("worlds", ()) for record in world["methods"])
+    return [
+        MethodQuality(**record | {"metrics": {name: Interval(*found) for name, found in record["metrics"].items()}})
+        for record in records
+    ]
 
 
 def _row_note(study: Study, model: str) -> str:

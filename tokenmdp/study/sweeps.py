@@ -131,12 +131,11 @@ def collapses(study: Study) -> Verdict:
         return claim.missing("needs sparse at several lengths: tokenmdp ablate --preset length")
     grid, longest = found
     at = outcomes.length_of(longest)
-    fallen, runs, crashed = _runs_lost(study, grid, longest.setting, "sparse")
+    lost = {method: _runs_lost(study, grid, longest.setting, method) for method in NAMES}
+    (fallen, runs, crashed), others = lost["sparse"], lost["attention"]
     if not runs + crashed:
         return claim.missing(f"no run of sparse has a gain beyond noise at {_range(at)} tokens")
-    others = _runs_lost(study, grid, longest.setting, "attention")
-    lost = {name: _runs_lost(study, grid, longest.setting, method) for method, name in NAMES.items()}
-    told = [f"{name} {_told(*found)}" for name, found in lost.items() if found.runs + found.crashed]
+    told = [f"{NAMES[method]} {_told(*found)}" for method, found in lost.items() if found.runs + found.crashed]
     ours = f"runs lost: {', '.join(sorted(told, key=lambda text: not text.startswith('sparse')))}"
     place = place_of(study, grid, f"{_range(at)} tokens, its longest", runs + crashed, ())  # the crashed ones count
 
@@ -268,8 +267,7 @@ def follows_credit_quality(study: Study) -> Verdict:
         }
         direct = ""
         if {most, least} == SAME_SCORES:  # whose scores have one scale
-            differences = np.subtract(*(outcomes.areas(rows)[:, place] for place in (0, 2)))
-            direct = f"; ABC's own score differs by {mean_difference(differences)}"
+            direct = f"; ABC's own score differs by {mean_difference(runs[:, 0, 0] - runs[:, 1, 0])}"
         verdict = replace(
             claim,
             says=f"ABC gains more on {model_name(most)} than on {model_name(least)} ({quality[most]['level']} "

@@ -20,6 +20,7 @@ from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import area, last_tenth
 from tokenmdp.study.results import Cell, rounded
 
+SEARCH = "tune"  # the grid that searches for learning rates
 MOST_KL = 20.0  # nats a response over the last tenth of the updates; the paper's policies end at 14.2 to 18.7
 OTHER_BOUNDS = (18.7, 25.0)  # as defensible
 
@@ -38,7 +39,7 @@ class _Ranked(NamedTuple):
     kl: float  # at the end
 
 
-def chosen_rates(study: Study, grid: str = "tune") -> dict[str, Any]:
+def chosen_rates(study: Study, grid: str = SEARCH) -> dict[str, Any]:
     """The record of the whole search.
 
     ``learning_rates``: method -> the rate whose area under the learning curve (`area`) is the highest on average over
