@@ -73,6 +73,21 @@ def test_a_study_of_another_version_is_read_but_not_added_to(tmp_path, monkeypat
     assert load_study(tmp_path).version == "0.0.1"
 
 
+def test_a_notice_comes_with_the_study_where_there_is_one(tmp_path):
+    place = tmp_path / directory.NOTICE
+    place.write_text("\nRead <this>\nfirst.\n\n", encoding="utf-8")  # may be there before the first run
+    declare(tmp_path, "imdb", [make_cell()], {})
+    assert load_study(tmp_path).notice == "Read <this>\nfirst."
+    for nothing in ("", " \n\n"):
+        place.write_text(nothing)
+        assert load_study(tmp_path).notice == ""
+    place.unlink()
+    assert load_study(tmp_path).notice == ""
+    place.write_bytes("é".encode("latin-1"))
+    with pytest.raises(StudyError, match=r"notice\.txt cannot be read .* plain text in UTF-8"):
+        load_study(tmp_path)
+
+
 def test_what_is_no_study_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(StudyError, match=r"holds mine\.txt but no study\.json"):

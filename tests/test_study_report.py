@@ -252,6 +252,18 @@ def test_runs_that_broke_are_named_below_the_curves(tmp_path):
     assert "Runs that lost more than half of what they had gained: 1 of 3 of sparse&#x27;s." in text
 
 
+def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path):
+    study = replace(partial, notice="First <b>line</b> &\nsecond.\n \nA paragraph.")
+    page = write_report(study, tmp_path).read_text(encoding="utf-8")
+    first, second = "First &lt;b&gt;line&lt;/b&gt; &amp; second.", "A paragraph."
+    shown = f'<body><aside class="notice"><p>{first}</p><p>{second}</p></aside><header><h1>'
+    without = (partial.path / "report" / "index.html").read_text(encoding="utf-8")
+    assert page == without.replace("<body><header><h1>", shown)
+    assert page != without
+    tables, before = ((path / "tables.md").read_text() for path in (tmp_path, partial.path / "report"))
+    assert tables == before.replace("# Study\n", f"# Study\n\n> {first}\n\n> {second}\n", 1)
+
+
 def test_the_page_says_how_many_claims_there_are(full, page):
     assert markup.escape(multiplicity(verdicts(full))) in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,7 +45,8 @@ def write_report(study: Study, path: str | Path) -> Path:
     tables.md      the verdicts and the table of every grid
     verdicts.json  the verdicts
 
-    What the study does not hold is left out, and the page says so. The same study gives the same bytes.
+    The page and the tables begin with the notice of the study, if it has one. What the study does not hold is left
+    out, and the page says so. The same study gives the same bytes.
 
     Returns:
         The page.
@@ -53,7 +55,9 @@ def write_report(study: Study, path: str | Path) -> Path:
     decided = verdicts(study)
     write_text(path / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
     grids = {grid: method_table(study, grid) for grid in study.grids if study.select(grid)}
-    tables = ["# Study\n", "## Claims\n", markdown(decided)]
+    notice = _paragraphs(study.notice)
+    quoted = [f"> {paragraph}\n" for paragraph in notice]
+    tables = ["# Study\n", *quoted, "## Claims\n", markdown(decided)]
     for grid, rows in grids.items():
         tables += [f"## {grid}\n", markdown(rows)]
     write_text(path / "tables.md", "\n".join([*tables, LEGEND, ""]))
@@ -87,16 +91,26 @@ def write_report(study: Study, path: str | Path) -> Path:
     )
     title = "Dense reward for free: the claims, tried again" if of_the_paper else "Credit methods compared"
     summary = _summary(study, decided) if of_the_paper else _own_summary(study, decided)
+    above = f'<aside class="notice">{"".join(f"<p>{paragraph}</p>" for paragraph in notice)}</aside>' * bool(notice)
     page = (
         '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
-        f'<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
+        f'{above}<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
         f'<p class="note">{escape(note)}</p>{summary}<nav>{links}</nav><main>{bodies}</main>'
         f"<script>{SCRIPT}</script></body></html>"
     )
     write_text(path / "index.html", page)
     return path / "index.html"
+
+
+def _paragraphs(text: str) -> list[str]:
+    r"""Plain text as escaped paragraphs of one line each.
+
+    >>> _paragraphs("One\nline.\n\nA < B.")
+    ['One line.', 'A &lt; B.']
+    """
+    return [escape(" ".join(part.split()), quote=False) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 def _summary(study: Study, decided: Sequence[Verdict]) -> str:

@@ -9,6 +9,7 @@ body { line-height: 1.6; }
 main { display: block; }
 section { display: block; margin: 0 0 2.8rem; }
 p { max-width: 46rem; }
+.notice { border: 2px solid var(--no); border-radius: .4rem; padding: .2rem 1rem; margin: 0 0 1.5rem; }
 .note { max-width: none; }
 h2 { font-size: 1.25rem; margin: 2rem 0 .3rem; } h3 { font-size: 1rem; margin: .4rem 0 0; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; margin: .8rem 0; }

@@ -6,6 +6,7 @@ cells/ID.progress      how far a running one is
 cells/ID.error.txt     why one crashed
 quality/NAME.json      credit quality of every method on a reward model
 learning_rates.json    what the grid "tune" found
+notice.txt             what a reader of the report must know first, where somebody has written it
 report/                written from the rest at any time
 """
 
@@ -37,7 +38,8 @@ from tokenmdp.study.results import (
     tokenmdp_version,
 )
 
-OWN_ENTRIES = {"cells", "quality", "report", "learning_rates.json"}  # beside study.json
+NOTICE = "notice.txt"
+OWN_ENTRIES = {"cells", "quality", "report", "learning_rates.json", NOTICE}  # beside study.json
 OF_A_METHOD = ("credit", "credit_beta", "credit_options", "seed")  # settings in which the runs of a setting differ
 
 
@@ -55,6 +57,7 @@ class Study:
     labels: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)  # grid -> id -> (setting, method)
     version: str = ""  # of tokenmdp
     packages: dict[str, str] = field(default_factory=dict)
+    notice: str = ""  # plain text above everything in the report; paragraphs are parted by an empty line
 
     def select(self, grid: str) -> dict[tuple[str, str], list[CellResult]]:
         """(setting, method) -> finished results sorted by seed, in the grid's order, under the grid's own labels.
@@ -215,8 +218,9 @@ def load_study(path: str | Path) -> Study:
         except (TypeError, KeyError) as error:
             raise _damaged(file, error) from error
     return Study(
-        path, grids, cells, results, errors, quality, commands, labels, record["version"], record.get("packages", {})
-    )
+        path, grids, cells, results, errors, quality, commands, labels, record["version"], record.get("packages", {}),
+        notice=_read_notice(path / NOTICE),
+    )  # fmt: skip
 
 
 def quality_file(path: str | Path, reward_model: str) -> Path:
@@ -254,6 +258,16 @@ def _read_study(place: Path) -> dict[str, Any]:
     if lacking := [key for key in ("version", "grids", "cells") if key not in record]:
         raise _damaged(place, f"it has no {lacking[0]}")
     return record
+
+
+def _read_notice(place: Path) -> str:
+    """The text of a notice; empty where there is none."""
+    try:
+        return place.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{place} cannot be read ({error}); it must be plain text in UTF-8") from error
 
 
 def _damaged(place: Path, what: object) -> StudyError:
