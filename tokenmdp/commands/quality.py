@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 DECLARATIONS = """\
 conserves: the credit of a text sums to its score
 causal: before the last token, credit depends on what was written so far only
-potential: potential-based shaping, so no estimator's policy gradient is biased"""
+potential: potential-based shaping, so the reward-to-go policy gradient is unbiased"""
 ROWS = 64  # episodes at a time
 BUDGET = {"budget": 128}  # not the methods' own 1024: with it an eighth of the texts would have to do
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"shapley": BUDGET, "owen": BUDGET}

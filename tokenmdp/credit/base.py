@@ -60,7 +60,8 @@ class CreditMethod(Protocol):
         conserves_return: ``sum_t token_rewards[t] == score``.
         causal: before the last token, ``token_rewards[t]`` depends on the prompt and on tokens up to t only.
         potential_based: equals the sparse reward plus ``phi(s[t+1]) - phi(s[t])`` for a function phi of the state, so
-            that with gamma = 1 even a causal estimator (reward-to-go, GAE) sees an unbiased policy gradient.
+            that with gamma = 1 the reward-to-go policy gradient (GAE with lambda 1) is unbiased. With a smaller lambda
+            a critic's errors bias it, whatever the credit.
         needs: keys of `NEEDS`. No forward beyond the one that scores happens unless it says so.
     """
 

@@ -34,8 +34,9 @@ class PrefixDifferenceCredit:
 
     The rest of the score, that of the prompt alone and ``1 - credit_beta`` of the sum, goes to the last token (see
     `settle`), so the sum is the score and this is potential-based shaping with
-    ``phi(s[t]) = credit_beta * (score of y[<t] - score of the prompt)``: with gamma = 1 any estimator's gradient stays
-    unbiased (with another gamma the sum of discounted rewards is no longer the discounted score).
+    ``phi(s[t]) = credit_beta * (score of y[<t] - score of the prompt)``: with gamma = 1 the reward-to-go gradient stays
+    unbiased (with another gamma the sum of discounted rewards is no longer the discounted score). GAE estimates it with
+    lambda 1; with a smaller one a critic's errors bias it, as they do with sparse credit.
     Reports ``prompt_score``, the score of the prompt alone.
 
     Source: Li et al., "RED: Unleashing Token-Level Rewards from Holistic Feedback via Reward Redistribution", 2024,

@@ -25,7 +25,7 @@ def quality_section(study: Study) -> Section:
     section = Section(
         "quality",
         "Does the gain follow the quality of the credit?",
-        "Attention credit is as good as the attention that it reads. So each method's credit is compared with "
+        "Attention credit depends on the attention that it reads. So each method's credit is compared with "
         "leave-one-out: the drop in score when a token is left out. The same grid on reward models whose attention "
         "follows the score's sources to different degrees tells whether the gain follows.",
         models=list(study.quality),
