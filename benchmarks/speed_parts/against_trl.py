@@ -12,9 +12,8 @@ import torch
 from speed_parts.report import Finding, dtype_name
 from speed_parts.rollout_clock import ClockedAgent
 from speed_parts.shapes import Shape
-from speed_parts.timing import alternate, column, rates, ratio_interval
-from speed_parts.trl_process import TRLProcess, make_environment
-from tokenmdp.commands.allocator import SETTINGS
+from speed_parts.timing import Numbers, Side, alternate, column, rates, ratio_interval
+from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
 
 DEFAULT_MARKS = {"4x256": 2.5, "gpt2": 2.0}  # in the default dtype where that is bfloat16
 FLOAT32_MARK = 1.4
@@ -33,17 +32,20 @@ def measure(shape: Shape, device: torch.device, repetitions: int, directory: Pat
     sides = {dtype: ClockedAgent(shape, dtype, device) for dtype in dtypes}
     order = {
         "model": shape.model_arguments(),
-        "episodes": shape.episodes,
         "prompt_tokens": shape.prompt_tokens,
-        "response_tokens": shape.response_tokens,
-        "minibatch": shape.episodes // shape.num_minibatches,
-        "update_epochs": shape.update_epochs,
-        "learning_rate": next(iter(sides.values())).agent.config.learning_rate,
+        "response": (shape.response_tokens, shape.response_tokens),
+        "ppo": {
+            "batch_size": shape.episodes,
+            "mini_batch_size": shape.episodes // shape.num_minibatches,
+            "ppo_epochs": shape.update_epochs,
+            "learning_rate": next(iter(sides.values())).agent.config.learning_rate,
+        },
+        "seed": 0,
         "threads": torch.get_num_threads(),
         "device": device.type,
     }
     python, same = make_environment(directory), dict(os.environ)
-    environments = {"TRL": {key: value for key, value in same.items() if key not in SETTINGS}}
+    environments = {"TRL": as_it_comes(same)}
     if environments["TRL"] != same:
         environments["TRL with our allocator settings"] = same
     with contextlib.ExitStack() as stack:
@@ -51,7 +53,7 @@ def measure(shape: Shape, device: torch.device, repetitions: int, directory: Pat
             name: stack.enter_context(TRLProcess(python, order, environment))
             for name, environment in environments.items()
         }
-        iterations = {name: process.iteration for name, process in runs.items()}
+        iterations = {name: clocked(process) for name, process in runs.items()}
         records = alternate(iterations | {dtype: agent.iteration for dtype, agent in sides.items()}, repetitions)
         versions = runs["TRL"].versions
     findings = []
@@ -71,6 +73,16 @@ def measure(shape: Shape, device: torch.device, repetitions: int, directory: Pat
                 )
             )  # fmt: skip
     return findings
+
+
+def clocked(process: TRLProcess) -> Side:
+    """An iteration of TRL without what it learned, which is not the subject here."""
+
+    def iteration() -> Numbers:
+        answer = process.iteration()
+        return {key: answer[key] for key in ("seconds", "generate_seconds", "tokens")}
+
+    return iteration
 
 
 def mark(shape: Shape, dtype: str, device: torch.device) -> float | None:

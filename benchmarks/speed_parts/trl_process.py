@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tokenmdp.checkpoints import write_text
+from tokenmdp.commands.allocator import SETTINGS
 
 # The last TRL with PPOTrainer(step(queries, responses, scores)), and what it still works with.
 PINS = (
@@ -45,6 +47,15 @@ def make_environment(directory: Path) -> Path:
     subprocess.run([python, "-m", "pip", "install", "-q", *PINS], check=True)
     write_text(mark, json.dumps(PINS))
     return python
+
+
+def as_it_comes(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables without the allocator settings of the ``tokenmdp`` command.
+
+    >>> as_it_comes({"HOME": "/home", "MALLOC_MMAP_MAX_": "0"})
+    {'HOME': '/home'}
+    """
+    return {key: value for key, value in environ.items() if key not in SETTINGS}
 
 
 class TRLProcess:
@@ -84,8 +95,12 @@ class TRLProcess:
         return json.loads(answer)
 
     def iteration(self) -> dict[str, Any]:
-        """One PPO iteration: its seconds and response tokens."""
+        """One PPO iteration: its seconds and response tokens, its texts with their scores, and what it was like."""
         return self.ask({"command": "iteration"})
+
+    def scores(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        """What the other side's reward model says of whole texts, token ids each."""
+        return self.ask({"command": "score", "texts": texts})["scores"]
 
     def __enter__(self) -> TRLProcess:
         return self

@@ -13,7 +13,7 @@ from scipy import stats
 Metrics = Mapping[str, Any]
 
 # Okabe and Ito's palette: the colours stay apart under the common colour-vision deficiencies.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 _LABELS = {
     "score_mean": "mean score of the reward model",
@@ -104,7 +104,7 @@ def plot_learning_curves(
     panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(panels, metrics, strict=True):
         for place, (label, seeds) in enumerate(runs.items()):
-            colour = _COLOURS[place % len(_COLOURS)]
+            colour = COLOURS[place % len(COLOURS)]
             updates, curves = _curves(label, seeds, key)
             smoothed = np.stack([smooth(curve, window) for curve in curves])
             mean, half = band(smoothed)

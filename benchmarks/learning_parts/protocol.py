@@ -1,0 +1,144 @@
+"""What is run: the numbers that all engines share, and what makes one engine differ from another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from tokenmdp.agents.ppo import PPOConfig
+
+TRL, TRL_ALLOCATOR, OURS = "trl", "trl-allocator", "ours"
+CREDIT_BETA = 0.8  # of attention credit
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The numbers that both sides share. Models and prompts are those that ``tokenmdp train`` uses by default."""
+
+    updates: int = 60
+    episodes: int = 64  # per update
+    threads: int = 1
+    response_tokens: int = 16  # at most: end-of-text may come earlier
+    num_minibatches: int = 4
+    update_epochs: int = 4
+    learning_rate: float = 3e-5
+    kl_coef: float = 0.3  # fixed
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_coef: float = 0.2
+    clip_coef_value: float = 1.0
+    vf_coef: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def ours(self) -> dict[str, Any]:
+        """The fields of our `PPOConfig`, whose names these are."""
+        return {name: value for name, value in asdict(self).items() if name in PPO_FIELDS}
+
+    def trl(self) -> dict[str, Any]:
+        """The fields of TRL's PPOConfig.
+
+        >>> Protocol(episodes=64, num_minibatches=4).trl()["mini_batch_size"]
+        16
+        """
+        return {
+            "batch_size": self.episodes,
+            "mini_batch_size": self.episodes // self.num_minibatches,
+            "ppo_epochs": self.update_epochs,
+            "learning_rate": self.learning_rate,
+            "adap_kl_ctrl": False,
+            "init_kl_coef": self.kl_coef,
+            "gamma": self.gamma,
+            "lam": self.gae_lambda,
+            "cliprange": self.clip_coef,
+            "cliprange_value": self.clip_coef_value,
+            "vf_coef": self.vf_coef,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One line of the figure or of the table.
+
+    Attributes:
+        name: "trl", "trl-allocator" (TRL with the allocator settings of the ``tokenmdp`` command), or one of ours.
+        credit: Of ours: a name of `tokenmdp.credit.CREDIT_METHODS`. TRL's reward is sparse.
+        ppo: Of ours: fields of `PPOConfig` on top of the protocol's.
+    """
+
+    name: str
+    credit: str = "sparse"
+    ppo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_trl(self) -> bool:
+        """Whether TRL runs it."""
+        return self.name in (TRL, TRL_ALLOCATOR)
+
+    def config(self, protocol: Protocol, seed: int) -> PPOConfig:
+        """Our agent's configuration.
+
+        Raises:
+            ValueError: a field that does not exist, or a value that it does not take.
+        """
+        if unknown := sorted(self.ppo.keys() - PPO_FIELDS):
+            raise ValueError(
+                f"PPOConfig has no field {', '.join(unknown)}; choose from {', '.join(sorted(PPO_FIELDS))}"
+            )
+        try:
+            return PPOConfig(**protocol.ours() | self.ppo, seed=seed, device="cpu")
+        except TypeError as error:  # a string where a number is compared
+            raise ValueError(f"{self.ppo} holds a value of the wrong type ({error})") from error
+
+
+PPO_FIELDS = {item.name for item in fields(PPOConfig)} - {"seed", "device"}
+RACERS = {
+    engine.name: engine
+    for engine in (
+        Engine(TRL),
+        Engine("ours-sparse"),
+        Engine("ours-attention", "attention"),
+        Engine("ours-red", "red"),
+        Engine(TRL_ALLOCATOR),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine with one seed."""
+
+    engine: Engine
+    protocol: Protocol
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Such as "ours-seed1"; also the name of its file."""
+        return f"{self.engine.name}-seed{self.seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `run_from` reads."""
+        return {"engine": asdict(self.engine), "protocol": asdict(self.protocol), "seed": self.seed}
+
+
+def run_from(record: Mapping[str, Any]) -> Run:
+    """The run that a file or another process describes.
+
+    >>> run = Run(Engine("ours", ppo={"ent_coef": 0.1}), Protocol(), seed=2)
+    >>> run_from(run.to_json() | {"more": 1}) == run
+    True
+    """
+    return Run(Engine(**record["engine"]), Protocol(**record["protocol"]), record["seed"])
+
+
+def curve_engines(ppo: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Engine]:
+    """TRL, ours, and ours with further fields of `PPOConfig` under a label each.
+
+    >>> list(curve_engines({}, {"entropy": {"ent_coef": 0.1}}))
+    ['trl', 'ours', 'ours-entropy']
+    """
+    ours = Engine(OURS, ppo=dict(ppo))
+    labelled = (replace(ours, name=f"{OURS}-{label}", ppo={**ppo, **more}) for label, more in variants.items())
+    return {engine.name: engine for engine in (Engine(TRL), ours, *labelled)}
