@@ -21,6 +21,7 @@ Details of RLHF with PPO", 2023; Chan et al., "Dense Reward for Free in RLHF", I
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -49,6 +50,8 @@ from tokenmdp.wrappers import find_credit_wrapper
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 Metrics = dict[str, float]
 Estimator = Literal["reward_to_go", "full_return", "vine"]
 
@@ -58,8 +61,9 @@ class PPOConfig:
     """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with 64 episodes of 16 tokens."""
 
     seed: int = 1
-    learning_rate: float = 3e-5
-    anneal_lr: bool = False  # linearly to 0 over total_updates
+    learning_rate: float = 3e-5  # of the language model
+    vf_learning_rate: float = 3e-3  # of the value head, which starts at zero; README.md, detail 17
+    anneal_lr: bool = False  # both, linearly to 0 over total_updates
     total_updates: int | None = None  # only for anneal_lr
     adam_eps: float = 1e-8
     update_epochs: int = 4
@@ -94,8 +98,15 @@ class PPOConfig:
             raise ValueError(f"estimator is {self.estimator!r}; choose one of {', '.join(get_args(Estimator))}")
         if self.estimator != "reward_to_go" and self.gamma != 1:
             raise ValueError(f"gamma is {self.gamma}; estimator={self.estimator!r} does not discount: set gamma=1")
-        positive = ("learning_rate", "update_epochs", "num_minibatches", "max_grad_norm", "clip_coef", "kl_horizon")
-        for name in (*positive, "vine_rollouts", "lora_alpha"):
+        positive = (
+            "learning_rate",
+            "vf_learning_rate",
+            "update_epochs",
+            "num_minibatches",
+            "max_grad_norm",
+            "clip_coef",
+        )
+        for name in (*positive, "kl_horizon", "vine_rollouts", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("gamma", "gae_lambda"):
@@ -185,8 +196,8 @@ class PPO:
         else:
             self.reference = copy.deepcopy(self.policy)
         self.reference.requires_grad_(False)
-        learned = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(learned, lr=cfg.learning_rate, eps=cfg.adam_eps, fused=True)
+        groups = self.policy.parameter_groups(cfg.learning_rate, cfg.vf_learning_rate)
+        self.optimizer = torch.optim.Adam(groups, eps=cfg.adam_eps, fused=True)
         self.learner = self.processes.prepare(self.policy, self.reference, self.optimizer)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)  # sampling and minibatches
         self.kl_coef = cfg.kl_coef
@@ -246,17 +257,22 @@ class PPO:
                     self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.num_episodes
                 )
             self.history.append(metrics)
+            if warning := critic_warning(self.history):
+                logger.warning(warning)
             if callback is not None:
                 callback(metrics)
         return self
 
     def _schedule(self) -> float:
-        """Set this update's learning rate; it depends on the updates done alone, so that a resumed run has the same."""
+        """Set this update's learning rates and return the language model's.
+
+        They depend on the updates done alone, so that a resumed run has the same.
+        """
         cfg = self.config
         left = 1 - self.num_updates_done / cfg.total_updates if cfg.anneal_lr and cfg.total_updates else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * left
-        return cfg.learning_rate * left
+        body, head = self.optimizer.param_groups
+        body["lr"], head["lr"] = cfg.learning_rate * left, cfg.vf_learning_rate * left
+        return body["lr"]
 
     def _advantages(self, rollout: Rollout, penalties: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Advantages and the value function's targets by ``config.estimator``, (N, H) each."""
@@ -297,13 +313,19 @@ class PPO:
                 (loss * share).backward()  # the gradients are averaged over processes
                 losses = (policy.approx_kl, loss, policy.loss, value_loss, entropy, policy.clip_fraction)
                 numbers += torch.stack([number.detach() for number in losses]) * share
-            grad_norm = self.processes.clip_grad_norm(list(self.policy.parameters()), cfg.max_grad_norm)
+            # Apart: under one norm a wrong value would shrink the step of the policy.
+            norms = [
+                self.processes.clip_grad_norm(group["params"], cfg.max_grad_norm)
+                for group in self.optimizer.param_groups
+            ]
             numbers = self.processes.mean(numbers)
-            records.append(torch.cat([numbers, grad_norm[None]]))
+            records.append(torch.cat([numbers, torch.stack(norms)]))
             if cfg.target_kl is not None and numbers[0] > cfg.target_kl:
                 break  # before the step: it would go further in the direction that is already too far
             self.optimizer.step()
-        names = ("approx_kl", "loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "grad_norm")
+        names = (
+            "approx_kl", "loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "grad_norm", "vf_grad_norm",
+        )  # fmt: skip
         metrics = dict(zip(names, torch.stack(records).mean(0).tolist(), strict=True))  # one transfer an update
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
@@ -357,6 +379,33 @@ class PPO:
         agent = cls(str(checkpoint.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
         ppo_checkpoint.restore(agent, checkpoint)
         return agent
+
+
+CRITIC_DUE = 20  # updates after which a critic explains some of the returns
+CRITIC_LEAST = 0.1  # explained variance
+
+
+def critic_warning(history: list[Metrics]) -> str | None:
+    """What to say after update `CRITIC_DUE` if the critic explains less than `CRITIC_LEAST` of returns that vary.
+
+    A method that gives rewards early needs a critic less, so with such a critic a comparison of credit methods
+    measures the critic.
+
+    >>> critic_warning(20 * [{"explained_variance": 0.6, "score_std": 1.0}]) is None
+    True
+    """
+    if len(history) != CRITIC_DUE:
+        return None
+    recent = history[CRITIC_DUE // 2 :]
+    explained, varies = (
+        sum(metrics[key] for metrics in recent) / len(recent) for key in ("explained_variance", "score_std")
+    )
+    if explained >= CRITIC_LEAST or varies < 1e-6:
+        return None
+    return (
+        f"the critic explains {explained:.2f} of the variance of the returns after {CRITIC_DUE} updates, though scores "
+        "vary: advantages are hardly better than returns; raise vf_learning_rate or vf_coef, or play more episodes"
+    )
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, num_episodes: int) -> float:

@@ -34,7 +34,7 @@ from tokenmdp.rollouts import check_envs
 if TYPE_CHECKING:
     from tokenmdp.agents.ppo import PPO
 
-FORMAT = "tokenmdp-ppo-1"
+FORMAT = "tokenmdp-ppo-2"  # 2: the value head has a learning rate of its own
 CONFIG_FILE = "ppo_config.json"
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,11 @@ def read(directory: str | Path, processes: Processes = ALONE) -> Checkpoint:
         )
     record = read_json(path / CONFIG_FILE)
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
-        raise CheckpointError(f"{path / CONFIG_FILE} is not of format {FORMAT}: another program wrote it")
+        theirs = record.get("format") if isinstance(record, dict) else None
+        raise CheckpointError(
+            f"{path / CONFIG_FILE} has format {theirs!r} and this version reads {FORMAT!r}; start a new run from the "
+            f"weights: PPO(policy={str(path)!r}, ...), on the command line --policy {path}"
+        )
     if not (path / VALUE_HEAD_FILE).exists():
         raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
     return Checkpoint(

@@ -16,6 +16,7 @@ from torch.distributions import Categorical
 import tokenmdp  # noqa: F401  (registers the environment ids)
 from tokenmdp.evaluation import evaluate
 from tokenmdp.interop.arrays import mark_token_rewards_read, relabel
+from tokenmdp.returns import explained_variance
 from tokenmdp.wrappers import vector
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-        print(f"update {update}: score {np.mean(scores):+.2f}", flush=True)
+        explained = explained_variance(values, returns, known)
+        print(f"update {update}: score {np.mean(scores):+.2f}, explained variance {explained:.2f}", flush=True)
     print("after:", evaluate(eval_envs, agent, episodes=128))
 
 

@@ -18,6 +18,7 @@ import tokenmdp  # noqa: F401  (registers the environment ids)
 from tokenmdp.evaluation import evaluate
 from tokenmdp.interop.torchrl import actor_critic, make_env, relabel
 from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.returns import explained_variance
 from tokenmdp.wrappers import vector
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,6 +28,7 @@ parser.add_argument("--updates", type=int, default=10)
 parser.add_argument("--num-envs", type=int, default=32)
 parser.add_argument("--num-steps", type=int, default=32, help="steps of each row in an update")
 parser.add_argument("--learning-rate", type=float, default=1e-3)
+parser.add_argument("--vf-learning-rate", type=float, default=3e-3, help="of the value head, which starts at zero")
 parser.add_argument("--seed", type=int, default=1)
 
 
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     loss = ClipPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.01, critic_coeff=0.5, normalize_advantage=True)
     advantage = GAE(gamma=1.0, lmbda=0.95, value_network=critic, deactivate_vmap=True)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(policy.parameter_groups(args.learning_rate, args.vf_learning_rate))
 
     print("before:", evaluate(eval_envs, policy, episodes=128))
     frames = args.num_envs * args.num_steps
@@ -68,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         with torch.no_grad():
             advantage(batch)
         learned = batch[batch["collector", "mask"]]  # (F,): the frames whose credit is decided
+        explained = explained_variance(learned["state_value"], learned["value_target"], torch.ones(()).bool())
         for _ in range(4):
             for rows in torch.randperm(len(learned)).split(256):
                 losses = loss(learned[rows])
@@ -75,7 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
                 (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
                 optimizer.step()
-        print(f"update {update}: score {batch['next', 'score'][ended].mean():+.2f}", flush=True)
+        print(
+            f"update {update}: score {batch['next', 'score'][ended].mean():+.2f}, explained variance {explained:.2f}",
+            flush=True,
+        )
     collector.shutdown()
     print("after:", evaluate(eval_envs, policy, episodes=128))
 

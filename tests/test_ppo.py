@@ -55,7 +55,7 @@ def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
         reward_model=TableRewardModel(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
     )  # fmt: skip
     config = PPOConfig(
-        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=150,
+        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=80,
         clip_coef_value=None, vf_coef=0.5, num_minibatches=2,
     )  # fmt: skip
     agent = PPO(make_lm(vocab_size=3, eos=2), vector.SparseReward(envs), config)
@@ -70,7 +70,7 @@ def test_ppo_with_a_kl_penalty_reaches_the_known_optimum():
     optimum, best = mdp.optimum(reference, config.kl_coef)
     assert math.isclose(reference.exp().sum(), 1, abs_tol=1e-5)
     assert total_variation(seq_logprobs(agent.policy), optimum) > 0.3
-    agent.learn(150)
+    agent.learn(80)
     policy = seq_logprobs(agent.policy)
     assert total_variation(policy, optimum) < 0.05
     assert best - mdp.objective(policy, reference, config.kl_coef) < 0.02

@@ -171,6 +171,23 @@ class CausalLMPolicy(nn.Module):
             self.lm.save_pretrained(directory, state_dict=lm)
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
 
+    def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
+        """What learns, as two groups of an optimizer: the language model (or its adapters), then the value head.
+
+        The head is new and the language model is not: at the rate that keeps a pretrained model whole, a head that
+        starts at zero explains next to nothing of the returns for many updates.
+
+        Args:
+            learning_rate: of the language model.
+            vf_learning_rate: of the value head.
+        """
+        heads = set(self.value_head.parameters())
+        body = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        return [
+            {"params": body, "lr": learning_rate},
+            {"params": list(self.value_head.parameters()), "lr": vf_learning_rate},
+        ]
+
     @property
     def _no_split_modules(self) -> Any:
         """Names of the classes of the layers, by which accelerate shards."""

@@ -28,14 +28,16 @@ def make_console() -> Console:
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The numbers worth watching.
+    """The numbers worth watching; EV is the explained variance of the critic.
 
-    >>> summary({"score_mean": 1.0, "kl": -0.0001, "entropy": 2.25, "tokens_per_second": 812.4})
-    'score +1.00  KL 0.00  entropy 2.25  812 tokens/s'
+    >>> summary(
+    ...     {"score_mean": 1, "kl": -0.0001, "entropy": 2.25, "explained_variance": 0.618, "tokens_per_second": 812.4}
+    ... )
+    'score +1.00  KL 0.00  entropy 2.25  EV 0.62  812 tokens/s'
     """
     return (
         f"score {metrics['score_mean']:+z.2f}  KL {metrics['kl']:z.2f}  entropy {metrics['entropy']:z.2f}  "
-        f"{metrics['tokens_per_second']:.0f} tokens/s"
+        f"EV {metrics['explained_variance']:z.2f}  {metrics['tokens_per_second']:.0f} tokens/s"
     )
 
 

@@ -273,7 +273,7 @@ def report(
     curve = curves.plot_learning_curves(
         {settings.credit: [records]},
         run.report / "learning_curve.png",
-        metric=("score_mean", "kl", "entropy"),
+        metric=("score_mean", "kl", "explained_variance", "entropy"),
         window=1 + int(SMOOTHING * len(records)),
         title=f"{settings.env}, {settings.credit} credit, seed {settings.seed}",
     )

@@ -17,8 +17,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 _LABELS = {
     "score_mean": "mean score of the reward model",
-    "kl": "KL to the reference, nats a sequence",
-    "entropy": "entropy, nats a token",
+    "kl": "KL to the reference, nats per sequence",
+    "entropy": "entropy, nats per token",
+    "explained_variance": "explained variance of the returns",
 }
 
 

@@ -76,6 +76,8 @@ class CausalLMMixin(BasePolicy):
         eos_token_id: The environment's.
         max_prompt_tokens: The environment's; response token 0 stands in this slot.
         compute_dtype: ``torch.bfloat16`` runs the forwards under autocast; weights stay float32.
+        vf_learning_rate: Of the value head, which is new and starts at zero, where the schedule starts; from there it
+            follows the schedule. At the language model's own rate the head explains next to nothing for many updates.
         reuse_cache: Whether collection and ``predict`` feed only new tokens; may be switched at any time.
         optimizer_class: As in Stable-Baselines3.
         optimizer_kwargs: As in Stable-Baselines3.
@@ -102,6 +104,7 @@ class CausalLMMixin(BasePolicy):
         eos_token_id: int | None = None,
         max_prompt_tokens: int | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        vf_learning_rate: float = 3e-3,
         reuse_cache: bool = True,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -134,9 +137,11 @@ class CausalLMMixin(BasePolicy):
         self._reader = StateReader(causal_lm)
         self._arguments = {
             "model": model, "temperature": temperature, "min_new_tokens": min_new_tokens, "eos_token_id": eos_token_id,
-            "max_prompt_tokens": max_prompt_tokens, "compute_dtype": compute_dtype,
+            "max_prompt_tokens": max_prompt_tokens, "compute_dtype": compute_dtype, "vf_learning_rate": vf_learning_rate,
         }  # fmt: skip
-        self.optimizer = optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
+        self._rates = (lr_schedule(1), vf_learning_rate)
+        self.optimizer = optimizer_class(causal_lm.parameter_groups(*self._rates), **self.optimizer_kwargs)
+        self.optimizer.register_step_pre_hook(self._set_vf_learning_rate)
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Build nothing: the base class would add its own networks and initialise ours anew (``ortho_init``)."""
@@ -190,6 +195,11 @@ class CausalLMMixin(BasePolicy):
         self.causal_lm.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+
+    def _set_vf_learning_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before each step: Stable-Baselines3 has given every group the schedule's rate."""
+        (start, vf_learning_rate), (body, head) = self._rates, optimizer.param_groups
+        head["lr"] = vf_learning_rate * (body["lr"] / start if start else 1.0)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return self._arguments | {
