@@ -137,7 +137,8 @@ class CausalLMMixin(BasePolicy):
         self._reader = StateReader(causal_lm)
         self._arguments = {
             "model": model, "temperature": temperature, "min_new_tokens": min_new_tokens, "eos_token_id": eos_token_id,
-            "max_prompt_tokens": max_prompt_tokens, "compute_dtype": compute_dtype, "vf_learning_rate": vf_learning_rate,
+            "max_prompt_tokens": max_prompt_tokens, "compute_dtype": compute_dtype,
+            "vf_learning_rate": vf_learning_rate,
         }  # fmt: skip
         self._rates = (lr_schedule(1), vf_learning_rate)
         self.optimizer = optimizer_class(causal_lm.parameter_groups(*self._rates), **self.optimizer_kwargs)

@@ -1,0 +1,141 @@
+"""The critic learns: at a rate and under a norm of its own, and somebody says so when it does not."""
+
+import logging
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from doubles import SB3
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tokenmdp.agents.ppo import CRITIC_DUE, PPO, PPOConfig, critic_warning
+from tokenmdp.interop.torchrl import actor_critic
+from tokenmdp.wrappers import vector
+
+POLICY_RATE = 3e-5
+
+
+def gpt2():
+    torch.manual_seed(0)
+    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, bos_token_id=30, eos_token_id=30, **shape))
+
+
+def make_agent(num_envs=8, lm=None, wrapper=vector.SparseReward, env="TextGen-Toy-v0", **options):
+    envs = gym.make_vec(f"tokenmdp:{env}", num_envs=num_envs, autoreset_mode="Disabled", score_when="all_done")
+    return PPO(lm or gpt2(), wrapper(envs), PPOConfig(**{"dtype": "float32", "device": "cpu"} | options))
+
+
+@pytest.mark.slow
+def test_the_critic_explains_returns_that_a_head_at_the_policys_rate_does_not():
+    """Eight updates on real reviews, with the whole reward at the end."""
+
+    def explained(**options):
+        agent = make_agent(32, "imdb-tiny", env="TextGen-IMDb-v0", learning_rate=POLICY_RATE, **options).learn(8)
+        return np.mean([metrics["explained_variance"] for metrics in agent.history[5:]])
+
+    assert explained() > 0.25
+    assert explained(vf_learning_rate=POLICY_RATE) < 0.1
+
+
+def test_policy_and_head_have_rates_of_their_own_and_both_are_annealed():
+    agent = make_agent(learning_rate=1e-3, vf_learning_rate=5e-2, anneal_lr=True, total_updates=4)
+    agent.learn(3)
+    assert [group["lr"] for group in agent.optimizer.param_groups] == [5e-4, 2.5e-2]  # of the third update
+    assert agent.history[-1]["learning_rate"] == 5e-4
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_every_learning_weight_is_in_one_group_and_the_second_is_the_head(lora_rank):
+    if lora_rank:
+        pytest.importorskip("peft")
+    agent = make_agent(lora_rank=lora_rank)
+    body, head = (group["params"] for group in agent.optimizer.param_groups)
+    assert {id(weight) for weight in head} == {id(weight) for weight in agent.policy.value_head.parameters()}
+    learning = [weight for weight in agent.policy.parameters() if weight.requires_grad]
+    assert sorted(map(id, [*body, *head])) == sorted(map(id, learning))
+
+
+def test_a_wrong_value_does_not_shrink_the_step_of_the_policy():
+    """Scores far off make a huge gradient of the head; under one norm the policy's step would vanish."""
+    clip = 0.5
+    agent = make_agent(num_minibatches=1, update_epochs=1, max_grad_norm=clip, clip_coef_value=None)
+    torch.nn.init.constant_(agent.policy.value_head.bias, 1e3)
+    agent.learn(1)
+    assert agent.history[0]["vf_grad_norm"] > 50
+    body, head = (
+        torch.stack([weight.grad.norm() for weight in group["params"] if weight.grad is not None]).norm()
+        for group in agent.optimizer.param_groups
+    )
+    torch.testing.assert_close(head, torch.tensor(clip), rtol=1e-3, atol=0)
+    expected = min(clip, agent.history[0]["grad_norm"])
+    torch.testing.assert_close(body.item(), expected, rtol=1e-3, atol=0)
+    assert body > 0.1
+
+
+def records(explained, varies=1.0, updates=CRITIC_DUE):
+    return updates * [{"explained_variance": explained, "score_std": varies}]
+
+
+def test_a_critic_that_explains_nothing_is_named_once():
+    assert "explains 0.05 of the variance" in critic_warning(records(0.05))
+    assert critic_warning(records(0.15)) is None
+    assert critic_warning(records(0.05, varies=0.0)) is None  # nothing to explain
+    for updates in (CRITIC_DUE - 1, CRITIC_DUE + 1):
+        assert critic_warning(records(0.05, updates=updates)) is None
+
+
+def test_the_agent_says_so_while_it_learns(caplog):
+    agent = make_agent(vf_learning_rate=1e-9, learning_rate=1e-9, update_epochs=1, num_minibatches=1)
+    with caplog.at_level(logging.WARNING):
+        agent.learn(CRITIC_DUE - 1)
+        assert not caplog.messages
+        agent.learn(2)
+    assert len([message for message in caplog.messages if "raise vf_learning_rate" in message]) == 1
+
+
+@pytest.mark.slow
+def test_the_vine_critic_learns_the_kl():
+    """Under vine the returns are those of the KL penalty alone: the critic must explain these."""
+    options = {"estimator": "vine", "vine_rollouts": 1, "learning_rate": 2e-3, "vf_learning_rate": 3e-2}
+    agent = make_agent(16, kl_coef=0.5, **options).learn(12)
+    late = [metrics["explained_variance"] for metrics in agent.history[-5:]]
+    slow = make_agent(16, kl_coef=0.5, **options | {"vf_learning_rate": 1e-6}).learn(12)
+    assert np.mean(late) > np.mean([metrics["explained_variance"] for metrics in slow.history[-5:]]) + 0.05
+
+
+def test_torchrl_and_our_own_loops_get_the_groups_from_the_policy():
+    pytest.importorskip("torchrl")
+    policy = make_agent().policy
+    actor, critic = actor_critic(policy)
+    body, head = policy.parameter_groups(1e-4, 3e-3)
+    assert (body["lr"], head["lr"]) == (1e-4, 3e-3)
+    held = {id(weight) for module in (actor, critic) for weight in module.parameters()}
+    assert held == {id(weight) for group in (body, head) for weight in group["params"]}
+
+
+def test_under_stable_baselines3_the_head_keeps_its_rate_and_follows_the_schedule(tmp_path):
+    pytest.importorskip("stable_baselines3", reason=SB3)
+    from stable_baselines3 import PPO as SB3PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from tokenmdp.interop.sb3.policy import CausalLMActorCriticPolicy
+
+    gpt2().save_pretrained(tmp_path / "model")
+    model = SB3PPO(
+        CausalLMActorCriticPolicy, make_vec_env("tokenmdp:TextGen-Toy-v0", n_envs=2),
+        learning_rate=lambda left: 1e-4 * left, n_steps=8, batch_size=16, n_epochs=1,
+        policy_kwargs={"model": str(tmp_path / "model"), "vf_learning_rate": 2e-2},
+    )  # fmt: skip
+    model.learn(32)  # the second rollout of 16 steps ends with nothing left of the schedule, so: half of it
+    body, head = model.policy.optimizer.param_groups
+    assert head["lr"] / body["lr"] == pytest.approx(200) if body["lr"] else head["lr"] == 0
+    steps = []
+    model.policy.optimizer.register_step_post_hook(lambda optimizer, *_: steps.append(optimizer.param_groups[1]["lr"]))
+    model.lr_schedule = lambda _: 5e-5
+    model.learn(16)
+    assert steps == [pytest.approx(1e-2)]
+    model.save(tmp_path / "saved")
+    again = SB3PPO.load(tmp_path / "saved", custom_objects={"lr_schedule": lambda _: 1e-4})
+    assert again.policy._rates[1] == 2e-2
