@@ -33,18 +33,18 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.agents import ppo_checkpoint
-from tokenmdp.batching import FORWARD_SLOTS, by_length, row_lengths
-from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.divergences import kl_k1
-from tokenmdp.lora import WithoutAdapters, add_adapters
+from tokenmdp.files import CheckpointError
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.policy import CausalLMPolicy, resolve_dtype
-from tokenmdp.processes import processes_of
+from tokenmdp.models.lora import WithoutAdapters, add_adapters
+from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
-from tokenmdp.rollouts import check_envs, collect
+from tokenmdp.rollouts.collecting import check_envs, collect
+from tokenmdp.rollouts.continuations import monte_carlo_values
+from tokenmdp.training import checkpoint
+from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
+from tokenmdp.training.processes import processes_of
 from tokenmdp.types import Rollout
-from tokenmdp.vine import monte_carlo_values
 from tokenmdp.wrappers import find_credit_wrapper
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class PPOConfig:
     dtype: str = "auto"  # of the forwards: "auto", "float32", "bfloat16"; weights stay float32
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False  # computes activations again in the backward: less memory, more time
-    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.lora`
+    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.models.lora`
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
     lora_target_modules: str = "all-linear"  # or a regular expression for names of layers
 
@@ -340,7 +340,9 @@ class PPO:
             yield from order.tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
 
     def save(self, directory: str | Path) -> None:
-        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from. Its files: ppo_checkpoint.py.
+        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from.
+
+        Its files: `tokenmdp.training.checkpoint`.
 
         The directory appears whole or not at all: an interrupted save leaves the previous checkpoint. Of several
         processes all call this and the first writes.
@@ -348,7 +350,7 @@ class PPO:
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
         """
-        ppo_checkpoint.save(self, directory)
+        checkpoint.save(self, directory)
 
     @classmethod
     def load(
@@ -368,16 +370,14 @@ class PPO:
         saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
         if fixed := sorted(saved_state & overrides.keys()):
             raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
-        checkpoint = ppo_checkpoint.read(directory, processes_of(accelerator))
+        saved = checkpoint.read(directory, processes_of(accelerator))
         try:
-            config = PPOConfig(**checkpoint.config)
+            config = PPOConfig(**saved.config)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path / 'ppo_config.json'} does not fit this version ({error})"
-            ) from error
-        reference = None if checkpoint.reference is None else str(checkpoint.reference)
-        agent = cls(str(checkpoint.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
-        ppo_checkpoint.restore(agent, checkpoint)
+            raise CheckpointError(f"{saved.path / 'ppo_config.json'} does not fit this version ({error})") from error
+        reference = None if saved.reference is None else str(saved.reference)
+        agent = cls(str(saved.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
+        checkpoint.restore(agent, saved)
         return agent
 
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tokenmdp.commands.credit_options import default_beta
-from tokenmdp.commands.settings import RunSettings
+from tokenmdp.evaluation.credit_quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
+from tokenmdp.evaluation.credit_quality.measure import CONTROLS
+from tokenmdp.evaluation.credit_quality.tables import record
 from tokenmdp.intervals import Interval
-from tokenmdp.quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
-from tokenmdp.quality.measure import CONTROLS
-from tokenmdp.report.quality import record
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.credit_options import default_beta
+from tokenmdp.runs.settings import RunSettings
 from tokenmdp.study.directory import declare
 from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 

@@ -44,7 +44,7 @@ def sizes(shape):
 
 def counted(call):
     # The counter knows neither the fused attention kernel of a CPU nor oneDNN's products.
-    plain = patch("tokenmdp.cpu_products._takes", lambda *_: False)
+    plain = patch("tokenmdp.models.kernels.onednn._takes", lambda *_: False)
     with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

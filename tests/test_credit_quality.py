@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tokenmdp.credit import MissingResource, SparseCredit, make_credit
-from tokenmdp.intervals import bootstrap_interval
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.quality import (
+from tokenmdp.evaluation.credit_quality import (
     Lent,
     NegationLexicon,
     area_over_line,
@@ -27,10 +25,12 @@ from tokenmdp.quality import (
     rank_correlation,
     run_counted,
 )
-from tokenmdp.quality.ablation import AblatedScores, curve_areas, leave_one_out
-from tokenmdp.quality.counting import CountingRewardModel
-from tokenmdp.quality.texts import Text, encode, episodes_of, text_of
-from tokenmdp.report.quality import markdown, notes
+from tokenmdp.evaluation.credit_quality.ablation import AblatedScores, curve_areas, leave_one_out
+from tokenmdp.evaluation.credit_quality.counting import CountingRewardModel
+from tokenmdp.evaluation.credit_quality.tables import markdown, notes
+from tokenmdp.evaluation.credit_quality.texts import Text, encode, episodes_of, text_of
+from tokenmdp.intervals import bootstrap_interval
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, load_lexicon, toy_lexicon
 
@@ -331,7 +331,7 @@ def test_shapleys_cost_is_what_it_reports(texts):
 
 
 def test_other_reward_models_and_policies_count(texts):
-    from tokenmdp.commands.credit_options import lend
+    from tokenmdp.runs.credit_options import lend
 
     tokenizer, episodes = texts
     model = load_reward_model("imdb-tiny")

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 
 from tokenmdp import cli
-from tokenmdp.commands.settings import (
+from tokenmdp.credit import CREDIT_METHODS, NEEDS
+from tokenmdp.runs.settings import (
     absolute_options,
     make_envs,
     parse_options,
@@ -17,7 +18,6 @@ from tokenmdp.commands.settings import (
     settings_from_record,
     settings_record,
 )
-from tokenmdp.credit import CREDIT_METHODS, NEEDS
 
 CPU = ["--device", "cpu"]
 every_method = pytest.mark.skipif(

@@ -6,8 +6,9 @@ from gymnasium.error import Error
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenmdp import wrappers
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.rollouts import check_envs, collect, score_under
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.collecting import check_envs, score_under
 from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"

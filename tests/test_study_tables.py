@@ -9,7 +9,7 @@ from rich.console import Console
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
-from tokenmdp.commands.ablate import tables_of
+from tokenmdp.cli.ablate import tables_of
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.statistics import Estimate, censored_median

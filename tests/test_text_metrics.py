@@ -13,11 +13,8 @@ from gymnasium.error import DependencyNotInstalled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmdp.commands.evaluation import evaluate, played
-from tokenmdp.commands.settings import PRESETS, make_envs, toy_policy
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.reward_models import VocabularyMismatch, load_reward_model
-from tokenmdp.study.text_metrics import (
+from tokenmdp.evaluation.policies import evaluate, played
+from tokenmdp.evaluation.texts import (
     KEPT_SAMPLES,
     distinct_n,
     evaluate_cell,
@@ -25,6 +22,9 @@ from tokenmdp.study.text_metrics import (
     perplexity,
     self_bleu,
 )
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.reward_models import VocabularyMismatch, load_reward_model
+from tokenmdp.runs.settings import PRESETS, make_envs, toy_policy
 from tokenmdp.types import Episode
 
 SETTINGS = replace(PRESETS["smoke"].settings, credit="uniform")

@@ -4,11 +4,11 @@ import pytest
 from doubles import words
 
 from tokenmdp.credit import SparseCredit
+from tokenmdp.evaluation.credit_quality import AttentionVerdict, measure, model_world
+from tokenmdp.evaluation.credit_quality.tables import notes
+from tokenmdp.evaluation.credit_quality.texts import Text, episodes_of
 from tokenmdp.intervals import Interval
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.quality import AttentionVerdict, measure, model_world
-from tokenmdp.quality.texts import Text, episodes_of
-from tokenmdp.report.quality import notes
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel
 
 

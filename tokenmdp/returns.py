@@ -77,8 +77,9 @@ def full_return(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor)
 def vine_advantages(scores: torch.Tensor, prefix_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """VinePPO: ``advantages[t] = r[t] + V(s[t+1]) - V(s[t])`` with ``r[t] = score * 1[t = last]``.
 
-    V is the expected score of a prefix, from Monte-Carlo continuations (`tokenmdp.vine.monte_carlo_values`); after the
-    last token it is 0, so ``sum_t advantages[t] = score - V(s[0])``. This is `gae` with gamma 1 and lambda 0.
+    V is the expected score of a prefix, from Monte-Carlo continuations
+    (`tokenmdp.rollouts.continuations.monte_carlo_values`); after the last token it is 0, so
+    ``sum_t advantages[t] = score - V(s[0])``. This is `gae` with gamma 1 and lambda 0.
 
     Source: Kazemnejad et al., "VinePPO: Refining Credit Assignment in RL Training of LLMs", 2024.
 

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.allocator import SETTINGS, describe
+from tokenmdp.files import write_text
 from tokenmdp.intervals import Interval
-from tokenmdp.policy import resolve_dtype
+from tokenmdp.models.policy import resolve_dtype
+from tokenmdp.runs.process_settings import SETTINGS, describe
 from tokenmdp.wording import count
 
 WIDTH = 160  # columns of a table that goes to a file

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenmdp.checkpoints import write_bytes, write_text
+from tokenmdp.files import write_bytes, write_text
 from tokenmdp.study.claims import NAMES
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokenmdp.pieces import token_pieces
+from tokenmdp.models.tokens import token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

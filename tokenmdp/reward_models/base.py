@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from tokenmdp.loading import ALIASES, fingerprint, resolve
+from tokenmdp.models.loading import ALIASES, fingerprint, resolve
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
@@ -262,14 +262,14 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     directory with a sequence classifier; a hub repository.
 
     In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
-    `torch.set_num_threads` has chosen another number; see `tokenmdp.loading.use_one_thread_in_workers`.
+    `torch.set_num_threads` has chosen another number; see `tokenmdp.models.loading.use_one_thread_in_workers`.
 
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
         CheckpointError: the directory is damaged or holds no trained sequence classifier.
         ValueError: the model has several labels and ``score`` does not say which.
     """
-    from tokenmdp.reward_models.hf import load_classifier
+    from tokenmdp.reward_models.classifier import load_classifier
     from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
 
     if not isinstance(name, str):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tokenmdp.commands.credit_options import default_beta
+from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.results import Cell, CellResult

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tokenmdp.commands.settings import settings_record
+from tokenmdp.runs.settings import settings_record
 from tokenmdp.study.directory import Study
 from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import trailing_mean

@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 
 from tokenmdp.agents.ppo import PPO, Metrics
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.settings import TOY_POLICY, make_envs, resolve_device, split_prompts, toy_policy
-from tokenmdp.commands.train import ppo_config
+from tokenmdp.evaluation.texts import evaluate_cell
+from tokenmdp.files import write_text
 from tokenmdp.peak_memory import peak_bytes
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.settings import TOY_POLICY, make_envs, resolve_device, split_prompts, toy_policy
+from tokenmdp.runs.training import ppo_config
 from tokenmdp.study.directory import read_cell
 from tokenmdp.study.grid import register
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.results import Cell, CellResult, cell_file, package_versions, write_result
-from tokenmdp.study.text_metrics import evaluate_cell
 
 COLUMNS = (
     "update", "score_mean", "kl", "entropy", "response_length", "kl_coef", "learning_rate", "approx_kl",
