@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from tokenmdp.credit import redistribute, sparse_weights
-
 
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
@@ -94,7 +92,8 @@ def vine_advantages(scores: torch.Tensor, prefix_values: torch.Tensor, mask: tor
     >>> vine_advantages(torch.tensor(3.0), torch.tensor([1.0, 2.5, 9.0]), torch.tensor([True, True, False])).tolist()
     [1.5, 0.5, 0.0]
     """
-    rewards = redistribute(scores, sparse_weights(mask))
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    rewards = torch.where(last, scores.unsqueeze(-1), 0.0)  # (...,), (..., T) -> (..., T)
     return gae(rewards, prefix_values, mask, gamma=1.0, gae_lambda=0.0)[0]
 
 
