@@ -19,9 +19,9 @@ from transformers import (
 )  # fmt: skip
 
 from tokenmdp.envs.task import make_task
-from tokenmdp.models.loading import load_causal_lm, load_tokenizer, toy_tokenizer
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.reward_models.base import VocabularyMismatch
+from tokenmdp.models.tokens import VocabularyMismatch, toy_tokenizer
 
 pytest.importorskip("sb3_contrib", reason=SB3)
 

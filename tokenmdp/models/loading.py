@@ -19,9 +19,10 @@ from gymnasium.error import Error
 from safetensors import SafetensorError
 
 from tokenmdp.files import CheckpointError, recover_directory
+from tokenmdp.models.tokens import toy_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
 Loaded = TypeVar("Loaded")
@@ -41,10 +42,6 @@ ALIASES: dict[str, dict[Kind, Path]] = {
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
 PATH_STARTS = ("/", "./", "../", "~")
-TOY_WORDS = [
-    "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
-    "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
-]  # fmt: skip
 HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
 _THREADS_AT_IMPORT = torch.get_num_threads()  # another number later: somebody has called torch.set_num_threads
 
@@ -287,24 +284,3 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
-
-    >>> tokenizer = toy_tokenizer()
-    >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("a great film")["input_ids"]
-    (32, 30, [1, 20, 6])
-    >>> tokenizer.decode([1, 20, 6])
-    'a great film'
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = [*TOY_WORDS, "<unk>", "<eos>", "<pad>"]
-    words = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip

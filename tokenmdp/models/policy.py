@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,11 +26,8 @@ from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
 from tokenmdp.models.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
-from tokenmdp.reward_models.base import VocabularyMismatch
-from tokenmdp.types import response_rows
-
-if TYPE_CHECKING:
-    from tokenmdp.envs.task import TextGenTask
+from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.types import TokenSpace, response_rows
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +132,7 @@ class CausalLMPolicy(nn.Module):
         return policy
 
     @classmethod
-    def for_task(cls, model: str | PreTrainedModel, task: TextGenTask, **options: Any) -> CausalLMPolicy:
+    def for_task(cls, model: str | PreTrainedModel, task: TokenSpace, **options: Any) -> CausalLMPolicy:
         """A policy for the environments of ``task``; ``options`` are the others of the constructor.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The piece of text that each token adds."""
+"""Tokens: the piece of text that each adds, the toy vocabulary, and the error where two vocabularies differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+TOY_WORDS = [
+    "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
+    "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
+]  # fmt: skip
+
+
+class VocabularyMismatch(ValueError):
+    """A model would read other words than the policy wrote."""
 
 
 def token_pieces(
@@ -32,3 +41,24 @@ def token_pieces(
         pieces.append("" if unfinished or not whole.startswith(shown) else whole[len(shown) :])
         shown += pieces[-1]
     return prompt, pieces
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
+
+    >>> tokenizer = toy_tokenizer()
+    >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("a great film")["input_ids"]
+    (32, 30, [1, 20, 6])
+    >>> tokenizer.decode([1, 20, 6])
+    'a great film'
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*TOY_WORDS, "<unk>", "<eos>", "<pad>"]
+    words = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from tokenmdp.models.loading import ALIASES, fingerprint, resolve
+from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ Score = int | Literal["auto"]
 
 _loaded: dict[tuple[Any, ...], RewardModel] = {}
 _lock = threading.RLock()
-
-
-class VocabularyMismatch(ValueError):
-    """The reward model would read other words than the policy wrote."""
 
 
 class NonFiniteScore(ValueError):

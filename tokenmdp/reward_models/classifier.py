@@ -15,7 +15,8 @@ from torch import nn
 
 from tokenmdp.models.attention_rows import capture_rows, install
 from tokenmdp.models.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
-from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score, VocabularyMismatch
+from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:

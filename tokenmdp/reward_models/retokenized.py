@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
-from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, VocabularyMismatch
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
 from tokenmdp.types import Episode, RewardOutput, lay_out
 
 if TYPE_CHECKING:

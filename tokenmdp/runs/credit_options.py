@@ -12,7 +12,7 @@ from tokenmdp.credit.options import required_options
 from tokenmdp.envs.task import make_task
 from tokenmdp.evaluation.credit_quality import Lent
 from tokenmdp.evaluation.credit_quality.counting import NOTHING_LENT
-from tokenmdp.reward_models.base import VocabularyMismatch
+from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.lexicon import LexiconRewardModel
 
 if TYPE_CHECKING:

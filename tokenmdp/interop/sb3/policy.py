@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenmdp.models.loading import holds_tokenizer, load_tokenizer, resolve
 from tokenmdp.models.policy import NEVER, CausalLMPolicy, check_vocabulary
 from tokenmdp.models.state_reader import StateReader, last_slots, read_states
-from tokenmdp.reward_models.base import VocabularyMismatch
+from tokenmdp.models.tokens import VocabularyMismatch
 
 try:
     from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
