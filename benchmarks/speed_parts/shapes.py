@@ -25,7 +25,7 @@ from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.envs.prompts import read_prompt_file
 from tokenmdp.models.loading import load_causal_lm, load_tokenizer, resolve
 from tokenmdp.reward_models import HFRewardModel, RewardModel
-from tokenmdp.reward_models.base import load_reward_model
+from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.types import Episode, RewardOutput
 from tokenmdp.wrappers import vector
 

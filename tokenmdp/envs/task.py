@@ -13,9 +13,10 @@ import torch
 
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models.loading import fingerprint, from_pretrained, load_tokenizer, resolve
-from tokenmdp.reward_models.base import RewardModel, Score, load_reward_model
+from tokenmdp.reward_models.base import RewardModel, Score
 from tokenmdp.reward_models.classifier import check_score
 from tokenmdp.reward_models.lexicon import names_word_list
+from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
 
 if TYPE_CHECKING:
