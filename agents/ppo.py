@@ -50,6 +50,7 @@ from tokenmdp.wrappers import find_credit_wrapper
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+FORMAT = checkpoint.Format("ppo", 2)  # 2: the value head has a learning rate of its own
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
@@ -350,7 +351,7 @@ class PPO:
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
         """
-        checkpoint.save(self, directory)
+        checkpoint.save(self, directory, FORMAT, {"kl_coef": self.kl_coef})
 
     @classmethod
     def load(
@@ -370,14 +371,14 @@ class PPO:
         saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
         if fixed := sorted(saved_state & overrides.keys()):
             raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
-        saved = checkpoint.read(directory, processes_of(accelerator))
+        saved = checkpoint.read(directory, FORMAT, processes_of(accelerator))
         try:
             config = PPOConfig(**saved.config)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{saved.path / 'ppo_config.json'} does not fit this version ({error})") from error
+            raise CheckpointError(f"{saved.path / FORMAT.config_file} does not fit this version ({error})") from error
         reference = None if saved.reference is None else str(saved.reference)
         agent = cls(str(saved.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
-        checkpoint.restore(agent, saved)
+        agent.kl_coef = checkpoint.restore(agent, saved, extra=("kl_coef",))["kl_coef"]
         return agent
 
 

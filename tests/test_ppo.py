@@ -315,7 +315,7 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
     config.write_text('{"format": "other"}')
     with pytest.raises(CheckpointError, match="another program wrote it"):
         PPO.load(checkpoint, make_envs())
-    config.write_text(json.dumps({"format": checkpoint_files.FORMAT, "config": {"learning_speed": 1}}))
+    config.write_text(json.dumps({"format": str(ppo.FORMAT), "config": {"learning_speed": 1}}))
     with pytest.raises(CheckpointError, match="learning_speed"):
         PPO.load(checkpoint, make_envs())
 

@@ -188,9 +188,9 @@ def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
         previous.rename(tmp_path / "run")
 
     monkeypatch.setattr(Second, "together", together)
-    assert checkpoint.read(tmp_path / "run", Second()).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.FORMAT, Second()).path == tmp_path / "run"
     (tmp_path / "run").rename(previous)
-    assert checkpoint.read(tmp_path / "run").path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.FORMAT).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

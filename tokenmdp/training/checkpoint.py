@@ -1,8 +1,8 @@
-"""What `PPO.save` writes and `PPO.load` reads; the algorithm is in ppo.py.
+"""What an agent's ``save`` writes and its ``load`` reads, whatever the algorithm.
 
 config.json, model.safetensors, tokenizer files     the policy, adapters merged in
-value_head.safetensors, ppo_config.json
-state/trainer.safetensors                           optimizer, random numbers, kl_coef, updates done
+value_head.safetensors, ALGORITHM_config.json
+state/trainer.safetensors                           optimizer, random numbers, updates done, the algorithm's own
 state/envs.json, state/history.json                 the environments' random numbers; metrics
 state/reference/                                    the frozen reference
 state/adapters.safetensors                          with LoRA: what learns, beside a frozen model, which is
@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from gymnasium.vector import VectorEnv
 
 from tokenmdp.files import (
     CheckpointError,
@@ -27,23 +31,51 @@ from tokenmdp.files import (
     write_text,
 )
 from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
-from tokenmdp.models.policy import VALUE_HEAD_FILE
-from tokenmdp.rollouts.collecting import check_envs
+from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
 from tokenmdp.training.processes import ALONE, Processes
 
-if TYPE_CHECKING:
-    from tokenmdp.agents.ppo import PPO
-
-FORMAT = "tokenmdp-ppo-2"  # 2: the value head has a learning rate of its own
-CONFIG_FILE = "ppo_config.json"
 logger = logging.getLogger(__name__)
+
+
+class Format(NamedTuple):
+    """What tells an algorithm's checkpoints from all others.
+
+    >>> str(Format("ppo", 2)), Format("ppo", 2).config_file
+    ('tokenmdp-ppo-2', 'ppo_config.json')
+    """
+
+    algorithm: str
+    version: int
+
+    @property
+    def config_file(self) -> str:
+        """The file that holds the format and the agent's configuration."""
+        return f"{self.algorithm}_config.json"
+
+    def __str__(self) -> str:
+        return f"tokenmdp-{self.algorithm}-{self.version}"
+
+
+class Agent(Protocol):
+    """What a checkpoint holds of an agent."""
+
+    envs: VectorEnv
+    config: Any  # a dataclass with seed and lora_rank
+    processes: Processes
+    policy: CausalLMPolicy
+    reference: Any  # a `CausalLMPolicy`
+    optimizer: Any
+    generator: torch.Generator
+    num_episodes: int
+    num_updates_done: int
+    history: list[dict[str, float]]
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint whose small files are read."""
 
     path: Path
-    config: dict[str, Any]  # of PPOConfig
+    config: dict[str, Any]  # of the agent
     trainer: dict[str, Any]
     rng_states: list[Any]  # one a row of all processes
     history: list[dict[str, float]]
@@ -61,20 +93,26 @@ class Checkpoint(NamedTuple):
         return None if self.trainer.get("adapters_off") else self.path / "state" / "reference"
 
 
-def save(agent: PPO, directory: str | Path) -> None:
+def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any]) -> None:
     """Write a checkpoint; every process calls this, the first writes.
+
+    Args:
+        agent: What to save.
+        directory: Where to.
+        form: Of the algorithm.
+        extra: Further numbers and tensors of the algorithm, which `restore` gives back.
 
     Raises:
         CheckpointError: the directory holds something else, or cannot be written.
     """
-    path, envs, processes = Path(directory), check_envs(agent.envs), agent.processes
+    path, processes = Path(directory), agent.processes
+    envs: Any = agent.envs.unwrapped
     state, optimizer = processes.policy_state(agent.policy), processes.optimizer_state(agent.optimizer)
     adapters_off = isinstance(agent.reference, WithoutAdapters)
     reference_state = {} if adapters_off else processes.policy_state(agent.reference)
     rng_states = [row for rows in processes.gather(envs.get_rng_state()) for row in rows]
-    trainer = {
+    trainer = extra | {
         "num_updates_done": agent.num_updates_done,
-        "kl_coef": agent.kl_coef,
         "device": agent.generator.device.type,
         "generator": agent.generator.get_state(),
         "optimizer": optimizer,
@@ -83,12 +121,12 @@ def save(agent: PPO, directory: str | Path) -> None:
     with processes.together():
         if processes.rank:
             return
-        if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
+        if path.exists() and not (path / form.config_file).exists() and (path.is_file() or any(path.iterdir())):
             raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
         try:
             with atomic_directory(path) as new:
-                record = {"format": FORMAT, "config": asdict(agent.config)}
-                write_text(new / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+                record = {"format": str(form), "config": asdict(agent.config)}
+                write_text(new / form.config_file, json.dumps(record, indent=2) + "\n")
                 envs.tokenizer.save_pretrained(new)
                 if agent.config.lora_rank:
                     agent.policy.save_pretrained(new, merged_state(agent.policy, state))
@@ -108,26 +146,26 @@ def save(agent: PPO, directory: str | Path) -> None:
             ) from error
 
 
-def read(directory: str | Path, processes: Processes = ALONE) -> Checkpoint:
+def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
     """What `save` wrote, apart from the weights; every process calls this.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another program.
     """
-    path = Path(directory)
+    path, config_file = Path(directory), Path(directory) / form.config_file
     with processes.together():
         if not processes.rank:  # it may rename, which one process can do
             recover_directory(path)
-    if not (path / CONFIG_FILE).exists() and (path / "checkpoint" / CONFIG_FILE).exists():
+    if not config_file.exists() and (path / "checkpoint" / form.config_file).exists():
         raise CheckpointError(
             f"{path} is a run of `tokenmdp train`; its checkpoint is {path / 'checkpoint'}: pass that"
         )
-    record = read_json(path / CONFIG_FILE)
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
+    record = read_json(config_file)
+    if not isinstance(record, dict) or record.get("format") != str(form) or not isinstance(record.get("config"), dict):
         theirs = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(
-            f"{path / CONFIG_FILE} has format {theirs!r} and this version reads {FORMAT!r}; start a new run from the "
-            f"weights: PPO(policy={str(path)!r}, ...), on the command line --policy {path}"
+            f"{config_file} has format {theirs!r} and this version reads {str(form)!r}; start a new run from the "
+            f"weights: {form.algorithm.upper()}(policy={str(path)!r}, ...), on the command line --policy {path}"
         )
     if not (path / VALUE_HEAD_FILE).exists():
         raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
@@ -140,17 +178,26 @@ def read(directory: str | Path, processes: Processes = ALONE) -> Checkpoint:
     )
 
 
-def restore(agent: PPO, checkpoint: Checkpoint) -> None:
+def restore(agent: Agent, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[str, Any]:
     """Put everything but the weights of policy and reference into a new agent; with LoRA, its adapters too.
+
+    Args:
+        agent: Made from ``checkpoint.config``.
+        checkpoint: What `read` gave.
+        extra: The keys of what the algorithm saved beside it.
+
+    Returns:
+        What it saved there.
 
     Raises:
         CheckpointError: the agent or its environments do not fit.
     """
-    path, trainer, envs, processes = checkpoint.path, checkpoint.trainer, check_envs(agent.envs), agent.processes
+    path, trainer, processes = checkpoint.path, checkpoint.trainer, agent.processes
+    envs: Any = agent.envs.unwrapped
     if agent.config.lora_rank:
         _load_adapters(agent, path / "state" / "adapters.safetensors")
     try:
-        agent.num_updates_done, agent.kl_coef = trainer["num_updates_done"], trainer["kl_coef"]
+        agent.num_updates_done, own = trainer["num_updates_done"], {name: trainer[name] for name in extra}
         if trainer["device"] == agent.generator.device.type:
             agent.generator.set_state(trainer["generator"])
         else:
@@ -163,17 +210,18 @@ def restore(agent: PPO, checkpoint: Checkpoint) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path / 'state'} does not fit ({error}); pass environments like those it was saved with, "
-            f"or start a new run from the weights: PPO(policy={str(path)!r}, ...)"
+            f"or start a new run from the weights: {type(agent).__name__}(policy={str(path)!r}, ...)"
         ) from error
     agent.history = checkpoint.history
+    return own
 
 
-def _load_adapters(agent: PPO, path: Path) -> None:
+def _load_adapters(agent: Agent, path: Path) -> None:
     state = load_state(path)
     try:
         agent.processes.load_policy_state(agent.policy, state)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} does not fit the policy ({error}); restore a copy, use the peft version it was saved with, or "
-            f"start a new run from the weights: PPO(policy={str(path.parent.parent)!r}, ...)"
+            f"start a new run from the weights: {type(agent).__name__}(policy={str(path.parent.parent)!r}, ...)"
         ) from error
