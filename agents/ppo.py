@@ -428,13 +428,3 @@ def environment_seed(seed: int) -> int:
     (True, True)
     """
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-if (
-    __name__ == "__main__"
-):  # accelerate launch -m tokenmdp.agents.ppo ARGUMENTS: `tokenmdp train ARGUMENTS` in each process
-    import sys
-
-    from tokenmdp.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

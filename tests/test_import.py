@@ -11,11 +11,6 @@ import tokenmdp
 PACKAGE = Path(tokenmdp.__file__).parent
 PURE = ("types", "models.tokens", "envs.token_mdp", "credit", "returns", "divergences", "losses")
 MODELS = ("reward_models", "models", "models.policy", "models.kv_cache", "models.kernels")
-# `accelerate launch -m tokenmdp.agents.ppo` is the command in several processes; only that runs it.
-COMMAND_GUARD = """if __name__ == '__main__':
-    import sys
-    from tokenmdp.cli import main
-    sys.exit(main(['train', *sys.argv[1:]]))"""
 ADAPTERS = ("envs", "wrappers")
 
 
@@ -69,8 +64,6 @@ def imports():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = []
-            if module == "agents.ppo" and ast.unparse(node) == COMMAND_GUARD:
                 node.body = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):

@@ -131,7 +131,7 @@ def test_the_command_gives_two_processes_one_run(tmp_path):
     for field in ("dtype=float32", "adam_eps=1e-5", "learning_rate=1e-3"):
         options += ["--ppo", field]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "tokenmdp.agents.ppo"]
+    launch += ["--main_process_port", "0", "-m", "tokenmdp", "train"]
     two, one = (["--out", str(tmp_path / name), "--updates"] for name in ("two", "one"))
     done = subprocess.run([*launch, *options, *two, "2"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
