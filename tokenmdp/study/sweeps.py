@@ -11,7 +11,6 @@ import numpy as np
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
     INCONCLUSIVE,
-    NAMES,
     NO_FIGURE,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -25,7 +24,7 @@ from tokenmdp.study.claims import (
 )
 from tokenmdp.study.directory import Study
 from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
-from tokenmdp.study.labels import model_name
+from tokenmdp.study.labels import NAMES, model_name
 from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import Estimate, jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count

@@ -14,10 +14,10 @@ from tokenmdp.report.drawing import (
     label_ends,
     lay_out,
     looks,
-    name_of,
     new_figure,
     ordered_colours,
 )
+from tokenmdp.study.labels import name_of
 from tokenmdp.study.outcomes import BASELINE, Groups, area, curves, length_of, paired, window_for
 from tokenmdp.study.report.lines import SCORE, draw_curves, draw_estimates, scale_to_points
 from tokenmdp.study.results import CellResult

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokenmdp.report.curves import band
-from tokenmdp.report.drawing import INK, Look, finite, label_ends, name_of, signed
+from tokenmdp.report.drawing import INK, Look, finite, label_ends, signed
+from tokenmdp.study.labels import name_of
 from tokenmdp.study.outcomes import Groups, curves, window_for
 from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate, trailing_mean
 

@@ -11,12 +11,12 @@ from html import escape
 from pathlib import Path
 
 from tokenmdp.files import write_text
-from tokenmdp.report.drawing import inline, name_of, theme_colours, write_figure
+from tokenmdp.report.drawing import inline, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
 from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name, without_directories
+from tokenmdp.study.labels import model_name, name_of, without_directories
 from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.report.parts import Picture, Section, main_grids, number_cell, typeset
 from tokenmdp.study.report.protocol import protocol

@@ -9,9 +9,8 @@ from html import escape
 from typing import Any
 
 from tokenmdp.files import read_json
-from tokenmdp.report.drawing import name_of
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name, without_directories
+from tokenmdp.study.labels import model_name, name_of, without_directories
 from tokenmdp.study.results import Cell, cell_record
 from tokenmdp.study.tuning import MOST_KL, SEARCH, chosen_rates, edge_note, rates_of
 from tokenmdp.wording import count

@@ -7,9 +7,8 @@ from html import escape
 from tokenmdp.evaluation.credit_quality import MethodQuality
 from tokenmdp.evaluation.credit_quality.tables import HEADINGS, LEGEND, cost, method_notes
 from tokenmdp.intervals import Interval
-from tokenmdp.report.drawing import name_of
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name
+from tokenmdp.study.labels import model_name, name_of
 from tokenmdp.study.outcomes import REWARD_MODEL, Groups, by_setting, credit_quality, family
 from tokenmdp.study.report.parts import Picture, Section, bands_of, number_cell, seeds_of, told
 from tokenmdp.study.report.tradeoffs import faithful_study

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tokenmdp.report.drawing import name_of
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name, slug
+from tokenmdp.study.labels import model_name, name_of, slug
 from tokenmdp.study.outcomes import (
     BASELINE,
     KL_COEF,

@@ -17,11 +17,10 @@ from tokenmdp.report.drawing import (
     label_ends,
     lay_out,
     looks,
-    name_of,
     new_figure,
 )
 from tokenmdp.study.equal_kl import equal_kl, pareto_front
-from tokenmdp.study.labels import model_name
+from tokenmdp.study.labels import model_name, name_of
 from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
 from tokenmdp.study.report.lines import (
     KL,
