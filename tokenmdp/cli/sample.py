@@ -17,8 +17,9 @@ from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.report import heatmap
-from tokenmdp.report.samples import Sample, samples_from_rollout
+from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.display import make_console

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from tokenmdp.files import CheckpointError, write_text
 from tokenmdp.intervals import Interval, mean_interval
-from tokenmdp.report.samples import Sample, samples_from_rollout
+from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.settings import RunSettings, make_envs
 from tokenmdp.types import Rollout
 

@@ -12,8 +12,9 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 
 from tokenmdp.evaluation.policies import ROWS, played
-from tokenmdp.report.samples import Sample, samples_from_rollout
+from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts.collecting import check_envs
+from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.settings import RunSettings, make_envs
 from tokenmdp.types import Episode, Rollout
 
