@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.files import save_state
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.training.processes import processes_of
 from tokenmdp.wrappers import vector
 

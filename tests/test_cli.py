@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tokenmdp import cli
+from tokenmdp.cli.train import settings_from, train
 from tokenmdp.intervals import mean_interval
 from tokenmdp.locking import BusyError, locked
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.runs import process_settings, training
 from tokenmdp.runs.display import TrainingDisplay, make_console
-from tokenmdp.runs.settings import settings_from, split_prompts, toy_policy
-from tokenmdp.runs.training import train
+from tokenmdp.runs.environments import split_prompts, toy_policy
 
 SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--ppo", "dtype=float32", "--device", "cpu"]
 

@@ -9,7 +9,7 @@ from doubles import SB3, HashRewardModel
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.evaluation import evaluate
 from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import vector
 
 ID = "tokenmdp:TextGen-Toy-v0"

@@ -17,7 +17,7 @@ from doubles import SB3
 from tokenmdp.cli import ablate
 from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.models.loading import load_causal_lm, load_tokenizer
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.study import worker
 from tokenmdp.study.directory import load_study
 from tokenmdp.wrappers import CreditReward

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenmdp.credit import ImplicitRewardCredit, MissingResource, Resources, make_credit
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.types import Outcome, response_rows
 from tokenmdp.wrappers import CreditReward
 

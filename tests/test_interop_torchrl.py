@@ -10,7 +10,7 @@ from known_credit import EOS, TOY, KnownCredit, often_ending, position, single, 
 
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.returns import gae
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import SparseReward, vector
 
 pytest.importorskip("torchrl", reason="needs the torchrl extra: pip install 'tokenmdp[torchrl]'")

@@ -17,7 +17,7 @@ from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.intervals import mean_interval
 from tokenmdp.models.loading import resolve
 from tokenmdp.returns import explained_variance
-from tokenmdp.runs.settings import make_envs, split_prompts
+from tokenmdp.runs.environments import make_envs, split_prompts
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not (BENCHMARKS / "learning.py").exists():

@@ -15,7 +15,7 @@ from tokenmdp.models.lora import WithoutAdapters, add_adapters
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.continuations import monte_carlo_values
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import vector
 
 CPU = torch.device("cpu")

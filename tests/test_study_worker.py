@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.runs.settings import make_envs, toy_policy
+from tokenmdp.runs.environments import make_envs, toy_policy
 from tokenmdp.runs.training import ppo_config
 from tokenmdp.study import results, worker
 from tokenmdp.study.directory import declare, load_study

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import HFRewardModel
-from tokenmdp.runs.settings import toy_policy
+from tokenmdp.runs.environments import toy_policy
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 

@@ -17,7 +17,8 @@ from learning_parts.protocol import CREDIT_BETA, TRL, Protocol, Run
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.models.loading import resolve
 from tokenmdp.reward_models import RewardModel
-from tokenmdp.runs.settings import PRESETS, RunSettings, make_envs, split_prompts
+from tokenmdp.runs.environments import make_envs, split_prompts
+from tokenmdp.runs.settings import PRESETS, RunSettings
 from tokenmdp.types import Episode
 
 Record = dict[str, float]

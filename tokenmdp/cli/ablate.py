@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
+from tokenmdp.cli.options import Ablate, Quality
 from tokenmdp.cli.quality import measured
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation.credit_quality import tables as quality_report
@@ -24,13 +25,8 @@ from tokenmdp.evaluation.texts import self_bleu
 from tokenmdp.files import write_text
 from tokenmdp.locking import locked
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.settings import (
-    TOY_POLICY,
-    make_envs,
-    parse_options,
-    resolve_device,
-    split_prompts,
-)
+from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
+from tokenmdp.runs.settings import TOY_POLICY, parse_options
 from tokenmdp.study.directory import Study, declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
 from tokenmdp.study.presets import PRESETS, Plan
@@ -41,16 +37,13 @@ from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.tuning import SEARCH, chosen_rates, edge_note
 from tokenmdp.wording import clock
 
-if TYPE_CHECKING:
-    from tokenmdp import cli
-
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
 ONE_LINE, ONE_TABLE = 150, 116  # columns of a terminal that hold all with intervals beside or below their numbers
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
 
-def ablate(arguments: cli.Ablate) -> int:
+def ablate(arguments: Ablate) -> int:
     """Run what is missing of a grid, then report on the whole study; the exit status."""
     logging.disable_progress_bar()
     console = make_console()
@@ -109,7 +102,7 @@ def ablate(arguments: cli.Ablate) -> int:
     return 1 if errors else 0
 
 
-def plan_of(arguments: cli.Ablate) -> Plan:
+def plan_of(arguments: Ablate) -> Plan:
     """The preset with what the command line changes.
 
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
@@ -176,8 +169,6 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
 
     A study of the toy policy has none: that policy is made in code and writes no words.
     """
-    from tokenmdp.cli import Quality
-
     study = load_study(out)
     methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
     for cell in study.cells.values():
@@ -274,7 +265,7 @@ def tables_of(study: Study, grid: str, width: int) -> list[Table]:
     return tables
 
 
-def command_of(arguments: cli.Ablate) -> str:
+def command_of(arguments: Ablate) -> str:
     """The shell command that runs these cells again.
 
     >>> from tokenmdp.cli import Ablate
@@ -291,7 +282,7 @@ def command_of(arguments: cli.Ablate) -> str:
     return shlex.join(words)
 
 
-def _given(arguments: cli.Ablate) -> dict[str, Any]:
+def _given(arguments: Ablate) -> dict[str, Any]:
     """What was given beside the preset and changes what is computed, as JSON values."""
     defaults = {field.name: field.default for field in fields(arguments)}
     return {

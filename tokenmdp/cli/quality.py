@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from tokenmdp.cli.options import Quality
 from tokenmdp.cli.sample import load_policy
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 from tokenmdp.credit.options import required_options
@@ -41,13 +42,13 @@ from tokenmdp.reward_models import load_reward_model, readable_by
 from tokenmdp.rollouts import collect
 from tokenmdp.runs.credit_options import credit_methods, declared, grouped_options, lend, needs_of
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.settings import PRESETS, make_envs, parse_options, resolve_device, split_prompts
+from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
+from tokenmdp.runs.settings import PRESETS, parse_options
 from tokenmdp.types import Episode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tokenmdp import cli
 
 DECLARATIONS = """\
 conserves: the credit of a text sums to its score
@@ -78,7 +79,7 @@ def list_credits() -> int:
     return 0
 
 
-def measure_quality(arguments: cli.Quality) -> int:
+def measure_quality(arguments: Quality) -> int:
     """Measure credit methods in the worlds asked for; print the tables and write them."""
     console = make_console()
     results: list[WorldQuality] = []
@@ -93,7 +94,7 @@ def measure_quality(arguments: cli.Quality) -> int:
     return 0
 
 
-def measured(arguments: cli.Quality, console: Console) -> Iterator[tuple[WorldQuality, dict[str, str]]]:
+def measured(arguments: Quality, console: Console) -> Iterator[tuple[WorldQuality, dict[str, str]]]:
     """Each world that ``arguments`` ask for, and what its methods are called with their options.
 
     Raises:
@@ -134,7 +135,7 @@ def measured(arguments: cli.Quality, console: Console) -> Iterator[tuple[WorldQu
         yield result, labels
 
 
-def _worlds(arguments: cli.Quality, device: str) -> list[World]:
+def _worlds(arguments: Quality, device: str) -> list[World]:
     wanted = ("negation", "keyword", "model") if arguments.world == "all" else (arguments.world,)
     tokenizer = load_tokenizer(arguments.policy)
     worlds = []
@@ -149,7 +150,7 @@ def _worlds(arguments: cli.Quality, device: str) -> list[World]:
     return worlds
 
 
-def _texts(arguments: cli.Quality, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple[list[Tokens], str]:
+def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple[list[Tokens], str]:
     """The texts of a file, or responses of the policy to prompts that no training sees; and what to call them."""
     if arguments.texts is not None:
         given = [encode(tokenizer, str(text)) for text in read_prompt_file(arguments.texts)[: arguments.num]]
@@ -195,7 +196,7 @@ def _show(console: Console, result: WorldQuality, labels: dict[str, str]) -> Non
     console.print()
 
 
-def _write(arguments: cli.Quality, out: Path, results: Sequence[WorldQuality], labels: dict[str, str]) -> None:
+def _write(arguments: Quality, out: Path, results: Sequence[WorldQuality], labels: dict[str, str]) -> None:
     given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
     text = json.dumps(tables.record(results, given), indent=1)
     write_text(out / "quality.json", text + "\n")
@@ -205,7 +206,7 @@ def _write(arguments: cli.Quality, out: Path, results: Sequence[WorldQuality], l
     comparison.html(texts, out / "texts.html", title="Credit methods, token by token", note=note)
 
 
-def _command(arguments: cli.Quality) -> str:
+def _command(arguments: Quality) -> str:
     """The shell command that gives these tables again."""
     words = ["tokenmdp", "quality"]
     for field in fields(arguments):

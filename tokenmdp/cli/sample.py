@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 
+from tokenmdp.cli.options import Eval
+from tokenmdp.cli.options import Sample as SampleOptions
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.policies import comparison, comparison_table, evaluate
@@ -23,21 +25,11 @@ from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.settings import (
-    PRESETS,
-    RunSettings,
-    absolute_options,
-    make_envs,
-    parse_options,
-    resolve_device,
-    settings_from_record,
-    split_prompts,
-)
+from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts
+from tokenmdp.runs.settings import PRESETS, RunSettings, absolute_options, parse_options, settings_from_record
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
-
-    from tokenmdp import cli
 
 
 def load_policy(name: str, envs: VectorEnv, options: dict[str, Any], device: str) -> CausalLMPolicy:
@@ -65,7 +57,7 @@ def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
     return run, settings
 
 
-def sample(arguments: cli.Sample) -> int:
+def sample(arguments: SampleOptions) -> int:
     """Write texts with a policy and show the credit of each token."""
     console = make_console()
     if arguments.num < 1:
@@ -122,7 +114,7 @@ def sample(arguments: cli.Sample) -> int:
     return 0
 
 
-def evaluate_run(arguments: cli.Eval) -> int:
+def evaluate_run(arguments: Eval) -> int:
     """Evaluate a run's policy again, against its reference, on its evaluation prompts."""
     console = make_console()
     if arguments.samples < 2:
@@ -136,10 +128,12 @@ def evaluate_run(arguments: cli.Eval) -> int:
         for path in (run.checkpoint, run.checkpoint / "state" / "reference")
     )
     with console.status("evaluating"):
+        envs = evaluation_envs(settings, arguments.samples, split.held_out)
         before, after = (
-            evaluate(model, reference, settings, split.held_out, samples=arguments.samples, seed=arguments.seed)
+            evaluate(model, reference, envs, samples=arguments.samples, seed=arguments.seed)
             for model in (reference, policy)
         )
+        envs.close()
     what = f"{len(after.scores)} responses to {split.label}, seed {arguments.seed}"
     console.print(comparison_table(comparison(before, after), what))
     return 0

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tokenmdp.cli.options import Score
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.credit_quality import Counted, Lent, run_counted
@@ -22,13 +23,13 @@ from tokenmdp.report.samples import Sample
 from tokenmdp.reward_models import RewardModel, load_reward_model
 from tokenmdp.runs.credit_options import credit_method, credit_methods, declared, grouped_options, lend
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.settings import parse_options, resolve_device
+from tokenmdp.runs.environments import resolve_device
+from tokenmdp.runs.settings import parse_options
 from tokenmdp.types import Episode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tokenmdp import cli
 
 ALL = "all"
 
@@ -48,7 +49,7 @@ class Scored(NamedTuple):
         return run_counted(method, self.episode, self.model, self.tokenizer, self.lent)
 
 
-def score(arguments: cli.Score) -> int:
+def score(arguments: Score) -> int:
     """Score a text and show the credit of each of its tokens."""
     console = make_console()
     device = resolve_device(arguments.device)
@@ -84,7 +85,7 @@ def score(arguments: cli.Score) -> int:
     return 0
 
 
-def _read(arguments: cli.Score, device: str, needs: frozenset[str]) -> Scored:
+def _read(arguments: Score, device: str, needs: frozenset[str]) -> Scored:
     """The text in tokens, the reward model and the policies that ``needs`` name.
 
     Raises:
@@ -104,7 +105,7 @@ def _read(arguments: cli.Score, device: str, needs: frozenset[str]) -> Scored:
 
 def _score_all(
     console: Console,
-    arguments: cli.Score,
+    arguments: Score,
     scored: Scored,
     methods: Mapping[str, CreditMethod],
     missing: dict[str, str],

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from tokenmdp.intervals import Interval, mean_interval
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
-from tokenmdp.runs.settings import RunSettings, make_envs
 from tokenmdp.types import Rollout
 
 if TYPE_CHECKING:
     from tokenmdp.models.policy import CausalLMPolicy
 
-ROWS = 64  # episodes at a time
 KEPT_SAMPLES = 16  # in the report
 EVALUATION_SEED = 1_000_003  # far from the seeds of training rows, which count up from small numbers
 
@@ -42,14 +40,12 @@ class Evaluation:
 def evaluate(
     policy: CausalLMPolicy,
     reference: CausalLMPolicy,
-    settings: RunSettings,
-    prompts: str | Sequence[Any] | None,
+    envs: VectorEnv,
     *,
     samples: int,
     seed: int = 0,
 ) -> Evaluation:
-    """Play ``samples`` episodes; the same ``seed`` draws the same prompts whatever the policy."""
-    envs = make_envs(settings, min(ROWS, samples), prompts)
+    """Play ``samples`` episodes in ``envs``; the same ``seed`` draws the same prompts whatever the policy."""
     tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
     result = Evaluation([], [], [], [])
     for rollout in played(envs, policy, reference, samples=samples, seed=seed):
@@ -59,7 +55,6 @@ def evaluate(
         result.lengths.extend(kept.sum(-1).tolist())
         wanted = KEPT_SAMPLES - len(result.samples)
         result.samples.extend(samples_from_rollout(rollout, tokenizer)[: max(wanted, 0)])
-    envs.close()
     return result
 
 
@@ -68,7 +63,7 @@ def played(
 ) -> Iterator[Rollout]:
     """Rollouts of ``samples`` episodes together, the last one cut; prompts and sampling noise depend on ``seed`` only.
 
-    ``envs`` is what `make_envs` returns.
+    ``envs`` resets no row by itself and wears a credit wrapper.
     """
     generator = torch.Generator(policy.lm.device).manual_seed(EVALUATION_SEED + seed)
     for start in range(0, samples, envs.num_envs):

@@ -6,19 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import VectorEnv
 
-from tokenmdp.evaluation.policies import ROWS, played
+from tokenmdp.evaluation.policies import played
 from tokenmdp.report.samples import Sample
-from tokenmdp.rollouts.collecting import check_envs
 from tokenmdp.rollouts.samples import samples_from_rollout
-from tokenmdp.runs.settings import RunSettings, make_envs
 from tokenmdp.types import Episode, Rollout
 
 if TYPE_CHECKING:
+    from tokenmdp.envs.task import TextGenTask
     from tokenmdp.models.policy import CausalLMPolicy
     from tokenmdp.reward_models import RewardModel
 
@@ -87,8 +87,7 @@ def gold_scores(model: RewardModel, rollout: Rollout) -> torch.Tensor:
 def evaluate_cell(
     policy: CausalLMPolicy,
     reference: CausalLMPolicy,
-    settings: RunSettings,
-    prompts: str | Sequence[Any] | None,
+    envs: VectorEnv,
     gold: str | None,
     samples: int,
     seed: int,
@@ -98,8 +97,7 @@ def evaluate_cell(
     Args:
         policy: Samples.
         reference: KL and perplexity are measured under it.
-        settings: The environment, its reward model (the proxy) and the credit that the samples show.
-        prompts: Of the evaluation; see `tokenmdp.runs.settings.split_prompts`.
+        envs: With the reward model that is the proxy, under the credit wrapper whose credit the samples show.
         gold: Name of a second reward model; None leaves ``gold`` out of the row.
         samples: Episodes, at least 2.
         seed: Of prompts and sampling.
@@ -111,10 +109,9 @@ def evaluate_cell(
 
     Raises:
         gymnasium.error.DependencyNotInstalled: sacrebleu is missing.
-        tokenmdp.reward_models.VocabularyMismatch: the gold model reads other tokens and ``settings.align`` is None.
+        tokenmdp.reward_models.VocabularyMismatch: the gold model reads other tokens and ``envs`` align none.
     """
-    envs = make_envs(settings, min(ROWS, samples), prompts)
-    task = check_envs(envs).task
+    task: TextGenTask = envs.unwrapped.task  # type: ignore[attr-defined]
     judge = None if gold is None else task.load_reward_model(gold)
     texts: list[list[int]] = []
     kept: list[Sample] = []
@@ -128,7 +125,6 @@ def evaluate_cell(
         response = rollout.input_ids[:, rollout.prompt_slots :]
         texts.extend(ids[mask].tolist() for ids, mask in zip(response, rollout.response_mask, strict=True))
         kept = kept or samples_from_rollout(rollout, task.tokenizer)[:KEPT_SAMPLES]
-    envs.close()
     ref_logprobs = columns.pop("ref_logprob")
     row = {name: sum(column) / len(column) for name, column in columns.items()}
     row["perplexity"] = perplexity(ref_logprobs, columns["response_length"])

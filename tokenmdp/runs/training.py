@@ -28,26 +28,14 @@ from tokenmdp.report import curves, heatmap
 from tokenmdp.runs import process_settings
 from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.runs.display import Interruption, TrainingDisplay, make_console
-from tokenmdp.runs.settings import (
-    PRESETS,
-    TOY_POLICY,
-    Preset,
-    PromptSplit,
-    RunSettings,
-    credit_of,
-    make_envs,
-    settings_from,
-    settings_record,
-    split_prompts,
-    toy_policy,
-)
+from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
+from tokenmdp.runs.settings import TOY_POLICY, RunSettings, settings_record
 from tokenmdp.training.processes import launched, processes_of
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from tokenmdp.cli import Train
 
 SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
 SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
@@ -57,19 +45,28 @@ class Stop(Exception):
     """Ends training between two updates."""
 
 
-def train(arguments: Train) -> int:
-    """Train, or go on, then report; the exit status."""
+def train(settings: RunSettings, out: Path, updates: int, checkpoint_every: int, *, resume: bool = True) -> int:
+    """Train in the run directory ``out``, or go on there, then report; the exit status.
+
+    Args:
+        settings: Of the run.
+        out: Its directory.
+        updates: In all.
+        checkpoint_every: Updates between checkpoints.
+        resume: Go on from the directory's checkpoint if it has one.
+    """
     logging.disable_progress_bar()  # transformers draws one for every checkpoint
-    settings, preset = settings_from(arguments), PRESETS[arguments.preset]
-    accelerator = launched(arguments.device)
+    accelerator = launched(settings.device)
     try:
-        return _train(arguments, settings, preset, accelerator)
+        return _train(settings, out, updates, checkpoint_every, resume, accelerator)
     finally:
         if accelerator is not None:
             accelerator.end_training()
 
 
-def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator: Accelerator | None) -> int:
+def _train(
+    settings: RunSettings, out: Path, updates: int, checkpoint_every: int, resume: bool, accelerator: Accelerator | None
+) -> int:
     processes = processes_of(accelerator)
     console = Console(quiet=True) if processes.rank else make_console()
     if settings.num_envs % processes.size:
@@ -78,36 +75,27 @@ def _train(arguments: Train, settings: RunSettings, preset: Preset, accelerator:
             f"choose a multiple of {processes.size}"
         )
     settings = replace(settings, device=str(processes.device(settings.device)))
-    updates = preset.updates if arguments.updates is None else arguments.updates
-    if updates < 1:
-        raise ValueError(f"--updates is {updates}; it must be at least 1")
     ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
     credit_of(settings)
-    run = RunDirectory(arguments.out or Path("runs") / default_name(arguments.preset, settings))
+    run = RunDirectory(out)
     with contextlib.ExitStack() as held:
         with processes.together():
             if not processes.rank:
                 held.enter_context(run.alone())
         with run.setting_up():
-            agent, split = set_up(run, settings, updates, arguments.resume, accelerator, console)
+            agent, split = set_up(run, settings, updates, resume, accelerator, console)
 
         before: Evaluation | None = None
         with processes.together(), processes.whole_weights(agent.policy, agent.reference):
             if not processes.rank:
                 run.claim(settings_record(settings))  # only now: a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
-        if learn(run, agent, updates, preset.checkpoint_every, console):
+        if learn(run, agent, updates, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
         with processes.together(), processes.whole_weights(agent.policy, agent.reference):
             if before is not None:
                 report(run, agent, settings, split, before, console)
     return 0
-
-
-def default_name(preset: str, settings: RunSettings) -> str:
-    """The directory below runs/ of a run that is given none."""
-    rank = settings.ppo.get("lora_rank")
-    return f"{preset}-{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
 
 
 def set_up(
@@ -202,7 +190,9 @@ def evaluate_before(
     if run.before.exists():
         return load_evaluation(run.before)
     with console.status("evaluating the policy before training"):
-        before = evaluate(agent.reference, agent.reference, settings, split.held_out, samples=settings.eval_samples)
+        envs = evaluation_envs(settings, settings.eval_samples, split.held_out)
+        before = evaluate(agent.reference, agent.reference, envs, samples=settings.eval_samples)
+        envs.close()
     save_evaluation(run.before, before)
     return before
 
@@ -260,7 +250,9 @@ def report(
 ) -> None:
     """Evaluate after training; print the table and samples; write curve, page and summary."""
     with console.status("evaluating the policy after training"):
-        after = evaluate(agent.policy, agent.reference, settings, split.held_out, samples=settings.eval_samples)
+        envs = evaluation_envs(settings, settings.eval_samples, split.held_out)
+        after = evaluate(agent.policy, agent.reference, envs, samples=settings.eval_samples)
+        envs.close()
     save_evaluation(run.path / "after.json", after)
     rows = comparison(before, after)
     summary = {
