@@ -39,7 +39,7 @@ from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bon
 from tokenmdp.models.lora import WithoutAdapters, add_adapters
 from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
-from tokenmdp.rollouts.collecting import check_envs, collect
+from tokenmdp.rollouts.collecting import collect, credited_envs
 from tokenmdp.rollouts.continuations import monte_carlo_values
 from tokenmdp.training import checkpoint
 from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
@@ -157,7 +157,7 @@ class PPO:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.envs, self.config, self.processes = envs, config or PPOConfig(), processes_of(accelerator)
-        cfg, task = self.config, check_envs(envs).task
+        cfg, task = self.config, credited_envs(envs).task
         if len(set(shares := self.processes.gather(envs.num_envs))) > 1:
             raise ValueError(
                 f"num_envs is {shares} in the {len(shares)} processes; all must play the same number of episodes"

@@ -24,8 +24,8 @@ from tokenmdp.wrappers import find_credit_wrapper
 ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
 
 
-def check_envs(envs: VectorEnv) -> TextGenVectorEnv:
-    """The environment under the wrappers, if `collect` can use it; its token rewards are now marked as read.
+def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
+    """The environment under the wrappers, if `collect` can use it.
 
     Raises:
         gymnasium.error.Error: it resets rows by itself, or no credit wrapper gives token_rewards.
@@ -47,7 +47,6 @@ def check_envs(envs: VectorEnv) -> TextGenVectorEnv:
             "the environment gives no token_rewards because no credit wrapper is on it; "
             "for plain RLHF wrap it: tokenmdp.wrappers.vector.SparseReward(envs)"
         )
-    base.token_rewards_read = True
     return base
 
 
@@ -81,9 +80,11 @@ def collect(
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
         and the mean of every scalar that the credit wrapper reports.
     """
+    base = credited_envs(envs)
+    base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
-    uniforms = uniforms_for(check_envs(envs).task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
+    uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
     with processes.together(), processes.whole_weights(policy):
         rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
@@ -96,7 +97,7 @@ def _play(
     envs: VectorEnv, policy: CausalLMPolicy, uniforms: torch.Tensor, seed: int | None, share_ended: float
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
     """One episode in every row, without ``ref_logprobs``, and the last info of every row."""
-    task, device = check_envs(envs).task, policy.lm.device
+    task, device = credited_envs(envs).task, policy.lm.device
     observation, _ = envs.reset(seed=seed)
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
@@ -143,7 +144,7 @@ def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns:
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
     finished rollout must not credit the next episode.
     """
-    base, wrapper = check_envs(envs), find_credit_wrapper(envs)
+    base, wrapper = credited_envs(envs), find_credit_wrapper(envs)
     if wrapper is None or "policy_attention" not in wrapper.credit.needs:
         yield lambda rows: contextlib.nullcontext()
         return

@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.rollouts.collecting import check_envs
+from tokenmdp.rollouts.collecting import credited_envs
 from tokenmdp.rollouts.decoding import decode, uniforms_for
 from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
@@ -43,7 +43,7 @@ def monte_carlo_values(
     Returns:
         (N, H) float32 on the rollout's device, zero outside the response; unbiased for ``E[score | y[<t]]``.
     """
-    base = check_envs(envs)
+    base = credited_envs(envs)
     if num_rollouts < 1:
         raise ValueError(f"num_rollouts={num_rollouts}; a mean needs at least 1 continuation")
     if len(rollout.scores) != envs.num_envs * processes.size:
