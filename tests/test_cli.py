@@ -12,8 +12,8 @@ import torch
 
 from tokenmdp import cli
 from tokenmdp.cli.train import settings_from, train
+from tokenmdp.files import BusyError, locked
 from tokenmdp.intervals import mean_interval
-from tokenmdp.locking import BusyError, locked
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.runs import process_settings, training
 from tokenmdp.runs.display import TrainingDisplay, make_console

@@ -1,4 +1,4 @@
-"""Files that survive an interruption: atomic writes, and nested state as safetensors plus JSON (never pickle)."""
+"""Files that survive an interruption: atomic writes, nested state as safetensors plus JSON (no pickle), and locks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from safetensors.torch import save_file
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged or was written by something else; the message names the file and the remedy."""
+
+
+class BusyError(OSError):
+    """Another process holds the directory."""
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -158,3 +163,35 @@ def load_state(path: str | Path) -> Any:
         return unpack(packed)
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: its state refers to {error}, which is not there") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the directory ``path`` for the block, which no other process can do meanwhile.
+
+    Where directories cannot be locked (Windows, some network file systems) nothing is held, and of two writers the last
+    one wins.
+
+    Args:
+        path: of a directory that is there.
+        wait: until another process lets go of it; a killed one does so.
+
+    Raises:
+        BusyError: another process holds it, without ``wait``.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise BusyError(f"another process holds {path}; wait until it ends") from error
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(directory)

@@ -22,8 +22,7 @@ from tokenmdp.cli.quality import measured
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation.credit_quality import tables as quality_report
 from tokenmdp.evaluation.texts import self_bleu
-from tokenmdp.files import write_text
-from tokenmdp.locking import locked
+from tokenmdp.files import locked, write_text
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
 from tokenmdp.runs.settings import TOY_POLICY, parse_options

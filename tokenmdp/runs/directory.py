@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.files import recover_directory, write_text
-from tokenmdp.locking import BusyError, locked
+from tokenmdp.files import BusyError, locked, recover_directory, write_text
 from tokenmdp.report.curves import read_metrics
 
 FORMAT = "tokenmdp-run"

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.evaluation.credit_quality.tables import FORMAT as QUALITY_FORMAT
-from tokenmdp.files import write_text
-from tokenmdp.locking import locked
+from tokenmdp.files import locked, write_text
 from tokenmdp.study.labels import model_name, slug, without_directories
 from tokenmdp.study.results import (
     FORMAT,

@@ -23,8 +23,8 @@ from tokenmdp.study.claims import (
     undecided,
 )
 from tokenmdp.study.directory import Study
-from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
 from tokenmdp.study.labels import NAMES, model_name
+from tokenmdp.study.outcomes import LEAST_SHARED, equal_kl
 from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import Estimate, jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count

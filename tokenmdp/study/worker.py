@@ -24,7 +24,6 @@ import torch
 from tokenmdp.agents.ppo import PPO, Metrics
 from tokenmdp.evaluation.texts import evaluate_cell
 from tokenmdp.files import write_text
-from tokenmdp.peak_memory import peak_bytes
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY
@@ -33,6 +32,7 @@ from tokenmdp.study.directory import read_cell
 from tokenmdp.study.grid import register
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.results import Cell, CellResult, cell_file, package_versions, write_result
+from tokenmdp.training.peak_memory import peak_bytes
 
 COLUMNS = (
     "update", "score_mean", "kl", "entropy", "response_length", "kl_coef", "learning_rate", "approx_kl",
