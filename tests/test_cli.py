@@ -70,7 +70,7 @@ def test_a_run_leaves_curve_samples_and_summary(finished):
     summary = json.loads((finished / "report" / "summary.json").read_text())
     before, after = (json.loads((finished / name).read_text()) for name in ("before.json", "after.json"))
     assert (summary["updates"], summary["samples"]) == (3, 6)
-    assert summary["score"]["after"] == mean_interval(after["scores"])._asdict()
+    assert summary["score"]["after"] == dict(zip(("mean", "low", "high"), mean_interval(after["scores"]), strict=True))
     assert summary["KL"]["before"]["mean"] == pytest.approx(0, abs=1e-5)  # cached against full forward
     assert [sample["prompt"] for sample in before["samples"]] == [sample["prompt"] for sample in after["samples"]]
     assert list((finished / "tensorboard").glob("events*"))

@@ -127,7 +127,7 @@ def test_bootstrap_interval_is_scipys():
     values = np.random.default_rng(0).normal(2, 1, 80)
     ours = bootstrap_interval(values, seed=3)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=5000, rng=1).confidence_interval
-    assert ours.mean == pytest.approx(values.mean())
+    assert ours.value == pytest.approx(values.mean())
     assert (ours.low, ours.high) == (pytest.approx(theirs.low, abs=0.03), pytest.approx(theirs.high, abs=0.03))
     assert ours == bootstrap_interval(values, seed=3)
     with pytest.raises(ValueError, match="at least one"):
@@ -230,7 +230,7 @@ def test_methods_that_find_the_keyword_equal_the_reference(keyword):
     for name in ("attention", "red"):
         assert rows[name].metrics == rows["reference"].metrics
     assert rows["reference"].metrics["auc"] == (1, 1, 1)
-    assert rows["reference"].metrics["deletion"].mean > 0.4
+    assert rows["reference"].metrics["deletion"].value > 0.4
     assert rows["uniform"].metrics["auc"] == (0.5, 0.5, 0.5)
     assert rows["uniform"].metrics["spearman"] == (0, 0, 0)
     assert rows["random"].metrics["deletion"].low < 0.05 < 0.4
@@ -255,7 +255,7 @@ def test_attention_without_signs_loses_exactly_the_signs():
     world = negation_world(load_tokenizer("imdb-tiny"), 60, seed=2)
     nonzero = world.known.sum(-1).abs() > 1e-6  # without a score there is nothing to share out
     rows = by_name(measure(world, {"attention": make_credit("attention", credit_beta=1.0)}))
-    assert rows["attention"].metrics["spearman_abs"].mean == pytest.approx(nonzero.double().mean().item(), abs=1e-6)
+    assert rows["attention"].metrics["spearman_abs"].value == pytest.approx(nonzero.double().mean().item(), abs=1e-6)
     assert rows["attention"].metrics["spearman"].high < 0.8
     assert rows["attention"].metrics["deletion"].high < rows["reference"].metrics["deletion"].low
 

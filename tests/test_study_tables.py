@@ -10,9 +10,10 @@ from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
 from tokenmdp.cli.ablate import tables_of
+from tokenmdp.intervals import Estimate
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import load_study
-from tokenmdp.study.statistics import Estimate, censored_median
+from tokenmdp.study.statistics import censored_median
 from tokenmdp.study.tables import (
     LEGEND,
     METHOD_HEADINGS,

@@ -27,7 +27,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenmdp.envs.vector import TextGenVectorEnv
-from tokenmdp.intervals import Interval, mean_interval
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.policy import NEVER, CausalLMPolicy
 from tokenmdp.models.state_reader import StateReader, without_early_end
 
@@ -73,7 +73,7 @@ class EvaluationResult:
     lengths: np.ndarray  # (episodes,) int64, response tokens
 
     @property
-    def score(self) -> Interval:
+    def score(self) -> Estimate:
         """The mean score with its 95% interval over episodes."""
         return mean_interval(self.scores)
 

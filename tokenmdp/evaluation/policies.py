@@ -14,7 +14,7 @@ from gymnasium.vector import VectorEnv
 from rich.table import Table
 
 from tokenmdp.files import CheckpointError, write_text
-from tokenmdp.intervals import Interval, mean_interval
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
@@ -90,7 +90,7 @@ def load_evaluation(path: Path) -> Evaluation:
         raise CheckpointError(f"{path} holds no evaluation ({error}); delete it and it is made anew") from error
 
 
-def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Interval]]:
+def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
     """Mean and 95% interval of each quantity before and after, and of the change prompt by prompt."""
     quantities: dict[
         str, tuple[Sequence[float], Sequence[float]]
@@ -109,7 +109,7 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Int
     }
 
 
-def comparison_table(rows: dict[str, dict[str, Interval]], what: str) -> Table:
+def comparison_table(rows: dict[str, dict[str, Estimate]], what: str) -> Table:
     """`comparison` for the terminal; ``what`` was compared."""
     caption = "mean [95% interval]; KL to the reference in nats a sequence; the change is taken prompt by prompt"
     table = Table(title=what, caption=caption)

@@ -258,7 +258,10 @@ def report(
     summary = {
         "updates": agent.num_updates_done,
         "samples": len(after.scores),
-        **{name: {key: interval._asdict() for key, interval in row.items()} for name, row in rows.items()},
+        **{
+            name: {key: {"mean": mean, "low": low, "high": high} for key, (mean, low, high) in row.items()}
+            for name, row in rows.items()
+        },
     }
     write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
     records = curves.read_metrics(run.metrics)

@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import NAMES
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate
+from tokenmdp.study.statistics import FEWEST_DECIDING
 from tokenmdp.wording import count
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"

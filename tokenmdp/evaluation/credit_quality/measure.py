@@ -20,7 +20,7 @@ from tokenmdp.evaluation.credit_quality.counting import NOTHING_LENT, Lent, run_
 from tokenmdp.evaluation.credit_quality.metrics import area_under_roc, credit_order, important_tokens, rank_correlation
 from tokenmdp.evaluation.credit_quality.verdict import AttentionVerdict
 from tokenmdp.evaluation.credit_quality.worlds import World
-from tokenmdp.intervals import Interval, bootstrap_interval
+from tokenmdp.intervals import Estimate, bootstrap_interval
 from tokenmdp.reward_models import RewardModel, readable_by
 from tokenmdp.types import Episode
 
@@ -42,7 +42,7 @@ class MethodQuality:
     texts: int = 0
     reward_forwards: float = 0.0  # a text, the forward that scores included
     policy_forwards: float = 0.0  # a text
-    metrics: dict[str, Interval] = field(default_factory=dict)
+    metrics: dict[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass

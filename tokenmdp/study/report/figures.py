@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.report.drawing import (
     FAINT,
     INK,
@@ -21,7 +22,7 @@ from tokenmdp.study.labels import name_of
 from tokenmdp.study.outcomes import BASELINE, Groups, area, curves, length_of, paired, window_for
 from tokenmdp.study.report.lines import SCORE, draw_curves, draw_estimates, scale_to_points
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import Estimate, level, mean_difference, overtaking
+from tokenmdp.study.statistics import level, mean_difference, overtaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

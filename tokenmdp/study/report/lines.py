@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.report.curves import band
 from tokenmdp.report.drawing import INK, Look, finite, label_ends, signed
 from tokenmdp.study.labels import name_of
 from tokenmdp.study.outcomes import Groups, curves, window_for
-from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate, trailing_mean
+from tokenmdp.study.statistics import FEWEST_DECIDING, trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

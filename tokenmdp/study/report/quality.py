@@ -6,7 +6,7 @@ from html import escape
 
 from tokenmdp.evaluation.credit_quality import MethodQuality
 from tokenmdp.evaluation.credit_quality.tables import HEADINGS, LEGEND, cost, method_notes
-from tokenmdp.intervals import Interval
+from tokenmdp.intervals import Estimate
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, name_of
 from tokenmdp.study.outcomes import REWARD_MODEL, Groups, by_setting, credit_quality, family
@@ -84,7 +84,7 @@ def _measured(study: Study, model: str) -> list[MethodQuality]:
     """Every method's credit quality on a reward model; none if it was not measured."""
     records = (record for world in study.quality.get(model, {}).get("worlds", ()) for record in world["methods"])
     return [
-        MethodQuality(**record | {"metrics": {name: Interval(*found) for name, found in record["metrics"].items()}})
+        MethodQuality(**record | {"metrics": {name: Estimate(*found) for name, found in record["metrics"].items()}})
         for record in records
     ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.report.drawing import (
     FAINT,
     INK,
@@ -30,7 +31,7 @@ from tokenmdp.study.report.lines import (
     name_rows,
     scale_to,
 )
-from tokenmdp.study.statistics import Estimate, level, mean_difference
+from tokenmdp.study.statistics import level, mean_difference
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
