@@ -33,23 +33,24 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.agents import ppo_checkpoint
-from tokenmdp.batching import FORWARD_SLOTS, by_length, row_lengths
-from tokenmdp.checkpoints import CheckpointError
 from tokenmdp.divergences import kl_k1
-from tokenmdp.lora import WithoutAdapters, add_adapters
+from tokenmdp.files import CheckpointError
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.policy import CausalLMPolicy, resolve_dtype
-from tokenmdp.processes import processes_of
+from tokenmdp.models.lora import WithoutAdapters, add_adapters
+from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
 from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
-from tokenmdp.rollouts import check_envs, collect
+from tokenmdp.rollouts.collecting import collect, credited_envs
+from tokenmdp.rollouts.continuations import monte_carlo_values
+from tokenmdp.training import checkpoint
+from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
+from tokenmdp.training.processes import processes_of
 from tokenmdp.types import Rollout
-from tokenmdp.vine import monte_carlo_values
 from tokenmdp.wrappers import find_credit_wrapper
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+FORMAT = checkpoint.Format("ppo", 2)  # 2: the value head has a learning rate of its own
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
@@ -89,7 +90,7 @@ class PPOConfig:
     dtype: str = "auto"  # of the forwards: "auto", "float32", "bfloat16"; weights stay float32
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False  # computes activations again in the backward: less memory, more time
-    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.lora`
+    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.models.lora`
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
     lora_target_modules: str = "all-linear"  # or a regular expression for names of layers
 
@@ -156,7 +157,7 @@ class PPO:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.envs, self.config, self.processes = envs, config or PPOConfig(), processes_of(accelerator)
-        cfg, task = self.config, check_envs(envs).task
+        cfg, task = self.config, credited_envs(envs).task
         if len(set(shares := self.processes.gather(envs.num_envs))) > 1:
             raise ValueError(
                 f"num_envs is {shares} in the {len(shares)} processes; all must play the same number of episodes"
@@ -340,7 +341,9 @@ class PPO:
             yield from order.tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
 
     def save(self, directory: str | Path) -> None:
-        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from. Its files: ppo_checkpoint.py.
+        """Write a checkpoint that ``from_pretrained`` reads and `load` continues from.
+
+        Its files: `tokenmdp.training.checkpoint`.
 
         The directory appears whole or not at all: an interrupted save leaves the previous checkpoint. Of several
         processes all call this and the first writes.
@@ -348,7 +351,7 @@ class PPO:
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
         """
-        ppo_checkpoint.save(self, directory)
+        checkpoint.save(self, directory, FORMAT, {"kl_coef": self.kl_coef})
 
     @classmethod
     def load(
@@ -368,16 +371,14 @@ class PPO:
         saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
         if fixed := sorted(saved_state & overrides.keys()):
             raise ValueError(f"{', '.join(fixed)} cannot change on resuming: the saved state holds the current value")
-        checkpoint = ppo_checkpoint.read(directory, processes_of(accelerator))
+        saved = checkpoint.read(directory, FORMAT, processes_of(accelerator))
         try:
-            config = PPOConfig(**checkpoint.config)
+            config = PPOConfig(**saved.config)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path / 'ppo_config.json'} does not fit this version ({error})"
-            ) from error
-        reference = None if checkpoint.reference is None else str(checkpoint.reference)
-        agent = cls(str(checkpoint.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
-        ppo_checkpoint.restore(agent, checkpoint)
+            raise CheckpointError(f"{saved.path / FORMAT.config_file} does not fit this version ({error})") from error
+        reference = None if saved.reference is None else str(saved.reference)
+        agent = cls(str(saved.policy), envs, replace(config, **overrides), reference, accelerator=accelerator)
+        agent.kl_coef = checkpoint.restore(agent, saved, extra=("kl_coef",))["kl_coef"]
         return agent
 
 
@@ -427,13 +428,3 @@ def environment_seed(seed: int) -> int:
     (True, True)
     """
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-if (
-    __name__ == "__main__"
-):  # accelerate launch -m tokenmdp.agents.ppo ARGUMENTS: `tokenmdp train ARGUMENTS` in each process
-    import sys
-
-    from tokenmdp.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

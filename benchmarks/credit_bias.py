@@ -32,10 +32,10 @@ import numpy as np
 import torch
 
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod, Resources, make_credit, settle
+from tokenmdp.envs.task import TextGenTask
 from tokenmdp.intervals import bootstrap_interval
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.policy_attention import ForwardAttention
-from tokenmdp.task import TextGenTask
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_attention import ForwardAttention
 from tokenmdp.testing import (
     TablePolicyAttention,
     ToyMDP,

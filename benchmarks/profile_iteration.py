@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 
-from tokenmdp.commands.allocator import reexecute_with_settings
+from tokenmdp.runs.process_settings import reexecute_with_settings
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from tokenmdp.commands.allocator import reexecute_with_settings
+from tokenmdp.runs.process_settings import reexecute_with_settings
 
 if __name__ == "__main__":
     if "--no-reexec" not in sys.argv:

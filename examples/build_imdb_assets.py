@@ -28,7 +28,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from tokenmdp.checkpoints import atomic_directory, write_text
+from tokenmdp.files import atomic_directory, write_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tokenmdp" / "assets" / "imdb"
 CARD = Path(__file__).resolve().parent / "imdb_recipe" / "card.md"

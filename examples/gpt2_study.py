@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from tokenmdp import cli
-from tokenmdp.checkpoints import atomic_directory
-from tokenmdp.loading import load_tokenizer, quiet
+from tokenmdp.files import atomic_directory
+from tokenmdp.models.loading import load_tokenizer, quiet
 from tokenmdp.study.directory import Study, load_study
 
 HEAD_WIDTH = 64  # of GPT-2 in every size

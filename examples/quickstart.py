@@ -14,8 +14,8 @@ from rich.console import Console
 import tokenmdp  # noqa: F401  (registers the environment ids)
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.report.heatmap import terminal
-from tokenmdp.report.samples import samples_from_rollout
 from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.wrappers import vector
 
 SHOWN_SEED = 1_000  # draws the same prompts before and after

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
             result = evaluate(eval_envs, model, episodes=256)
             print(f"{name} seed {seed}, after: {result}, KL {curve.records[-1]['kl']:.2f}", flush=True)
             runs[name].append(curve.records)
-            after.append(result.score.mean)
+            after.append(result.score.value)
         if len(after) > 1:
             print(f"{name}, after, {len(after)} seeds: score {mean_interval(after)}", flush=True)
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tokenmdp  # noqa: F401  (registers the environment ids)
 from tokenmdp.evaluation import evaluate
 from tokenmdp.interop.torchrl import actor_critic, make_env, relabel
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.returns import explained_variance
 from tokenmdp.wrappers import vector
 

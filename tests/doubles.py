@@ -9,7 +9,8 @@ import torch
 from gymnasium.utils.env_checker import data_equivalence
 
 import tokenmdp.wrappers as single
-from tokenmdp.loading import load_tokenizer, toy_tokenizer
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.types import Episode, RewardOutput
 from tokenmdp.wrappers import vector

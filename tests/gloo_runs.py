@@ -11,9 +11,9 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.checkpoints import save_state
-from tokenmdp.commands.settings import toy_policy
-from tokenmdp.processes import processes_of
+from tokenmdp.files import save_state
+from tokenmdp.runs.environments import toy_policy
+from tokenmdp.training.processes import processes_of
 from tokenmdp.wrappers import vector
 
 UNTIMED = ("seconds", "tokens_per_second")

@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import HFRewardModel
 
 TOY, IMDB = load_tokenizer("toy"), load_tokenizer("imdb-tiny")

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tokenmdp.commands.credit_options import default_beta
-from tokenmdp.commands.settings import RunSettings
-from tokenmdp.intervals import Interval
-from tokenmdp.quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
-from tokenmdp.quality.measure import CONTROLS
-from tokenmdp.report.quality import record
+from tokenmdp.evaluation.credit_quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
+from tokenmdp.evaluation.credit_quality.measure import CONTROLS
+from tokenmdp.evaluation.credit_quality.tables import record
+from tokenmdp.intervals import Estimate
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.credit_options import default_beta
+from tokenmdp.runs.settings import RunSettings
 from tokenmdp.study.directory import declare
 from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 
@@ -199,11 +199,11 @@ def quality_record(model: str, methods: Sequence[str] = METHODS) -> dict:
               "abc-d2": 0.1, "red": 0.58}  # fmt: skip
     qualities = [
         MethodQuality(method, [], texts=100, reward_forwards=1.0,
-                      metrics={name: Interval(values[method], values[method] - 0.04, values[method] + 0.04)
+                      metrics={name: Estimate(values[method], values[method] - 0.04, values[method] + 0.04)
                                for name in METRICS})
         for method in (*CONTROLS, *methods)
     ]  # fmt: skip
-    verdict = AttentionVerdict(Interval(row, row - 0.03, row + 0.03), 0.79 if faithful else 0.95, 0.8, 0.0, 100)
+    verdict = AttentionVerdict(Estimate(row, row - 0.03, row + 0.03), 0.79 if faithful else 0.95, 0.8, 0.0, 100)
     world = SimpleNamespace(
         name=f"model {model}", description=f"texts of imdb-tiny, scored by {model}", reference="leave-one-out",
         episodes=SimpleNamespace(input_ids=range(100)),

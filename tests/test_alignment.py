@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenmdp.credit.alignment import move, overlap_shares, prefix_ranges, token_spans
+from tokenmdp.reward_models.alignment import move, overlap_shares, prefix_ranges, token_spans
 
 SENTENCES = [
     "the film was great, the plot was dull and the actors were lovely",

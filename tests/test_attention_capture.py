@@ -20,8 +20,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from tokenmdp.attention import capture_rows
-from tokenmdp.reward_models import HFRewardModel, hf
+from tokenmdp.models.attention_rows import capture_rows
+from tokenmdp.reward_models import HFRewardModel, classifier
 from tokenmdp.types import Episode
 
 VOCABULARY, POSITIONS = 32, 64
@@ -200,7 +200,7 @@ def test_texts_read_a_part_at_a_time_are_the_same(make, monkeypatch):
     needs = frozenset({"attention", "attention_layers"}) | ({"prefix_scores"} & model.provides)
     episodes = episode(*random_texts(7))
     whole = model(episodes, needs=needs)
-    monkeypatch.setitem(hf.SLOTS_AT_ONCE, "cpu", 3 * episodes.input_ids.shape[-1])
+    monkeypatch.setitem(classifier.SLOTS_AT_ONCE, "cpu", 3 * episodes.input_ids.shape[-1])
     read, seen = model._read, []
     monkeypatch.setattr(model, "_read", lambda part, needs: (seen.append(len(part[0])), read(part, needs))[1])
     torch.testing.assert_close(list(whole), list(model(episodes, needs=needs)))

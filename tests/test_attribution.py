@@ -24,7 +24,7 @@ from tokenmdp.credit import (
     attribution,
     make_credit,
 )
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import RewardModel, load_reward_model
 from tokenmdp.reward_models.base import EmbeddedTexts
 from tokenmdp.reward_models.retokenized import RetokenizedRewardModel

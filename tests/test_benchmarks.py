@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenmdp.intervals import Interval
+from tokenmdp.intervals import Estimate
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Episode
 
@@ -44,7 +44,7 @@ def sizes(shape):
 
 def counted(call):
     # The counter knows neither the fused attention kernel of a CPU nor oneDNN's products.
-    plain = patch("tokenmdp.cpu_products._takes", lambda *_: False)
+    plain = patch("tokenmdp.models.kernels.onednn._takes", lambda *_: False)
     with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -66,9 +66,9 @@ def test_each_part_finds_something_and_writes_it(part, tmp_path):
     out = tmp_path / "speed.json"
     findings = command.main(["--smoke", part, "--threads", str(torch.get_num_threads()), "--out", str(out)])
     written = json.loads(out.read_text(), parse_constant=not_json)
-    assert [finding["value"] for finding in written["findings"]] == [finding.interval.mean for finding in findings]
+    assert [finding["value"] for finding in written["findings"]] == [finding.interval.value for finding in findings]
     assert {finding.part for finding in findings} == {part}
-    assert all(math.isfinite(finding.interval.mean) and finding.interval.mean > 0 for finding in findings)
+    assert all(math.isfinite(finding.interval.value) and finding.interval.value > 0 for finding in findings)
     assert {finding.mark for finding in findings} == {""}  # those are for the sizes measured in earnest
     assert written["machine"]["torch"] == torch.__version__
     assert written["machine"]["threads"] == torch.get_num_threads()
@@ -127,8 +127,8 @@ def test_a_constant_ratio_is_found_exactly(seconds, ratio):
 def test_the_reciprocal_ratio_has_the_reciprocal_interval(pair):
     left, right = pair[0], pair[1][: len(pair[0])]
     forward, backward = ratio_interval(left, right), ratio_interval(right, left)
-    assert forward.low <= forward.mean <= forward.high
-    expected = [1 / backward.mean, 1 / backward.high if backward.high else math.inf, forward.high]
+    assert forward.low <= forward.value <= forward.high
+    expected = [1 / backward.value, 1 / backward.high if backward.high else math.inf, forward.high]
     np.testing.assert_allclose(forward, expected, rtol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_the_interval_covers_the_true_ratio_nineteen_times_in_twenty():
 
 def test_one_repetition_says_nothing_about_the_spread():
     finding = Finding("trl", "smoke", "ratio", ratio_interval([3.0], [2.0]), "", at_least=2.5)
-    assert finding.interval.mean == pytest.approx(1.5)
+    assert finding.interval.value == pytest.approx(1.5)
     assert finding.measured == "1.500"
     assert finding.to_json()["interval"] == [0.0, None]
 
@@ -160,7 +160,7 @@ def test_one_repetition_says_nothing_about_the_spread():
     ],
 )
 def test_the_verdict_compares_with_the_mark(marks, interval, verdict, met):
-    finding = Finding("part", "shape", "quantity", Interval(*interval), "", **marks)
+    finding = Finding("part", "shape", "quantity", Estimate(*interval), "", **marks)
     assert (finding.verdict, finding.met) == (verdict, met)
 
 

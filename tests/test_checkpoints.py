@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tokenmdp.checkpoints import (
+from tokenmdp.files import (
     CheckpointError,
     atomic_directory,
     load_state,

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from tokenmdp import cli
-from tokenmdp.commands import allocator
-from tokenmdp.commands import train as train_command
-from tokenmdp.commands.display import TrainingDisplay, make_console
-from tokenmdp.commands.settings import settings_from, split_prompts, toy_policy
-from tokenmdp.commands.train import train
+from tokenmdp.cli.train import settings_from, train
+from tokenmdp.files import BusyError, locked
 from tokenmdp.intervals import mean_interval
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.locking import BusyError, locked
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.runs import process_settings, training
+from tokenmdp.runs.display import TrainingDisplay, make_console
+from tokenmdp.runs.environments import split_prompts, toy_policy
 
 SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--ppo", "dtype=float32", "--device", "cpu"]
 
@@ -71,7 +70,7 @@ def test_a_run_leaves_curve_samples_and_summary(finished):
     summary = json.loads((finished / "report" / "summary.json").read_text())
     before, after = (json.loads((finished / name).read_text()) for name in ("before.json", "after.json"))
     assert (summary["updates"], summary["samples"]) == (3, 6)
-    assert summary["score"]["after"] == mean_interval(after["scores"])._asdict()
+    assert summary["score"]["after"] == dict(zip(("mean", "low", "high"), mean_interval(after["scores"]), strict=True))
     assert summary["KL"]["before"]["mean"] == pytest.approx(0, abs=1e-5)  # cached against full forward
     assert [sample["prompt"] for sample in before["samples"]] == [sample["prompt"] for sample in after["samples"]]
     assert list((finished / "tensorboard").glob("events*"))
@@ -218,7 +217,7 @@ def test_version(capsys):
 
 
 def test_unwritable_directory_is_refused_before_any_work(tmp_path, error, monkeypatch):
-    monkeypatch.setattr("tokenmdp.commands.train.make_envs", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("tokenmdp.runs.training.make_envs", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").write_text("")
     message = error("train", *SMALL, "--out", tmp_path / "file" / "run")
     assert f"cannot write to the run directory {tmp_path / 'file' / 'run'}" in message
@@ -250,7 +249,7 @@ def test_two_processes_do_not_train_in_one_directory(copy, error, monkeypatch):
             pass
         raise ValueError("that was it")
 
-    monkeypatch.setattr(train_command, "learn", learn)
+    monkeypatch.setattr(training, "learn", learn)
     assert "that was it" in error("train", *SMALL, "--updates", 9, "--out", copy)
     with locked(copy, wait=False):
         pass
@@ -343,16 +342,16 @@ def test_every_fifth_prompt_is_held_out(tmp_path, monkeypatch):
 
 
 def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(process_settings.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert allocator.missing_settings({}) == allocator.SETTINGS
-    assert allocator.missing_settings({"MALLOC_MMAP_MAX_": "5"}) == {
-        name: value for name, value in allocator.SETTINGS.items() if name != "MALLOC_MMAP_MAX_"
+    assert process_settings.missing_settings({}) == process_settings.SETTINGS
+    assert process_settings.missing_settings({"MALLOC_MMAP_MAX_": "5"}) == {
+        name: value for name, value in process_settings.SETTINGS.items() if name != "MALLOC_MMAP_MAX_"
     }
-    assert allocator.missing_settings({allocator.REEXECUTED: "1"}) == {}
+    assert process_settings.missing_settings({process_settings.REEXECUTED: "1"}) == {}
 
     executed = []
-    for name in (*allocator.SETTINGS, allocator.REEXECUTED):
+    for name in (*process_settings.SETTINGS, process_settings.REEXECUTED):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "execve", lambda *call: executed.append(call))
     monkeypatch.setattr(cli, "run", lambda command: 0)
@@ -367,7 +366,7 @@ def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, 
     ((program, arguments, environment),) = executed
     assert (program, arguments) == (sys.executable, [sys.executable, "/bin/tokenmdp", "train"])
     assert environment["MALLOC_MMAP_MAX_"] == "0"
-    assert environment[allocator.REEXECUTED] == "1"
+    assert environment[process_settings.REEXECUTED] == "1"
 
 
 def test_train_is_callable_from_python(tmp_path):

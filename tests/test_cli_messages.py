@@ -11,10 +11,10 @@ from rich.console import Console
 
 from tokenmdp import cli
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.checkpoints import CheckpointError
-from tokenmdp.commands.settings import settings_from, settings_from_record, settings_record
-from tokenmdp.commands.train import default_name
+from tokenmdp.cli.train import default_name, settings_from
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.files import CheckpointError
+from tokenmdp.runs.settings import settings_from_record, settings_record
 from tokenmdp.wrappers import UninformativeAttention
 
 SMALL = ["--preset", "smoke", "--updates", "1", "--num-envs", "4", "--eval-samples", "2", "--device", "cpu"]

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tokenmdp.credit import CREDIT_METHODS, MissingResource, Resources, make_credit
 from tokenmdp.credit.fine_grained import FineReward
 from tokenmdp.credit.score_only import SparseCredit
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.testing import CreditPropertyError, ToyMDP, check_credit_method, toy_outcome
 from tokenmdp.types import Credit
 

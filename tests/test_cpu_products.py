@@ -8,14 +8,14 @@ from test_packed import CPU, policy_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tokenmdp import cpu_products, packed
+from tokenmdp.models.kernels import onednn, packed_weights
 
-pytestmark = pytest.mark.skipif(not packed.can_pack(CPU, torch.float32), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not packed_weights.can_pack(CPU, torch.float32), reason="this PyTorch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)
 def on_any_processor(monkeypatch):
-    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Linear(5, 7, bias=False), Conv1D(7, 5)])
@@ -26,8 +26,8 @@ def test_values_and_gradients_are_the_layers_own(layer, shape):
     plain = model(inputs)
     wanted = (inputs, *model.parameters())
     gradients = torch.autograd.grad(plain.square().sum(), wanted)
-    cpu_products.use_onednn(model)
-    assert type(model[0]) in cpu_products.FASTER.values()
+    onednn.use_onednn(model)
+    assert type(model[0]) in onednn.FASTER.values()
     ours = model(inputs)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), wanted), gradients)
@@ -43,19 +43,19 @@ def test_it_is_differentiable_twice():
         slope = torch.autograd.grad(multiply(inputs, weight, bias).pow(3).sum(), weight, create_graph=True)[0]
         return torch.autograd.grad(slope.square().sum(), (inputs, weight, bias))
 
-    torch.testing.assert_close(curvature(cpu_products.product), curvature(nn.functional.linear), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(curvature(onednn.product), curvature(nn.functional.linear), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_policy_scores_and_learns_the_same(kind, monkeypatch):
-    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: False)
     plain = policy_of(kind)
-    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
     ours = policy_of(kind)
     classes = [{type(module) for module in policy.lm.modules()} for policy in (plain, ours)]
-    assert not classes[0] & set(cpu_products.FASTER.values())
-    assert classes[1] & set(cpu_products.FASTER.values())
-    assert not classes[1] & {*cpu_products.FASTER}
+    assert not classes[0] & set(onednn.FASTER.values())
+    assert classes[1] & set(onednn.FASTER.values())
+    assert not classes[1] & {*onednn.FASTER}
     ids = torch.arange(30).view(3, 10)
     scored = [policy.evaluate(ids, torch.ones_like(ids).bool(), prompt_slots=4) for policy in (plain, ours)]
     torch.testing.assert_close(*[numbers.logprobs for numbers in scored])
@@ -81,8 +81,8 @@ def test_a_copy_has_weights_of_its_own():
 
 def test_other_dtypes_and_autocast_go_pytorchs_way(monkeypatch):
     model = nn.Sequential(nn.Linear(5, 7))
-    cpu_products.use_onednn(model)
-    monkeypatch.setattr(cpu_products, "product", lambda *_: pytest.fail("called"))
+    onednn.use_onednn(model)
+    monkeypatch.setattr(onednn, "product", lambda *_: pytest.fail("called"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(torch.randn(2, 5)).dtype == torch.bfloat16
     assert model.double()(torch.randn(2, 5).double()).dtype == torch.float64
@@ -93,5 +93,5 @@ def test_subclasses_of_layers_stay():
         pass
 
     model = nn.Sequential(Own(2, 2))
-    cpu_products.use_onednn(model)
+    onednn.use_onednn(model)
     assert type(model[0]) is Own

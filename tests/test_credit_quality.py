@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tokenmdp.credit import MissingResource, SparseCredit, make_credit
-from tokenmdp.intervals import bootstrap_interval
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.quality import (
+from tokenmdp.evaluation.credit_quality import (
     Lent,
     NegationLexicon,
     area_over_line,
@@ -27,10 +25,12 @@ from tokenmdp.quality import (
     rank_correlation,
     run_counted,
 )
-from tokenmdp.quality.ablation import AblatedScores, curve_areas, leave_one_out
-from tokenmdp.quality.counting import CountingRewardModel
-from tokenmdp.quality.texts import Text, encode, episodes_of, text_of
-from tokenmdp.report.quality import markdown, notes
+from tokenmdp.evaluation.credit_quality.ablation import AblatedScores, curve_areas, leave_one_out
+from tokenmdp.evaluation.credit_quality.counting import CountingRewardModel
+from tokenmdp.evaluation.credit_quality.tables import markdown, notes
+from tokenmdp.evaluation.credit_quality.texts import Text, encode, episodes_of, text_of
+from tokenmdp.intervals import bootstrap_interval
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, load_lexicon, toy_lexicon
 
@@ -127,7 +127,7 @@ def test_bootstrap_interval_is_scipys():
     values = np.random.default_rng(0).normal(2, 1, 80)
     ours = bootstrap_interval(values, seed=3)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=5000, rng=1).confidence_interval
-    assert ours.mean == pytest.approx(values.mean())
+    assert ours.value == pytest.approx(values.mean())
     assert (ours.low, ours.high) == (pytest.approx(theirs.low, abs=0.03), pytest.approx(theirs.high, abs=0.03))
     assert ours == bootstrap_interval(values, seed=3)
     with pytest.raises(ValueError, match="at least one"):
@@ -230,7 +230,7 @@ def test_methods_that_find_the_keyword_equal_the_reference(keyword):
     for name in ("attention", "red"):
         assert rows[name].metrics == rows["reference"].metrics
     assert rows["reference"].metrics["auc"] == (1, 1, 1)
-    assert rows["reference"].metrics["deletion"].mean > 0.4
+    assert rows["reference"].metrics["deletion"].value > 0.4
     assert rows["uniform"].metrics["auc"] == (0.5, 0.5, 0.5)
     assert rows["uniform"].metrics["spearman"] == (0, 0, 0)
     assert rows["random"].metrics["deletion"].low < 0.05 < 0.4
@@ -255,7 +255,7 @@ def test_attention_without_signs_loses_exactly_the_signs():
     world = negation_world(load_tokenizer("imdb-tiny"), 60, seed=2)
     nonzero = world.known.sum(-1).abs() > 1e-6  # without a score there is nothing to share out
     rows = by_name(measure(world, {"attention": make_credit("attention", credit_beta=1.0)}))
-    assert rows["attention"].metrics["spearman_abs"].mean == pytest.approx(nonzero.double().mean().item(), abs=1e-6)
+    assert rows["attention"].metrics["spearman_abs"].value == pytest.approx(nonzero.double().mean().item(), abs=1e-6)
     assert rows["attention"].metrics["spearman"].high < 0.8
     assert rows["attention"].metrics["deletion"].high < rows["reference"].metrics["deletion"].low
 
@@ -331,7 +331,7 @@ def test_shapleys_cost_is_what_it_reports(texts):
 
 
 def test_other_reward_models_and_policies_count(texts):
-    from tokenmdp.commands.credit_options import lend
+    from tokenmdp.runs.credit_options import lend
 
     tokenizer, episodes = texts
     model = load_reward_model("imdb-tiny")

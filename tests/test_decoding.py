@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.cache_utils import DynamicLayer
 
 from tokenmdp.credit import make_credit
-from tokenmdp.kv_cache import RoomyLayer
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.kv_cache import RoomyLayer
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector

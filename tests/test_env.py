@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 import tokenmdp
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 
@@ -222,9 +222,9 @@ def test_an_object_in_a_spec_is_refused_by_json_clearly():
 
 def test_a_named_reward_model_loads_at_the_first_score_and_once(classifier_dir, monkeypatch):
     calls = []
-    original = tokenmdp.task.load_reward_model
+    original = tokenmdp.envs.task.load_reward_model
     monkeypatch.setattr(
-        "tokenmdp.task.load_reward_model", lambda *args, **kw: calls.append(args) or original(*args, **kw)
+        "tokenmdp.envs.task.load_reward_model", lambda *args, **kw: calls.append(args) or original(*args, **kw)
     )
     envs = [make(reward_model=classifier_dir) for _ in range(3)]
     assert calls == []

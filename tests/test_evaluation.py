@@ -7,9 +7,9 @@ import torch
 from doubles import SB3, HashRewardModel
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.commands.settings import toy_policy
 from tokenmdp.evaluation import evaluate
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import vector
 
 ID = "tokenmdp:TextGen-Toy-v0"

@@ -9,9 +9,9 @@ import torch
 
 from tokenmdp.credit import CREDIT_METHODS, make_credit
 from tokenmdp.credit.fine_grained import FineReward
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.policy_attention import ForwardAttention
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_attention import ForwardAttention
 from tokenmdp.wrappers import CreditReward, vector
 
 IMDB = "tokenmdp:TextGen-IMDb-v0"

@@ -14,10 +14,10 @@ import torch
 import tune_on_preferences
 from doubles import SB3
 
-from tokenmdp.commands import ablate
-from tokenmdp.commands.settings import toy_policy
+from tokenmdp.cli import ablate
 from tokenmdp.credit import CREDIT_METHODS, make_credit
-from tokenmdp.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.study import worker
 from tokenmdp.study.directory import load_study
 from tokenmdp.wrappers import CreditReward

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmdp.credit import FineGrainedCredit, FineReward, MissingResource, Resources, make_credit
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel, VocabularyMismatch, load_reward_model
 from tokenmdp.reward_models.lexicon import TOY_WEIGHTS, toy_lexicon
 from tokenmdp.reward_models.retokenized import RetokenizedRewardModel

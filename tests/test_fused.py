@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tokenmdp import cpu_attention, fused
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.kernels import cpu_attention, token_scores
+from tokenmdp.models.policy import CausalLMPolicy
 
 
 def plain_scores(logits, tokens):
@@ -28,8 +28,8 @@ def test_token_scores_equal_log_softmax_with_their_gradients(rows, width, chunk,
     used = data.draw(st.sampled_from([(0,), (1,), (0, 1)]))  # logprobs, entropy or both in the loss
     gradients = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fused.CHUNK_NUMBERS, "cpu", chunk)
-        for scores in (plain_scores, fused.token_scores):
+        patch.setitem(token_scores.CHUNK_NUMBERS, "cpu", chunk)
+        for scores in (plain_scores, token_scores.token_scores):
             numbers = scores(logits, tokens)
             gradients.append(
                 (*numbers, *torch.autograd.grad(sum((numbers[i] * weights[i]).sum() for i in used), logits))
@@ -41,7 +41,7 @@ def test_token_scores_equal_log_softmax_with_their_gradients(rows, width, chunk,
 def test_token_scores_of_bfloat16_are_those_of_the_rounded_logits():
     logits = torch.randn(6, 5, 300, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     tokens = torch.arange(30).view(6, 5)
-    ours, plain = fused.token_scores(logits, tokens), plain_scores(logits, tokens)
+    ours, plain = token_scores.token_scores(logits, tokens), plain_scores(logits, tokens)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
     grad, expected = (torch.autograd.grad(numbers[0].sum(), logits)[0] for numbers in (ours, plain))
     assert grad.dtype == torch.bfloat16
@@ -54,7 +54,7 @@ def test_a_forbidden_token_makes_no_nan_also_under_autocast(dtype):
     logits[:, 7] = torch.finfo(dtype).min
     logits.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logprob, entropy = fused.token_scores(logits, torch.tensor([1, 2, 3]))
+        logprob, entropy = token_scores.token_scores(logits, torch.tensor([1, 2, 3]))
     torch.testing.assert_close((logprob, entropy), plain_scores(logits, torch.tensor([1, 2, 3])), rtol=0, atol=1e-5)
     (grad,) = torch.autograd.grad(3 * logprob.sum() + 1e4 * entropy.sum(), logits)
     assert grad.isfinite().all()
@@ -65,13 +65,13 @@ def test_token_scores_keep_nothing_of_the_size_of_the_logits_but_the_logits():
     logits = torch.randn(64, 500, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fused.token_scores(logits, torch.zeros(64, dtype=torch.long))
+        token_scores.token_scores(logits, torch.zeros(64, dtype=torch.long))
     assert [tensor.data_ptr() for tensor in kept if tensor.numel() >= logits.numel()] == [logits.data_ptr()]
 
 
 def test_a_second_derivative_is_refused():
     logits, weights = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
-    logprobs, _ = fused.token_scores(logits, torch.zeros(3, dtype=torch.long))
+    logprobs, _ = token_scores.token_scores(logits, torch.zeros(3, dtype=torch.long))
     (grad,) = torch.autograd.grad((logprobs * weights).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

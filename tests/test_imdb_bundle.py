@@ -13,7 +13,7 @@ from scipy import stats
 import tokenmdp
 from tokenmdp import cli
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.types import Episode
 from tokenmdp.wrappers import AttentionCreditReward, vector

@@ -9,10 +9,10 @@ from doubles import HashRewardModel, of_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmdp.commands.settings import toy_policy
 from tokenmdp.credit import ImplicitRewardCredit, MissingResource, Resources, make_credit
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.types import Outcome, response_rows
 from tokenmdp.wrappers import CreditReward
 

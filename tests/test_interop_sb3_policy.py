@@ -18,10 +18,10 @@ from transformers import (
     MistralForCausalLM,
 )  # fmt: skip
 
-from tokenmdp.loading import load_causal_lm, load_tokenizer, toy_tokenizer
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.reward_models.base import VocabularyMismatch
-from tokenmdp.task import make_task
+from tokenmdp.envs.task import make_task
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.tokens import VocabularyMismatch, toy_tokenizer
 
 pytest.importorskip("sb3_contrib", reason=SB3)
 
@@ -37,7 +37,7 @@ from tokenmdp.interop.sb3.policy import (
     MaskableCausalLMActorCriticPolicy,
     causal_lm_kwargs,
 )  # fmt: skip
-from tokenmdp.state_reader import StateReader, read_states
+from tokenmdp.models.state_reader import StateReader, read_states
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 V, EOS, P, H = 32, 30, 4, 8

@@ -8,9 +8,9 @@ import pytest
 import torch
 from known_credit import EOS, TOY, KnownCredit, often_ending, position, single, true_reward
 
-from tokenmdp.commands.settings import toy_policy
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.returns import gae
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import SparseReward, vector
 
 pytest.importorskip("torchrl", reason="needs the torchrl extra: pip install 'tokenmdp[torchrl]'")

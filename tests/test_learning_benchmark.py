@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tokenmdp.agents.ppo import PPOConfig
-from tokenmdp.commands.settings import make_envs, split_prompts
 from tokenmdp.intervals import mean_interval
-from tokenmdp.loading import resolve
+from tokenmdp.models.loading import resolve
 from tokenmdp.returns import explained_variance
+from tokenmdp.runs.environments import make_envs, split_prompts
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not (BENCHMARKS / "learning.py").exists():

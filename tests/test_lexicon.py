@@ -4,7 +4,8 @@ import pytest
 import torch
 from doubles import episode, of_words, words
 
-from tokenmdp.loading import load_tokenizer, toy_tokenizer
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel, NonFiniteScore, RewardModel, load_reward_model, toy_lexicon
 from tokenmdp.types import RewardOutput
 

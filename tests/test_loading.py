@@ -16,9 +16,16 @@ import torch
 from doubles import SB3
 from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from tokenmdp import loading
-from tokenmdp.checkpoints import CheckpointError
-from tokenmdp.loading import ModelNotFound, from_pretrained, load_causal_lm, load_tokenizer, resolve, toy_tokenizer
+from tokenmdp.files import CheckpointError
+from tokenmdp.models import loading
+from tokenmdp.models.loading import (
+    ModelNotFound,
+    from_pretrained,
+    load_causal_lm,
+    load_tokenizer,
+    resolve,
+    toy_tokenizer,
+)
 from tokenmdp.reward_models import LexiconRewardModel, load_reward_model
 
 CONFIG = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=30, bos_token_id=30)
@@ -218,7 +225,7 @@ def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):
 
 
 def test_importing_does_not_import_transformers():
-    code = "import sys, tokenmdp.loading, tokenmdp.reward_models; sys.exit('transformers' in sys.modules)"
+    code = "import sys, tokenmdp.models.loading, tokenmdp.reward_models; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -261,7 +268,7 @@ def test_loading_a_model_in_a_worker_leaves_the_cores_to_the_others(three_thread
     load_tokenizer(str(policy_dir))
     load_reward_model("toy-lexicon")
     assert torch.get_num_threads() == 3  # nothing that computes has been loaded
-    with caplog.at_level(logging.INFO, "tokenmdp.loading"):
+    with caplog.at_level(logging.INFO, "tokenmdp.models.loading"):
         load_causal_lm(str(policy_dir))
     assert torch.get_num_threads() == 1
     assert "Worker-7: PyTorch uses 1 thread instead of 3; set OMP_NUM_THREADS" in caplog.text

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tokenmdp.locking import BusyError, locked
+from tokenmdp.files import BusyError, locked
 
 fcntl = pytest.importorskip("fcntl", reason="only Unix locks directories")
 

@@ -8,10 +8,10 @@ from gymnasium.error import DependencyNotInstalled
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.checkpoints import CheckpointError, load_state, save_state
 from tokenmdp.evaluation import evaluate
-from tokenmdp.lora import WithoutAdapters, add_adapters
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.files import CheckpointError, load_state, save_state
+from tokenmdp.models.lora import WithoutAdapters, add_adapters
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.wrappers import vector
 
 UNTIMED = ("seconds", "tokens_per_second")

@@ -83,7 +83,7 @@ def test_checkout_without_symlinks_builds_the_same_wheel(source, tmp_path):
 def test_installed_wheel_imports_agents_from_elsewhere(source, tmp_path):
     zipfile.ZipFile(build(source, "wheel", tmp_path)).extractall(tmp_path / "site")
     program = (
-        "import sys, tokenmdp.agents.ppo as ppo, tokenmdp.commands.train, tokenmdp.report.heatmap\n"
+        "import sys, tokenmdp.agents.ppo as ppo, tokenmdp.runs.training, tokenmdp.report.heatmap\n"
         "assert 'agents' not in sys.modules\nprint(ppo.__file__)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

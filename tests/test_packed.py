@@ -10,16 +10,16 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tokenmdp import packed
-from tokenmdp.commands.settings import toy_policy
-from tokenmdp.lora import WithoutAdapters, add_adapters
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.kernels import packed_weights
+from tokenmdp.models.lora import WithoutAdapters, add_adapters
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
-from tokenmdp.vine import monte_carlo_values
+from tokenmdp.rollouts.continuations import monte_carlo_values
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import vector
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not packed.can_pack(CPU, torch.float32), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not packed_weights.can_pack(CPU, torch.float32), reason="this PyTorch has no oneDNN")
 
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 24, "n_head": 2, "n_positions": 32},
@@ -49,7 +49,7 @@ def written(policy, contexts):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_decoding_gives_the_logits_of_the_plain_layers(kind, dtype, tolerance):
-    if not packed.can_pack(CPU, dtype):
+    if not packed_weights.can_pack(CPU, dtype):
         pytest.skip("oneDNN packs no bfloat16 on this processor")
     policy = policy_of(kind, dtype)
     plain = written(policy, policy.autocast())
@@ -63,7 +63,7 @@ def test_every_kind_of_layer_and_number_of_rows(layer, rows):
     model, inputs = nn.Sequential(copy.deepcopy(layer)), torch.randn(rows, 2, 5)
     with torch.no_grad():
         plain = model(inputs)
-        with packed.packed_layers(model, torch.float32, rows=3):
+        with packed_weights.packed_layers(model, torch.float32, rows=3):
             assert "forward" in vars(model[0])
             torch.testing.assert_close(model(inputs), plain)
 
@@ -85,20 +85,20 @@ def test_the_layers_are_their_own_again_after_an_error_and_see_new_weights():
 def test_a_forward_that_something_else_replaced_stays():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].forward = replaced = lambda inputs: inputs * 0
-    with packed.packed_layers(model, torch.float32, rows=1):
+    with packed_weights.packed_layers(model, torch.float32, rows=1):
         assert vars(model[0])["forward"] is replaced
     assert vars(model[0])["forward"] is replaced
 
 
 def test_short_responses_are_not_worth_it():
     policy = policy_of("gpt2")
-    with policy.decoding(rows=3, steps=packed.FEWEST_STEPS - 1):
+    with policy.decoding(rows=3, steps=packed_weights.FEWEST_STEPS - 1):
         assert not any("forward" in vars(module) for module in policy.lm.modules())
 
 
 def test_weights_of_other_dtypes_stay():
     model = nn.Sequential(nn.Linear(2, 2)).double()
-    with packed.packed_layers(model, torch.float32, rows=1):
+    with packed_weights.packed_layers(model, torch.float32, rows=1):
         assert "forward" not in vars(model[0])
 
 
@@ -121,9 +121,9 @@ def test_rollouts_are_decoded_with_packed_weights(part, monkeypatch):
     envs = vector.SparseReward(envs)
     policy = CausalLMPolicy.for_task(toy_policy(0), envs.unwrapped.task)
     rollout, _ = collect(envs, policy, policy, seed=1)
-    calls, pack = [], packed.packed_layers
+    calls, pack = [], packed_weights.packed_layers
     monkeypatch.setattr(
-        packed, "packed_layers", lambda model, dtype, rows: calls.append(rows) or pack(model, dtype, rows)
+        packed_weights, "packed_layers", lambda model, dtype, rows: calls.append(rows) or pack(model, dtype, rows)
     )
     if part == "collect":
         again, _ = collect(envs, policy, policy, seed=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenmdp import peak_memory
-from tokenmdp.peak_memory import peak_bytes
+from tokenmdp.training import peak_memory
+from tokenmdp.training.peak_memory import peak_bytes
 
 CPU = torch.device("cpu")
 MEBIBYTE = 2**20

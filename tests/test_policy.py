@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tokenmdp.checkpoints import CheckpointError
-from tokenmdp.loading import toy_tokenizer
-from tokenmdp.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
-from tokenmdp.reward_models.base import VocabularyMismatch
+from tokenmdp.files import CheckpointError
+from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
+from tokenmdp.models.tokens import VocabularyMismatch, toy_tokenizer
 
 V, EOS, P, H = 37, 5, 6, 7  # the models below have 40 logits: a padded vocabulary
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])

@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.credit import MissingResource, make_credit
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.policy_attention import ForwardAttention
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_attention import ForwardAttention
 from tokenmdp.rollouts import collect
 from tokenmdp.wrappers import CreditReward, vector
 

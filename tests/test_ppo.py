@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tokenmdp.agents import ppo, ppo_checkpoint
+from tokenmdp.agents import ppo
 from tokenmdp.agents.ppo import PPO, PPOConfig, adapt_kl_coef
-from tokenmdp.checkpoints import CheckpointError, load_state, save_state
 from tokenmdp.credit import SparseCredit
+from tokenmdp.files import CheckpointError, load_state, save_state
 from tokenmdp.testing import TableRewardModel, ToyMDP, total_variation
+from tokenmdp.training import checkpoint as checkpoint_files
 from tokenmdp.wrappers import vector
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -314,7 +315,7 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
     config.write_text('{"format": "other"}')
     with pytest.raises(CheckpointError, match="has format .other. and this version reads .tokenmdp-ppo-2"):
         PPO.load(checkpoint, make_envs())
-    config.write_text(json.dumps({"format": ppo_checkpoint.FORMAT, "config": {"learning_speed": 1}}))
+    config.write_text(json.dumps({"format": str(ppo.FORMAT), "config": {"learning_speed": 1}}))
     with pytest.raises(CheckpointError, match="learning_speed"):
         PPO.load(checkpoint, make_envs())
 
@@ -342,7 +343,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(checkpoint, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_checkpoint, "save_state", interrupt)
+        patch.setattr(checkpoint_files, "save_state", interrupt)
         with pytest.raises(KeyboardInterrupt):
             agent.save(checkpoint)
     assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before

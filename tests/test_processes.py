@@ -17,11 +17,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenmdp import cli
-from tokenmdp.agents import ppo, ppo_checkpoint
-from tokenmdp.checkpoints import load_state
-from tokenmdp.commands import display, train
-from tokenmdp.processes import Accelerated, Processes, launched
+from tokenmdp.agents import ppo
+from tokenmdp.files import load_state
 from tokenmdp.report.curves import read_metrics
+from tokenmdp.runs import display, training
+from tokenmdp.training import checkpoint
+from tokenmdp.training.processes import Accelerated, Processes, launched
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_the_command_gives_two_processes_one_run(tmp_path):
     for field in ("dtype=float32", "adam_eps=1e-5", "learning_rate=1e-3"):
         options += ["--ppo", field]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "tokenmdp.agents.ppo"]
+    launch += ["--main_process_port", "0", "-m", "tokenmdp", "train"]
     two, one = (["--out", str(tmp_path / name), "--updates"] for name in ("two", "one"))
     done = subprocess.run([*launch, *options, *two, "2"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -187,9 +188,9 @@ def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
         previous.rename(tmp_path / "run")
 
     monkeypatch.setattr(Second, "together", together)
-    assert ppo_checkpoint.read(tmp_path / "run", Second()).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.FORMAT, Second()).path == tmp_path / "run"
     (tmp_path / "run").rename(previous)
-    assert ppo_checkpoint.read(tmp_path / "run").path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.FORMAT).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -229,6 +230,6 @@ def test_accelerators_set_up_for_something_else_are_refused(monkeypatch):
 
 
 def test_rows_that_cannot_be_shared_equally_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "processes_of", lambda _: type("Three", (Processes,), {"size": 3})())
+    monkeypatch.setattr(training, "processes_of", lambda _: type("Three", (Processes,), {"size": 3})())
     assert cli.main(["train", "--preset", "smoke", "--num-envs", "8", "--out", str(tmp_path / "run")]) == 2
     assert "--num-envs is 8, which 3 processes cannot share equally; choose a multiple of 3" in capsys.readouterr().err

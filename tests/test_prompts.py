@@ -6,8 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tokenmdp.loading import load_tokenizer, toy_tokenizer
-from tokenmdp.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file, unknown_words
+from tokenmdp.envs.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file, unknown_words
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import toy_tokenizer
 
 WORDS = "the film was good but the plot is dull and the actor is fun"
 DATASETS = "needs the datasets extra: pip install 'tokenmdp[datasets]'"  # why a test is skipped

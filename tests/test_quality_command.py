@@ -9,15 +9,10 @@ from importlib.util import find_spec
 import pytest
 
 from tokenmdp import cli
-from tokenmdp.commands.settings import (
-    absolute_options,
-    make_envs,
-    parse_options,
-    settings_from,
-    settings_from_record,
-    settings_record,
-)
+from tokenmdp.cli.train import settings_from
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
+from tokenmdp.runs.environments import make_envs
+from tokenmdp.runs.settings import absolute_options, parse_options, settings_from_record, settings_record
 
 CPU = ["--device", "cpu"]
 every_method = pytest.mark.skipif(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.recompute import recomputing, transformer_layers
+from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
+from tokenmdp.models.policy import CausalLMPolicy
 
 LAYERS = 4
 IDS = torch.randint(0, 30, (6, 24), generator=torch.Generator().manual_seed(0))

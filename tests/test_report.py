@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.pieces import token_pieces
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import token_pieces
 from tokenmdp.report import curves, heatmap
-from tokenmdp.report.samples import Sample, samples_from_rollout
+from tokenmdp.report.samples import Sample
+from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.types import Rollout
 
 

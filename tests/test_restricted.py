@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenmdp.credit import Resources, make_credit
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.testing import agreement, likely_tokens, policy_gradient, restrict, score_gradient
 from tokenmdp.types import Episode
 

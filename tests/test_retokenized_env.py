@@ -15,8 +15,9 @@ import tokenmdp
 from tokenmdp import cli, wrappers
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.credit import CREDIT_METHODS, FineReward, make_credit
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.policy_attention import ForwardAttention
+from tokenmdp.envs.task import make_task
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_attention import ForwardAttention
 from tokenmdp.reward_models import (
     HFRewardModel,
     LexiconRewardModel,
@@ -27,7 +28,6 @@ from tokenmdp.reward_models import (
     toy_lexicon,
 )
 from tokenmdp.reward_models.lexicon import TOY_WEIGHTS
-from tokenmdp.task import make_task
 from tokenmdp.wrappers import vector
 
 EOS = 30

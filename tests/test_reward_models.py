@@ -24,8 +24,9 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from tokenmdp.checkpoints import CheckpointError
-from tokenmdp.loading import ModelNotFound, toy_tokenizer
+from tokenmdp.files import CheckpointError
+from tokenmdp.models.loading import ModelNotFound
+from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import (
     HFRewardModel,
     LexiconRewardModel,

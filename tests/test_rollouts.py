@@ -6,8 +6,9 @@ from gymnasium.error import Error
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenmdp import wrappers
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.rollouts import check_envs, collect, score_under
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.collecting import credited_envs, score_under
 from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"
@@ -125,15 +126,17 @@ def test_the_random_numbers_of_the_environment_can_be_put_back():
 def test_collecting_marks_the_token_rewards_as_read():
     envs = make_envs()
     assert not envs.unwrapped.token_rewards_read
-    check_envs(envs)
+    assert credited_envs(envs) is envs.unwrapped
+    assert not envs.unwrapped.token_rewards_read  # it only looks
+    roll(envs)
     assert envs.unwrapped.token_rewards_read
 
 
 def test_environments_that_cannot_be_used_are_refused_with_the_remedy():
     with pytest.raises(Error, match=r"vector\.SparseReward"):
-        check_envs(gym.make_vec(TOY, num_envs=2, autoreset_mode="Disabled"))
+        credited_envs(gym.make_vec(TOY, num_envs=2, autoreset_mode="Disabled"))
     for mode in ("NextStep", "SameStep"):
         with pytest.raises(Error, match='"Disabled"'):
-            check_envs(vector.SparseReward(gym.make_vec(TOY, num_envs=2, autoreset_mode=mode)))
+            credited_envs(vector.SparseReward(gym.make_vec(TOY, num_envs=2, autoreset_mode=mode)))
     with pytest.raises(TypeError, match=r"gym\.make_vec"):
-        check_envs(wrappers.SparseReward(gym.make(TOY)))
+        credited_envs(wrappers.SparseReward(gym.make(TOY)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tokenmdp.credit import MissingResource, OwenCredit, Resources, ShapleyCredit, make_credit
 from tokenmdp.credit.deletion import scores_of_kept
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.reward_models.lexicon import TOY_WEIGHTS, toy_lexicon
 from tokenmdp.types import Episode, Outcome

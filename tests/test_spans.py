@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tokenmdp.credit.base import MissingResource
 from tokenmdp.credit.spans import UNITS, sentence_ends, unit_ids
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.pieces import token_pieces
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import token_pieces
 from tokenmdp.types import Episode
 
 TOKENIZER = load_tokenizer("imdb-tiny")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmdp.commands.settings import toy_policy
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.state_reader import StateReader, WeightSample, _every_kth, read_states
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.state_reader import StateReader, WeightSample, _every_kth, read_states
+from tokenmdp.runs.environments import toy_policy
 
 IDS = torch.tensor([[3, 4, 5, 0], [0, 6, 7, 0]])
 MASK = torch.tensor([[True, True, True, False], [False, True, True, False]])

@@ -12,7 +12,7 @@ from rich.console import Console
 from study_doubles import grid_cells, make_cell, make_result, paper_like, synthetic_study
 
 from tokenmdp import cli
-from tokenmdp.commands import ablate
+from tokenmdp.cli import ablate
 from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method

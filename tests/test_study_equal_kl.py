@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_doubles import Course, make_cell, make_result
 
-from tokenmdp.study.equal_kl import difference_at_equal_kl, equal_kl, pareto_front, score_at_kl
+from tokenmdp.study.outcomes import difference_at_equal_kl, equal_kl, pareto_front, score_at_kl
 
 numbers = st.floats(-100, 100).map(lambda value: round(value, 3))
 

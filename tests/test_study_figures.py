@@ -20,10 +20,10 @@ from tokenmdp.report.drawing import (
     new_figure,
     spread_apart,
 )
-from tokenmdp.report.study_figures import diagnostics, learning_curves
-from tokenmdp.report.study_tradeoffs import score_against_kl
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting, family
+from tokenmdp.study.report.figures import diagnostics, learning_curves
+from tokenmdp.study.report.tradeoffs import score_against_kl
 
 
 @pytest.fixture(scope="module")

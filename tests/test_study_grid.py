@@ -12,9 +12,11 @@ from study_doubles import make_cell
 
 from tokenmdp import cli
 from tokenmdp import credit as credit_package
-from tokenmdp.commands import ablate, credit_options
-from tokenmdp.commands.settings import RunSettings, credit_of, make_envs, settings_from_record, settings_record
+from tokenmdp.cli import ablate
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.runs import credit_options
+from tokenmdp.runs.environments import credit_of, make_envs
+from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 from tokenmdp.study import grid
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
 from tokenmdp.study.presets import PRESETS

@@ -69,7 +69,7 @@ def contents(out):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    command = [sys.executable, "-m", "tokenmdp.cli", "ablate", *OPTIONS, "--out", str(broken)]
+    command = [sys.executable, "-m", "tokenmdp", "ablate", *OPTIONS, "--out", str(broken)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         running = wait_until(lambda: times(broken) and under_way(broken) and workers_of(process.pid))

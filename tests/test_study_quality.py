@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 from study_doubles import quality_record, synthetic_study
 
-from tokenmdp.commands import ablate
-from tokenmdp.report.study import write_report
-from tokenmdp.report.study_quality import quality_table
+from tokenmdp.cli import ablate
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
 from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.report.page import write_report
+from tokenmdp.study.report.quality import quality_table
 from tokenmdp.study.results import StudyError
 
 

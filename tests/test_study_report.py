@@ -12,13 +12,13 @@ import matplotlib.image
 import pytest
 from study_doubles import paper_like, quality_record, synthetic_study
 
-from tokenmdp.report.study import write_report
-from tokenmdp.report.study_parts import typeset
-from tokenmdp.report.study_protocol import protocol, shared_settings
-from tokenmdp.report.study_quality import correlations
 from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting
+from tokenmdp.study.report.page import write_report
+from tokenmdp.study.report.parts import typeset
+from tokenmdp.study.report.protocol import protocol, shared_settings
+from tokenmdp.study.report.quality import correlations
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.tuning import rates_of
 from tokenmdp.study.verdicts import verdicts

@@ -13,7 +13,7 @@ from rich.console import Console
 from study_doubles import make_result, paper_like
 
 from tokenmdp import cli
-from tokenmdp.commands import ablate
+from tokenmdp.cli import ablate
 from tokenmdp.study import scheduler
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.study.statistics import (
-    Estimate,
     censored_median,
     interquartile_mean,
     jackknife,

@@ -9,10 +9,11 @@ from rich.console import Console
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
-from tokenmdp.commands.ablate import tables_of
+from tokenmdp.cli.ablate import tables_of
+from tokenmdp.intervals import Estimate
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import load_study
-from tokenmdp.study.statistics import Estimate, censored_median
+from tokenmdp.study.statistics import censored_median
 from tokenmdp.study.tables import (
     LEGEND,
     METHOD_HEADINGS,

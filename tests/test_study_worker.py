@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.commands.settings import make_envs, toy_policy
-from tokenmdp.commands.train import ppo_config
+from tokenmdp.runs.environments import make_envs, toy_policy
+from tokenmdp.runs.training import ppo_config
 from tokenmdp.study import results, worker
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand

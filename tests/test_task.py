@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from tokenmdp.commands.settings import toy_policy
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import HFRewardModel
+from tokenmdp.runs.environments import toy_policy
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 

@@ -13,11 +13,8 @@ from gymnasium.error import DependencyNotInstalled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmdp.commands.evaluation import evaluate, played
-from tokenmdp.commands.settings import PRESETS, make_envs, toy_policy
-from tokenmdp.policy import CausalLMPolicy
-from tokenmdp.reward_models import VocabularyMismatch, load_reward_model
-from tokenmdp.study.text_metrics import (
+from tokenmdp.evaluation.policies import evaluate, played
+from tokenmdp.evaluation.texts import (
     KEPT_SAMPLES,
     distinct_n,
     evaluate_cell,
@@ -25,6 +22,10 @@ from tokenmdp.study.text_metrics import (
     perplexity,
     self_bleu,
 )
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.reward_models import VocabularyMismatch, load_reward_model
+from tokenmdp.runs.environments import evaluation_envs, make_envs, toy_policy
+from tokenmdp.runs.settings import PRESETS
 from tokenmdp.types import Episode
 
 SETTINGS = replace(PRESETS["smoke"].settings, credit="uniform")
@@ -101,7 +102,7 @@ def test_perplexity_of_a_uniform_reference_is_the_number_of_tokens():
 
 def test_a_row_says_what_the_rollouts_say():
     policy, reference = policies()
-    row, samples = evaluate_cell(policy, reference, SETTINGS, None, "toy-lexicon", 70, seed=3)
+    row, samples = evaluate_cell(policy, reference, evaluation_envs(SETTINGS, 70, None), "toy-lexicon", 70, seed=3)
     envs = make_envs(SETTINGS, 64, None)
     rollouts = list(played(envs, policy, reference, samples=70, seed=3))
     assert [len(rollout.scores) for rollout in rollouts] == [64, 6]
@@ -127,8 +128,8 @@ def test_a_row_says_what_the_rollouts_say():
 
 def test_a_row_agrees_with_the_commands_evaluation():
     policy, reference = policies()
-    row, samples = evaluate_cell(policy, reference, SETTINGS, None, None, 12, seed=1)
-    whole = evaluate(policy, reference, SETTINGS, None, samples=12, seed=1)
+    row, samples = evaluate_cell(policy, reference, evaluation_envs(SETTINGS, 12, None), None, 12, seed=1)
+    whole = evaluate(policy, reference, evaluation_envs(SETTINGS, 12, None), samples=12, seed=1)
     assert row["score"] == pytest.approx(sum(whole.scores) / 12)
     assert row["kl"] == pytest.approx(sum(whole.kls) / 12)
     assert samples == whole.samples[:KEPT_SAMPLES]
@@ -137,8 +138,8 @@ def test_a_row_agrees_with_the_commands_evaluation():
 
 def test_a_sharp_policy_is_seen_as_less_diverse():
     reference = policies()[1]
-    usual, _ = evaluate_cell(reference, reference, SETTINGS, None, None, 64, seed=1)
-    sharp, _ = evaluate_cell(policies(12.0)[0], reference, SETTINGS, None, None, 64, seed=1)
+    usual, _ = evaluate_cell(reference, reference, evaluation_envs(SETTINGS, 64, None), None, 64, seed=1)
+    sharp, _ = evaluate_cell(policies(12.0)[0], reference, evaluation_envs(SETTINGS, 64, None), None, 64, seed=1)
     assert usual["kl"] == pytest.approx(0, abs=1e-5)
     assert sharp["self_bleu"] > usual["self_bleu"] + 0.2
     assert sharp["distinct_2"] < usual["distinct_2"] - 0.2
@@ -156,4 +157,4 @@ def test_gold_scores_are_the_models_scores_of_the_rows_texts():
 def test_a_gold_model_of_another_vocabulary_is_refused():
     policy, reference = policies()
     with pytest.raises(VocabularyMismatch, match="align='offsets'"):
-        evaluate_cell(policy, reference, SETTINGS, None, "lexicon", 4, seed=1)
+        evaluate_cell(policy, reference, evaluation_envs(SETTINGS, 4, None), "lexicon", 4, seed=1)

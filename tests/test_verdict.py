@@ -4,11 +4,11 @@ import pytest
 from doubles import words
 
 from tokenmdp.credit import SparseCredit
-from tokenmdp.intervals import Interval
-from tokenmdp.loading import load_tokenizer
-from tokenmdp.quality import AttentionVerdict, measure, model_world
-from tokenmdp.quality.texts import Text, episodes_of
-from tokenmdp.report.quality import notes
+from tokenmdp.evaluation.credit_quality import AttentionVerdict, measure, model_world
+from tokenmdp.evaluation.credit_quality.tables import notes
+from tokenmdp.evaluation.credit_quality.texts import Text, episodes_of
+from tokenmdp.intervals import Estimate
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel
 
 
@@ -22,7 +22,7 @@ from tokenmdp.reward_models import LexiconRewardModel
     ],
 )
 def test_verdict(low, entropy, mass, level, parts):
-    verdict = AttentionVerdict(Interval(low + 0.1, low, low + 0.2), entropy, mass, 0.0, 10)
+    verdict = AttentionVerdict(Estimate(low + 0.1, low, low + 0.2), entropy, mass, 0.0, 10)
     assert verdict.level == level
     assert f"The attention is {level}" in str(verdict)
     for part in parts:
@@ -33,7 +33,7 @@ def test_verdict(low, entropy, mass, level, parts):
 
 def test_a_row_that_mostly_falls_back_is_not_informative_whatever_the_texts():
     for below_floor, level in ((0.8, "not informative"), (0.2, "unknown")):
-        verdict = AttentionVerdict(Interval(0.5, 0.4, 0.6), 0.5, 0.01, below_floor, texts=3, unusable=12)
+        verdict = AttentionVerdict(Estimate(0.5, 0.4, 0.6), 0.5, 0.01, below_floor, texts=3, unusable=12)
         assert verdict.level == level
         assert ("Choose texts" in str(verdict)) == (level == "unknown")
         assert f"{below_floor:.0%} of the texts fall back" in str(verdict)

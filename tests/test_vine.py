@@ -7,11 +7,11 @@ from doubles import HashRewardModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.returns import vine_advantages
 from tokenmdp.rollouts import collect
+from tokenmdp.rollouts.continuations import monte_carlo_values
 from tokenmdp.testing import TableRewardModel, ToyMDP
-from tokenmdp.vine import monte_carlo_values
 from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"

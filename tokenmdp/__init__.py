@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as _gym
 
 _LAZY_NAMES = {
-    "CausalLMPolicy": "tokenmdp.policy",
+    "CausalLMPolicy": "tokenmdp.models.policy",
     "Credit": "tokenmdp.types",
     "Episode": "tokenmdp.types",
     "HFRewardModel": "tokenmdp.reward_models",
@@ -21,17 +21,17 @@ _LAZY_NAMES = {
     "RewardModel": "tokenmdp.reward_models",
     "RewardOutput": "tokenmdp.types",
     "Rollout": "tokenmdp.types",
-    "TextGenEnv": "tokenmdp.env",
-    "TextGenVectorEnv": "tokenmdp.vector_env",
+    "TextGenEnv": "tokenmdp.envs.single",
+    "TextGenVectorEnv": "tokenmdp.envs.vector",
     "evaluate": "tokenmdp.evaluation",
     "load_reward_model": "tokenmdp.reward_models",
-    "load_tokenizer": "tokenmdp.loading",
+    "load_tokenizer": "tokenmdp.models.loading",
 }
-_LAZY_MODULES = ("credit", "evaluation", "losses", "policy", "prompts", "reward_models", "types", "wrappers")
+_LAZY_MODULES = ("credit", "envs", "evaluation", "losses", "models", "reward_models", "types", "wrappers")
 
 __all__ = [*_LAZY_NAMES, *_LAZY_MODULES]
 
-_ENTRY_POINT, _VECTOR_ENTRY_POINT = "tokenmdp.env:TextGenEnv", "tokenmdp.vector_env:TextGenVectorEnv"
+_ENTRY_POINT, _VECTOR_ENTRY_POINT = "tokenmdp.envs.single:TextGenEnv", "tokenmdp.envs.vector:TextGenVectorEnv"
 
 # Every preset that can move a learning curve is written out: changing one is a new version of its id.
 _gym.register(

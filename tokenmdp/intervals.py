@@ -12,20 +12,28 @@ from scipy import stats
 RESAMPLES = 2000
 
 
-class Interval(NamedTuple):
-    """A mean with its 95% interval."""
+class Estimate(NamedTuple):
+    """A number of any kind with its 95% interval; infinite ends say that there is none, as of one seed."""
 
-    mean: float
+    value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """Such as ``1.25 [1.10, 1.40]``."""
-        mean, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
-        return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+        """Such as ``1.25 [1.10, 1.40]``; ``1.25`` if there is no interval."""
+        value, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
+        return f"{value:.2f}" if self.low == -math.inf else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    def side(self, threshold: float = 0.0) -> int:
+        """1 if the whole interval lies above ``threshold``, -1 if below, 0 if neither or undefined.
+
+        >>> Estimate(2.0, 1.0, 3.0).side(0.5), Estimate(2.0, 1.0, 3.0).side(4.0), Estimate(2.0, 1.0, 3.0).side(1.0)
+        (1, -1, 0)
+        """
+        return int(self.low > threshold) - int(self.high < threshold)
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
     """``mean +- t(.975, n-1) * std / sqrt(n)``; a single value has an infinite interval.
 
     >>> print(mean_interval([1.0, 2.0, 3.0]))
@@ -36,26 +44,26 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
         raise ValueError("no values: a mean needs at least one")
     mean = float(sample.mean())
     if sample.size == 1:
-        return Interval(mean, -math.inf, math.inf)
+        return Estimate(mean, -math.inf, math.inf)
     half = float(stats.t.ppf(0.975, sample.size - 1) * sample.std(ddof=1) / math.sqrt(sample.size))
-    return Interval(mean, mean - half, mean + half)
+    return Estimate(mean, mean - half, mean + half)
 
 
-def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The mean, with the .025 and .975 quantiles of the means of ``resamples`` resamples (percentile bootstrap).
 
     Nothing is assumed about how the values are spread, which rank correlations of single texts (bounded, with mass at
     both ends) need. The same seed and number of values draw the same resamples, so methods are compared on equal draws.
 
     >>> bootstrap_interval([1.0, 1.0, 1.0])
-    Interval(mean=1.0, low=1.0, high=1.0)
+    Estimate(value=1.0, low=1.0, high=1.0)
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
         raise ValueError("no values: a mean needs at least one")
     mean = float(sample.mean())
     if sample.size == 1:
-        return Interval(mean, -math.inf, math.inf)
+        return Estimate(mean, -math.inf, math.inf)
     counts = np.random.default_rng(seed).multinomial(sample.size, np.full(sample.size, 1 / sample.size), resamples)
     low, high = np.quantile(counts @ sample / sample.size, [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
+    return Estimate(mean, float(low), float(high))

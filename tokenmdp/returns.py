@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from tokenmdp.credit import redistribute, sparse_weights
-
 
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
@@ -77,8 +75,9 @@ def full_return(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor)
 def vine_advantages(scores: torch.Tensor, prefix_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """VinePPO: ``advantages[t] = r[t] + V(s[t+1]) - V(s[t])`` with ``r[t] = score * 1[t = last]``.
 
-    V is the expected score of a prefix, from Monte-Carlo continuations (`tokenmdp.vine.monte_carlo_values`); after the
-    last token it is 0, so ``sum_t advantages[t] = score - V(s[0])``. This is `gae` with gamma 1 and lambda 0.
+    V is the expected score of a prefix, from Monte-Carlo continuations
+    (`tokenmdp.rollouts.continuations.monte_carlo_values`); after the last token it is 0, so
+    ``sum_t advantages[t] = score - V(s[0])``. This is `gae` with gamma 1 and lambda 0.
 
     Source: Kazemnejad et al., "VinePPO: Refining Credit Assignment in RL Training of LLMs", 2024.
 
@@ -93,7 +92,8 @@ def vine_advantages(scores: torch.Tensor, prefix_values: torch.Tensor, mask: tor
     >>> vine_advantages(torch.tensor(3.0), torch.tensor([1.0, 2.5, 9.0]), torch.tensor([True, True, False])).tolist()
     [1.5, 0.5, 0.0]
     """
-    rewards = redistribute(scores, sparse_weights(mask))
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    rewards = torch.where(last, scores.unsqueeze(-1), 0.0)  # (...,), (..., T) -> (..., T)
     return gae(rewards, prefix_values, mask, gamma=1.0, gae_lambda=0.0)[0]
 
 

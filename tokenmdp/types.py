@@ -19,9 +19,37 @@ Index t means *response token t* in every per-token array:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+
+class TokenSpace(Protocol):
+    """What a policy needs to know of a task: the tokens it writes, and how many. The environments' task is one."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of prompts and responses."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends a response."""
+
+    @property
+    def min_new_tokens(self) -> int:
+        """Tokens before end-of-text becomes legal."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """P, the prompt slots."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """H, the response slots."""
 
 
 class Episode(NamedTuple):

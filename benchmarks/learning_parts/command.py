@@ -21,8 +21,8 @@ from learning_parts.protocol import OURS, RACERS, TRL, TRL_ALLOCATOR, Engine, Pr
 from learning_parts.race import run_seeds
 from learning_parts.results import ResultError, curves_in, races_in
 from learning_parts.tables import Table, curve_table, described, finished, race_table
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.settings import parse_options
+from tokenmdp.files import write_text
+from tokenmdp.runs.settings import parse_options
 
 SMOKE = {"updates": 2, "episodes": 8}
 START, END = "<!-- made by benchmarks/learning.py report -->", "<!-- end -->"

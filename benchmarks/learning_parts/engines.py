@@ -15,9 +15,10 @@ from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
 
 from learning_parts.protocol import CREDIT_BETA, TRL, Protocol, Run
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.commands.settings import PRESETS, RunSettings, make_envs, split_prompts
-from tokenmdp.loading import resolve
+from tokenmdp.models.loading import resolve
 from tokenmdp.reward_models import RewardModel
+from tokenmdp.runs.environments import make_envs, split_prompts
+from tokenmdp.runs.settings import PRESETS, RunSettings
 from tokenmdp.types import Episode
 
 Record = dict[str, float]

@@ -10,7 +10,7 @@ from typing import Any
 
 from learning_parts.engines import Record
 from learning_parts.protocol import Protocol, Run, run_from
-from tokenmdp.checkpoints import write_text
+from tokenmdp.files import write_text
 
 
 class ResultError(RuntimeError):

@@ -12,7 +12,7 @@ from speed_parts.timing import ratio_interval
 from learning_parts.engines import Record
 from learning_parts.race import WINDOW, reached
 from learning_parts.results import CurveResult, RaceResult, protocol_of
-from tokenmdp.intervals import Interval, mean_interval
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.wording import count
 
 COLUMNS = {"score": "score", "kl": "KL", "objective": "objective", "explained_variance": "explained variance"}
@@ -60,7 +60,7 @@ def block_mean(records: Sequence[Record], key: str, block: tuple[int, int]) -> f
 
 def paired_difference(
     curves: Mapping[int, Sequence[Record]], base: Mapping[int, Sequence[Record]], key: str, block: tuple[int, int]
-) -> Interval | None:
+) -> Estimate | None:
     """The mean over the seeds of both of what ``curves`` has more than ``base`` in a block; None: no seed in common."""
     seeds = sorted(curves.keys() & base.keys())
     if not seeds:
@@ -145,10 +145,10 @@ def described(machine: Mapping[str, Any]) -> str:
     )
 
 
-def shown(interval: Interval) -> str:
+def shown(interval: Estimate) -> str:
     """The mean with its interval; of a single seed the mean alone.
 
-    >>> shown(Interval(1.0, 0.5, 1.5)), shown(Interval(1.0, -math.inf, math.inf))
+    >>> shown(Estimate(1.0, 0.5, 1.5)), shown(Estimate(1.0, -math.inf, math.inf))
     ('1.00 [0.50, 1.50]', '1.00')
     """
     return str(interval) if math.isfinite(interval.high) else str(interval).partition(" ")[0]

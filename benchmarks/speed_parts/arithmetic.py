@@ -11,7 +11,7 @@ from speed_parts.report import Finding, dtype_name
 from speed_parts.rollout_clock import ClockedAgent
 from speed_parts.shapes import Shape
 from speed_parts.timing import Numbers, alternate, column, now, ratio_interval
-from tokenmdp.cpu_products import onednn_is_faster, product
+from tokenmdp.models.kernels.onednn import onednn_is_faster, product
 
 MARK = 0.5
 MARKED_SHAPES = ("gpt2", "gpt2-64")

@@ -19,8 +19,8 @@ from speed_parts.report import Finding, dtype_name
 from speed_parts.shapes import Shape, make_agent, make_envs
 from speed_parts.timing import Numbers, alternate, column, now, ratio_interval
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.decoding import Step, decode
-from tokenmdp.policy import CausalLMPolicy, DecodeState
+from tokenmdp.models.policy import CausalLMPolicy, DecodeState
+from tokenmdp.rollouts.decoding import Step, decode
 
 Undo = Callable[[PPO], contextlib.AbstractContextManager[object]]
 
@@ -68,24 +68,29 @@ def plain_activations(agent: PPO) -> Iterator[None]:
 @contextlib.contextmanager
 def sdpa_alone(agent: PPO) -> Iterator[None]:
     """PyTorch's fused kernel on bfloat16 throughout, and a cache of bfloat16."""
-    with patch("tokenmdp.cpu_attention.attends", lambda *_: False), patch("tokenmdp.kv_cache.IMPLEMENTATION", None):
+    with (
+        patch("tokenmdp.models.kernels.cpu_attention.attends", lambda *_: False),
+        patch("tokenmdp.models.kv_cache.IMPLEMENTATION", None),
+    ):
         yield
 
 
 CHANGES: dict[str, Undo] = {
-    "float32 products by oneDNN": lambda agent: patch("tokenmdp.cpu_products._takes", lambda *_: False),
+    "float32 products by oneDNN": lambda agent: patch("tokenmdp.models.kernels.onednn._takes", lambda *_: False),
     "one random number a token": lambda agent: patch.object(CausalLMPolicy, "act", gumbel_act),
-    "token scores in one pass": lambda agent: patch("tokenmdp.policy.token_scores", plain_scores),
+    "token scores in one pass": lambda agent: patch("tokenmdp.models.policy.token_scores", plain_scores),
     "activation in one kernel": plain_activations,
     "bfloat16 attention on the CPU": sdpa_alone,
-    "weights packed for decoding": lambda agent: patch("tokenmdp.packed.can_pack", lambda *_: False),
+    "weights packed for decoding": lambda agent: patch(
+        "tokenmdp.models.kernels.packed_weights.can_pack", lambda *_: False
+    ),
     "keys and values in place": lambda agent: patch(
-        "tokenmdp.policy.make_cache", lambda config: DynamicCache(config=config)
+        "tokenmdp.models.policy.make_cache", lambda config: DynamicCache(config=config)
     ),
 }
 # These do something only where responses have different lengths.
 CHANGES_OF_LENGTHS: dict[str, Undo] = {
-    "ended rows are left out": lambda agent: patch("tokenmdp.rollouts.decode", every_row_to_the_end),
+    "ended rows are left out": lambda agent: patch("tokenmdp.rollouts.collecting.decode", every_row_to_the_end),
     "groups of like length": lambda agent: patch("tokenmdp.agents.ppo.FORWARD_SLOTS", math.inf),
 }
 LONGEST = 128  # response tokens in that case; horizons are drawn evenly from 8 on

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from speed_parts.shapes import Shape, make_agent, make_envs, make_reward_model
-from tokenmdp.peak_memory import peak_bytes
+from tokenmdp.training.peak_memory import peak_bytes
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.allocator import SETTINGS, describe
-from tokenmdp.intervals import Interval
-from tokenmdp.policy import resolve_dtype
+from tokenmdp.files import write_text
+from tokenmdp.intervals import Estimate
+from tokenmdp.models.policy import resolve_dtype
+from tokenmdp.runs.process_settings import SETTINGS, describe
 from tokenmdp.wording import count
 
 WIDTH = 160  # columns of a table that goes to a file
@@ -32,7 +32,7 @@ class Finding:
     part: str
     shape: str
     quantity: str  # such as "ours / TRL, float32"
-    interval: Interval
+    interval: Estimate
     basis: str  # the numbers behind it, for the table
     at_least: float | None = None
     at_most: float | None = None
@@ -43,12 +43,12 @@ class Finding:
     def met(self) -> bool | None:
         """Whether the measured number is on the right side of the mark; None: there is no mark.
 
-        >>> Finding("flops", "gpt2", "rate", Interval(0.6, 0.5, 0.7), "", at_least=0.5).met
+        >>> Finding("flops", "gpt2", "rate", Estimate(0.6, 0.5, 0.7), "", at_least=0.5).met
         True
         """
         if self.at_least is not None:
-            return self.interval.mean >= self.at_least
-        return None if self.at_most is None else self.interval.mean <= self.at_most
+            return self.interval.value >= self.at_least
+        return None if self.at_most is None else self.interval.value <= self.at_most
 
     @property
     def mark(self) -> str:
@@ -78,7 +78,7 @@ class Finding:
     def without_mark(self) -> Finding:
         """The number alone.
 
-        >>> Finding("flops", "gpt2", "rate", Interval(0.4, 0.3, 0.5), "", at_least=0.5).without_mark().verdict
+        >>> Finding("flops", "gpt2", "rate", Estimate(0.4, 0.3, 0.5), "", at_least=0.5).without_mark().verdict
         ''
         """
         return replace(self, at_least=None, at_most=None)
@@ -87,7 +87,7 @@ class Finding:
         """Infinite bounds (one repetition) become null."""
         bounds = [bound if math.isfinite(bound) else None for bound in self.interval[1:]]
         return {
-            "part": self.part, "shape": self.shape, "quantity": self.quantity, "value": self.interval.mean,
+            "part": self.part, "shape": self.shape, "quantity": self.quantity, "value": self.interval.value,
             "interval": bounds, "basis": self.basis, "at_least": self.at_least, "at_most": self.at_most,
             "met": self.met, "verdict": self.verdict, "measurements": self.measurements,
         }  # fmt: skip

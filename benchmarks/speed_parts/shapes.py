@@ -22,10 +22,10 @@ from transformers import (
 
 import tokenmdp  # noqa: F401  registers the environments
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.loading import load_causal_lm, load_tokenizer, resolve
-from tokenmdp.prompts import read_prompt_file
+from tokenmdp.envs.prompts import read_prompt_file
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer, resolve
 from tokenmdp.reward_models import HFRewardModel, RewardModel
-from tokenmdp.reward_models.base import load_reward_model
+from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.types import Episode, RewardOutput
 from tokenmdp.wrappers import vector
 

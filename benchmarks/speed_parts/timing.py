@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.intervals import Interval, mean_interval
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.types import Episode, RewardOutput
 
@@ -118,14 +118,14 @@ def rates(records: Sequence[Numbers]) -> np.ndarray:
     return column(records, "tokens") / column(records, "seconds")
 
 
-def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
+def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Estimate:
     """``exp(mean(log(a[r] / b[r])))`` over repetitions r with its 95% interval (Student's t, on the logarithms).
 
     Repetition r of both sides ran one after the other, so the pairs share what slowed the machine. Logarithms, so that
     a / b and b / a tell the same.
 
-    >>> round(ratio_interval([2.0, 8.0], [1.0, 2.0]).mean, 3)
+    >>> round(ratio_interval([2.0, 8.0], [1.0, 2.0]).value, 3)
     2.828
     """
     logs = mean_interval(np.log(np.asarray(numerators, float) / np.asarray(denominators, float)))
-    return Interval(*(math.exp(bound) if bound < 700 else math.inf for bound in logs))
+    return Estimate(*(math.exp(bound) if bound < 700 else math.inf for bound in logs))

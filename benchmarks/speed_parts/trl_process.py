@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.allocator import SETTINGS
+from tokenmdp.files import write_text
+from tokenmdp.runs.process_settings import SETTINGS
 
 # The last TRL with PPOTrainer(step(queries, responses, scores)), and what it still works with.
 PINS = (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, PreTrainedModel
 
-from tokenmdp.checkpoints import load_state, save_state
+from tokenmdp.files import load_state, save_state
 
 from .corpus import token_batches
 

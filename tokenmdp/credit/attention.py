@@ -135,7 +135,7 @@ class PolicyAttentionCredit:
             raise MissingResource(
                 f"{self.name} credit reads the live policy's attention and no agent has attached one; train with an "
                 "agent of tokenmdp.agents, or set env.unwrapped.policy_attention = "
-                "tokenmdp.policy_attention.ForwardAttention(policy)"
+                "tokenmdp.models.policy_attention.ForwardAttention(policy)"
             )
         mask = outcome.episode.response_mask
         attention = resources.policy_attention(outcome)  # (N, H, H)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tokenmdp.credit.base import MissingResource
-from tokenmdp.pieces import token_pieces
+from tokenmdp.models.tokens import token_pieces
 from tokenmdp.types import Episode
 
 UNITS = ("tokens", "words", "clauses", "sentences")  # each nests in the next

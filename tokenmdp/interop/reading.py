@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from tokenmdp.env import TokenEpisodes
-from tokenmdp.vector_env import TextGenVectorEnv
+from tokenmdp.envs.single import TokenEpisodes
+from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.wrappers import find_credit_wrapper
 
 if TYPE_CHECKING:

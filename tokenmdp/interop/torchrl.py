@@ -21,8 +21,8 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from tokenmdp.interop.reading import mark_token_rewards_read
-from tokenmdp.policy import NEVER, CausalLMPolicy
-from tokenmdp.state_reader import StateReader, read_states, without_early_end
+from tokenmdp.models.policy import NEVER, CausalLMPolicy
+from tokenmdp.models.state_reader import StateReader, read_states, without_early_end
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase

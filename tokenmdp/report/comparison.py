@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenmdp.checkpoints import write_text
+from tokenmdp.files import write_text
 from tokenmdp.report.heatmap import credit_scale, printable
 from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch, strength
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenmdp.checkpoints import write_bytes, write_text
-from tokenmdp.study.claims import NAMES
+from tokenmdp.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,16 +35,6 @@ class Look:
     colour: str
     dashes: object
     marker: str
-
-
-def name_of(method: str) -> str:
-    """What figures call a method: the paper's name, with its options.
-
-    >>> name_of("attention credit_beta=0.4"), name_of("vine")
-    ('ABC credit_beta=0.4', 'vine')
-    """
-    head, blank, options = method.partition(" ")
-    return NAMES.get(head, head) + blank + options
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:

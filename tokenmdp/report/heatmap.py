@@ -133,7 +133,7 @@ def html(
         title: heading of the page.
         note: one line below it, such as how the samples were drawn.
     """
-    from tokenmdp.checkpoints import write_text
+    from tokenmdp.files import write_text
 
     samples = [sample for section in sections.values() for sample in section]
     for sample in samples:

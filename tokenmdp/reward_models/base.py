@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copyreg
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from tokenmdp.loading import ALIASES, fingerprint, resolve
+from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Score = int | Literal["auto"]
-
-_loaded: dict[tuple[Any, ...], RewardModel] = {}
-_lock = threading.RLock()
-
-
-class VocabularyMismatch(ValueError):
-    """The reward model would read other words than the policy wrote."""
 
 
 class NonFiniteScore(ValueError):
@@ -52,10 +43,15 @@ class RewardModel(ABC):
         tokenizer: the vocabulary the model reads; None where it is not known.
         name: what `load_reward_model` reloads it from, in specs and pickles; None if built from objects.
         options: the keyword arguments of that reload.
+
+    Attributes:
+        reloader: what a pickle calls with ``name`` and ``options``; None, unless `load_reward_model` loaded this model,
+            and then the pickle holds the model itself.
     """
 
     provides: frozenset[str] = frozenset()  # what `needs` may ask for, such as "attention"
     max_tokens: int | None = None  # the longest prompt + response it reads; None is unlimited
+    reloader: Callable[[str, dict[str, Any]], RewardModel] | None = None
 
     def __init__(
         self,
@@ -221,8 +217,8 @@ class RewardModel(ABC):
         return "Pass a name that load_reward_model knows, such as a directory, instead of the object"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.name is not None:
-            return _reload, (self.name, self.options)
+        if self.name is not None and self.reloader is not None:
+            return self.reloader, (self.name, self.options)
         return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
 
     def __copy__(self) -> RewardModel:
@@ -248,39 +244,3 @@ def _first_difference(
     index, token = min(differing)
     names = {position: name for name, position in known.items()}
     return index, token, names.get(index, "no token")
-
-
-def _reload(name: str, options: dict[str, Any]) -> RewardModel:
-    return load_reward_model(name, **options)
-
-
-def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32", device: str = "cpu") -> RewardModel:
-    """The reward model of this name; loaded once a process, so that 64 environments share one.
-
-    Names: the aliases "imdb-tiny", "imdb-plain", "imdb-uniform" and "imdb-gold"; "lexicon" (sentiment words
-    read with the bundled tokenizer), "lexicon:TOKENIZER" (the same words with another tokenizer), "toy-lexicon"; a
-    directory with a sequence classifier; a hub repository.
-
-    In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
-    `torch.set_num_threads` has chosen another number; see `tokenmdp.loading.use_one_thread_in_workers`.
-
-    Raises:
-        ModelNotFound: nothing has this name, or the hub cannot be reached.
-        CheckpointError: the directory is damaged or holds no trained sequence classifier.
-        ValueError: the model has several labels and ``score`` does not say which.
-    """
-    from tokenmdp.reward_models.hf import load_classifier
-    from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
-
-    if not isinstance(name, str):
-        raise TypeError(f"a name is a string, not {type(name).__name__}; wrap a model: HFRewardModel(model, tokenizer)")
-    path = resolve("reward_model", name)
-    if Path(path).is_dir() and name not in ALIASES:
-        name = path  # absolute: a pickle may be opened from another working directory
-    word_list = names_word_list(name)  # score, dtype and device mean nothing
-    key = (name,) if word_list else (name, fingerprint(path), score, dtype, device)
-    with _lock:
-        if key not in _loaded:
-            loaded = load_lexicon(name) if word_list else load_classifier(name, score=score, dtype=dtype, device=device)
-            _loaded[key] = loaded
-        return _loaded[key]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.types import Episode, RewardOutput
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tokenmdp.credit.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
-from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, VocabularyMismatch
+from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.reward_models.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
 from tokenmdp.types import Episode, RewardOutput, lay_out
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class RetokenizedRewardModel(RewardModel):
     """``inner`` reads ``template`` filled with the decoded prompt and response; credit comes back by characters.
 
     ``attention[i] = sum_j inner_attention[j] * |span of j and span of i| / |span of j|`` over the tokens j of
-    ``inner`` that hold some of the response (see `tokenmdp.credit.alignment`). What ``inner`` says about the prompt,
-    the template and tokens without text belongs to no response token.
+    ``inner`` that hold some of the response (see `tokenmdp.reward_models.alignment`). What ``inner`` says about the
+    prompt, the template and tokens without text belongs to no response token.
 
     The text: prompt and response as the environment's tokenizer decodes them, without its special tokens (end of text
     among them), so these get no credit. A character begun in the prompt and finished in the response belongs to the
@@ -67,7 +68,7 @@ class RetokenizedRewardModel(RewardModel):
     Raises:
         ValueError: a template without ``{response}``, or ``inner`` has no tokenizer that gives character offsets.
 
-    >>> from tokenmdp.loading import load_tokenizer
+    >>> from tokenmdp.models.loading import load_tokenizer
     >>> from tokenmdp.reward_models.lexicon import load_lexicon
     >>> model = RetokenizedRewardModel(load_lexicon("lexicon"), load_tokenizer("toy"))
     >>> ids = torch.tensor([model.tokenizer("the film was great but dull")["input_ids"]])

@@ -7,24 +7,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tokenmdp.commands.credit_options import default_beta
+from tokenmdp.intervals import Estimate
+from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import NAMES
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import FEWEST_DECIDING, Estimate
+from tokenmdp.study.statistics import FEWEST_DECIDING
 from tokenmdp.wording import count
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
 MAIN_GRIDS = ("imdb", "gpt2", "custom", "quick")  # where the paper's main comparison may be, the best first
-NAMES = {
-    "attention": "ABC",
-    "abc-d": "ABC-D",
-    "abc-d2": "ABC-D2",
-    "red": "RED",
-    "sparse": "sparse",
-    "uniform": "uniform",
-}
 NO_FIGURE = "no figure"  # of the paper
 PAPER_LENGTH = (8, 15)  # of the paper's main comparison, both ends included
 

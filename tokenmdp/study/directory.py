@@ -20,9 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.locking import locked
-from tokenmdp.report.quality import FORMAT as QUALITY_FORMAT
+from tokenmdp.evaluation.credit_quality.tables import FORMAT as QUALITY_FORMAT
+from tokenmdp.files import locked, write_text
 from tokenmdp.study.labels import model_name, slug, without_directories
 from tokenmdp.study.results import (
     FORMAT,

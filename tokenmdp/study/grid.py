@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenmdp.agents.ppo import PPOConfig
-from tokenmdp.commands.credit_options import default_beta
-from tokenmdp.commands.settings import RunSettings, credit_of, parse_options
-from tokenmdp.commands.train import ppo_config
 from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.runs.credit_options import default_beta
+from tokenmdp.runs.environments import credit_of
+from tokenmdp.runs.settings import RunSettings, parse_options
+from tokenmdp.runs.training import ppo_config
 from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.presets import LEARNING_RATE, Plan
 from tokenmdp.study.results import Cell, StudyError

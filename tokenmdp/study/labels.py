@@ -5,6 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+NAMES = {  # of methods in the paper
+    "attention": "ABC",
+    "abc-d": "ABC-D",
+    "abc-d2": "ABC-D2",
+    "red": "RED",
+    "sparse": "sparse",
+    "uniform": "uniform",
+}
+
+
+def name_of(method: str) -> str:
+    """What figures call a method: the paper's name, with its options.
+
+    >>> name_of("attention credit_beta=0.4"), name_of("vine")
+    ('ABC credit_beta=0.4', 'vine')
+    """
+    head, blank, options = method.partition(" ")
+    return NAMES.get(head, head) + blank + options
+
 
 def slug(label: str) -> str:
     """A label as part of a file name.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenmdp.commands.settings import TOY_POLICY, RunSettings
+from tokenmdp.runs.settings import TOY_POLICY, RunSettings
 
 PAPER_LEARNING_RATE = 1.41e-5  # of GPT-2 124M
 LEARNING_RATE = 1e-4  # of the bundled policy: what the grid "tune" chose for every method

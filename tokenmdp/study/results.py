@@ -15,9 +15,9 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.settings import RunSettings, settings_from_record, settings_record
+from tokenmdp.files import write_text
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 
 FORMAT = 1
 SIGNIFICANT_DIGITS = 6  # of a column's numbers in a file

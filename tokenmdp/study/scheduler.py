@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.allocator import SETTINGS
+from tokenmdp.files import write_text
+from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.progress import Progress, Worker, display_of
 from tokenmdp.study.results import Cell, StudyError, cell_file, read_result

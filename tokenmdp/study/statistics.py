@@ -15,33 +15,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from scipy import stats
 
-from tokenmdp.intervals import RESAMPLES, mean_interval
+from tokenmdp.intervals import RESAMPLES, Estimate, mean_interval
 
 FEWEST_RESAMPLED = 6  # resamples stay within n seeds' range, which misses a median with probability 2**(1 - n)
 FEWEST_DECIDING = 3  # seeds; the t interval of two is 25 standard errors wide and says no more than they do
 TAILS = (0.025, 0.975)
 Values: TypeAlias = Sequence[float] | np.ndarray
-
-
-class Estimate(NamedTuple):
-    """A number of any kind with its 95% interval; infinite ends say that there is none, as of one seed."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Such as ``1.25 [1.10, 1.40]``; ``1.25`` if there is no interval."""
-        value, low, high = (round(number, 2) + 0.0 for number in self)  # + 0.0: no -0.00
-        return f"{value:.2f}" if self.low == -math.inf else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    def side(self, threshold: float = 0.0) -> int:
-        """1 if the whole interval lies above ``threshold``, -1 if below, 0 if neither or undefined.
-
-        >>> Estimate(2.0, 1.0, 3.0).side(0.5), Estimate(2.0, 1.0, 3.0).side(4.0), Estimate(2.0, 1.0, 3.0).side(1.0)
-        (1, -1, 0)
-        """
-        return int(self.low > threshold) - int(self.high < threshold)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -100,7 +79,7 @@ def mean_over_seeds(values: Values) -> Estimate:
     Raises:
         ValueError: no values.
     """
-    return Estimate(*mean_interval(values))
+    return mean_interval(values)
 
 
 def mean_level(strata: Sequence[Values]) -> Estimate:

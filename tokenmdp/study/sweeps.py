@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
     INCONCLUSIVE,
-    NAMES,
     NO_FIGURE,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -24,10 +24,10 @@ from tokenmdp.study.claims import (
     undecided,
 )
 from tokenmdp.study.directory import Study
-from tokenmdp.study.equal_kl import LEAST_SHARED, equal_kl
-from tokenmdp.study.labels import model_name
+from tokenmdp.study.labels import NAMES, model_name
+from tokenmdp.study.outcomes import LEAST_SHARED, equal_kl
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import Estimate, jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
+from tokenmdp.study.statistics import jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count
 
 COLLAPSE_TOKENS = 90  # from this length on the paper sees it

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import Study
@@ -15,7 +16,6 @@ from tokenmdp.study.outcomes import BASELINE
 from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import (
     FEWEST_RESAMPLED,
-    Estimate,
     interquartile_mean,
     mean_level,
     median_steps,

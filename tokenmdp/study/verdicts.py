@@ -15,7 +15,6 @@ import numpy as np
 from tokenmdp.study import outcomes
 from tokenmdp.study.claims import (
     INCONCLUSIVE,
-    NAMES,
     NO_FIGURE,
     NOT_REPRODUCED,
     PAPER_LENGTH,
@@ -26,6 +25,7 @@ from tokenmdp.study.claims import (
     needs,
 )
 from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import NAMES
 from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import FEWEST_RESAMPLED, mean_difference, overtaking, paired_difference
 from tokenmdp.study.sweeps import (

@@ -22,16 +22,17 @@ from pathlib import Path
 import torch
 
 from tokenmdp.agents.ppo import PPO, Metrics
-from tokenmdp.checkpoints import write_text
-from tokenmdp.commands.settings import TOY_POLICY, make_envs, resolve_device, split_prompts, toy_policy
-from tokenmdp.commands.train import ppo_config
-from tokenmdp.peak_memory import peak_bytes
+from tokenmdp.evaluation.texts import evaluate_cell
+from tokenmdp.files import write_text
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts, toy_policy
+from tokenmdp.runs.settings import TOY_POLICY
+from tokenmdp.runs.training import ppo_config
 from tokenmdp.study.directory import read_cell
 from tokenmdp.study.grid import register
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.results import Cell, CellResult, cell_file, package_versions, write_result
-from tokenmdp.study.text_metrics import evaluate_cell
+from tokenmdp.training.peak_memory import peak_bytes
 
 COLUMNS = (
     "update", "score_mean", "kl", "entropy", "response_length", "kl_coef", "learning_rate", "approx_kl",
@@ -67,15 +68,11 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
 
     def evaluate() -> None:
         nonlocal samples
+        held_out = evaluation_envs(settings, cell.eval_samples, split.held_out)
         row, samples = evaluate_cell(
-            agent.policy,
-            agent.reference,
-            settings,
-            split.held_out,
-            cell.gold,
-            samples=cell.eval_samples,
-            seed=EVALUATION_SEED,
+            agent.policy, agent.reference, held_out, cell.gold, samples=cell.eval_samples, seed=EVALUATION_SEED
         )
+        held_out.close()
         for name, value in ({"update": agent.num_updates_done} | row).items():
             evaluations[name].append(value)
 

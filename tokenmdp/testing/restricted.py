@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenmdp.policy import CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.testing.toy_mdp import ToyMDP, enumerate_responses
 from tokenmdp.types import Episode, Outcome, RewardOutput

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenmdp.credit.base import Resources
-from tokenmdp.loading import load_tokenizer
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.reward_models.base import EmbeddedTexts
 from tokenmdp.testing.toy_mdp import Text, ToyMDP

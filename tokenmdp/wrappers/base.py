@@ -14,12 +14,12 @@ import torch
 
 from tokenmdp.credit import CreditMethod, Resources, make_credit
 from tokenmdp.credit.weights import NEARLY_UNIFORM
-from tokenmdp.env import TokenEpisodes
+from tokenmdp.envs.single import TokenEpisodes
 from tokenmdp.types import Outcome
 
 UNREAD_EPISODES = 16  # more than a conformance check of any library plays, fewer than a first rollout
 EVALUATIONS = (  # modules whose functions play episodes and learn nothing
-    "tokenmdp.evaluation",
+    "tokenmdp.evaluation.any_agent",
     "stable_baselines3.common.evaluation",
     "sb3_contrib.common.maskable.evaluation",
 )

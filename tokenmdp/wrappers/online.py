@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenmdp.env import TokenEpisodes
+from tokenmdp.envs.single import TokenEpisodes
 
 
 class PrefixLedger:

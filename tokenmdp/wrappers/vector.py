@@ -17,7 +17,7 @@ from tokenmdp.credit import (
     SparseCredit,
     UniformCredit,
 )
-from tokenmdp.vector_env import spread_columns
+from tokenmdp.envs.vector import spread_columns
 from tokenmdp.wrappers.base import CreditWrapper, find_credit_wrapper, method_of
 from tokenmdp.wrappers.online import PrefixLedger
 

@@ -3,9 +3,9 @@
     PPO(CausalLMActorCriticPolicy, env, policy_kwargs={"model": "imdb-tiny"})
     MaskablePPO(MaskableCausalLMActorCriticPolicy, env, policy_kwargs={"model": "imdb-tiny"})
 
-Both hold a `tokenmdp.policy.CausalLMPolicy`, so logits, positions, precision and value head are those of this
+Both hold a `tokenmdp.models.policy.CausalLMPolicy`, so logits, positions, precision and value head are those of this
 package's own agent. One forward gives the policy and the value. During collection a step costs one token a row
-(`tokenmdp.state_reader`); `evaluate_actions` always reads the whole texts.
+(`tokenmdp.models.state_reader`); `evaluate_actions` always reads the whole texts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmdp.loading import holds_tokenizer, load_tokenizer, resolve
-from tokenmdp.policy import NEVER, CausalLMPolicy, check_vocabulary
-from tokenmdp.reward_models.base import VocabularyMismatch
-from tokenmdp.state_reader import StateReader, last_slots, read_states
+from tokenmdp.models.loading import holds_tokenizer, load_tokenizer, resolve
+from tokenmdp.models.policy import NEVER, CausalLMPolicy, check_vocabulary
+from tokenmdp.models.state_reader import StateReader, last_slots, read_states
+from tokenmdp.models.tokens import VocabularyMismatch
 
 try:
     from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
     from transformers import PreTrainedTokenizerBase
 
-    from tokenmdp.task import TextGenTask
+    from tokenmdp.envs.task import TextGenTask
 
 
 def causal_lm_kwargs(model: str, task: TextGenTask, **options: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class CausalLMMixin(BasePolicy):
         use_sde: Stable-Baselines3 passes it, and refuses True for discrete actions by itself.
 
     Attributes:
-        causal_lm: The language model and its value head, a `tokenmdp.policy.CausalLMPolicy`.
+        causal_lm: The language model and its value head, a `tokenmdp.models.policy.CausalLMPolicy`.
 
     Raises:
         TypeError: the spaces are not those of a TextGen environment, or ``model`` is not a name.

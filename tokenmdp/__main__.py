@@ -1,0 +1,10 @@
+"""``python -m tokenmdp``: the ``tokenmdp`` command, in each process of ``accelerate launch -m tokenmdp train ...``."""
+
+import os
+import sys
+
+from tokenmdp.cli import main
+
+if __name__ == "__main__":
+    # What a launcher has started is not executed once more with other settings: that is for a command of one process.
+    sys.exit(main(sys.argv[1:] if "WORLD_SIZE" in os.environ else None))

@@ -1,0 +1,291 @@
+"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics, verdicts and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gymnasium.error import Error as GymnasiumError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging
+
+from tokenmdp.cli.options import Ablate, Quality
+from tokenmdp.cli.quality import measured
+from tokenmdp.credit import CREDIT_METHODS
+from tokenmdp.evaluation.credit_quality import tables as quality_report
+from tokenmdp.evaluation.texts import self_bleu
+from tokenmdp.files import locked, write_text
+from tokenmdp.runs.display import make_console
+from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
+from tokenmdp.runs.settings import TOY_POLICY, parse_options
+from tokenmdp.study.directory import Study, declare, load_study, quality_file
+from tokenmdp.study.grid import expand, read_rates, register, shard_of
+from tokenmdp.study.presets import PRESETS, Plan
+from tokenmdp.study.report.page import write_report
+from tokenmdp.study.results import Cell, StudyError, cell_file
+from tokenmdp.study.scheduler import default_jobs, run_cells
+from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
+from tokenmdp.study.tuning import SEARCH, chosen_rates, edge_note
+from tokenmdp.wording import clock
+
+SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
+ONE_LINE, ONE_TABLE = 150, 116  # columns of a terminal that hold all with intervals beside or below their numbers
+# These do not change what a cell computes.
+UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
+
+
+def ablate(arguments: Ablate) -> int:
+    """Run what is missing of a grid, then report on the whole study; the exit status."""
+    logging.disable_progress_bar()
+    console = make_console()
+    out = arguments.out or Path("runs") / arguments.preset
+    if arguments.report_only:
+        report(out, arguments.preset, console)
+        return 0
+    device = resolve_device(arguments.device)
+    plan = plan_of(arguments)
+    cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
+    mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
+    most = default_jobs(device)
+    jobs = most if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise StudyError(f"--jobs is {jobs}; it must be at least 1")
+    if arguments.quality_texts < 0 or arguments.quality_texts == 1:
+        raise StudyError(f"--quality-texts is {arguments.quality_texts}; it must be 0 or at least 2")
+    with console.status("loading the models once, to find errors before the work"):
+        check_models(cells)
+    declare(out, plan.name, cells, {"command": command_of(arguments), **_given(arguments)})
+    share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
+    finished = sum(cell_file(out, cell.id).exists() for cell in mine)
+    console.print(
+        f"{out}: {len(mine)} cells{share}, {finished} of them finished; {jobs} at a time on {device}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    errors = run_cells(out, mine, jobs=jobs, device=device, console=console)
+    study = load_study(out)
+    left = [cell for cell in cells if cell.id not in study.results.keys() | study.errors.keys() | errors.keys()]
+    try:
+        if not left and not study.results:
+            console.print("no run finished, so there is nothing to report", style="red")
+        elif not left:
+            if arguments.quality_texts:
+                with locked(out / "cells"):  # of two shards that end at once the second finds it measured
+                    measure_credit_quality(out, arguments.quality_texts, device, console)
+            report(out, plan.name, console)
+        else:
+            console.print(
+                f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the "
+                f"report, and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
+                highlight=False,
+                soft_wrap=True,
+            )
+    finally:  # on a full disk the report fails too
+        for cell in mine:
+            if cell.id in errors:
+                console.print(
+                    f"failed: {cell.method}, {cell.setting}, seed {cell.seed}: {errors[cell.id]} "
+                    f"(trace: {cell_file(out, cell.id, '.error.txt')}; the same command tries it again)",
+                    style="red",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+    return 1 if errors else 0
+
+
+def plan_of(arguments: Ablate) -> Plan:
+    """The preset with what the command line changes.
+
+    Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
+    machine, and the cells' IDs with it.
+    """
+    plan = PRESETS[arguments.preset]
+    varied: dict[str, Any] = {
+        "methods": arguments.methods,
+        "seeds": tuple(dict.fromkeys(arguments.seeds)),
+        "lengths": arguments.lengths,
+        "credit_betas": arguments.credit_betas,
+        "kl_coefs": arguments.kl_coefs,
+        "reward_models": arguments.reward_models,
+        "updates": arguments.updates,
+        "eval_every": arguments.eval_every,
+        "eval_samples": arguments.eval_samples,
+    }
+    names: dict[str, Any] = {
+        "policy": arguments.policy,
+        "tokenizer": arguments.policy,
+        "prompts": arguments.prompts,
+        "num_envs": arguments.num_envs,
+        "align": arguments.align,
+    }
+    if arguments.num_envs is not None and arguments.num_envs < 1:
+        raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
+    base = replace(
+        plan.base,
+        **{key: value for key, value in names.items() if value is not None},
+        ppo=plan.base.ppo | parse_options(arguments.ppo, "--ppo"),
+    )
+    gold = plan.gold if base.policy == plan.base.policy else None  # it reads the preset's tokens
+    if arguments.gold is not None:
+        gold = None if arguments.gold == "none" else arguments.gold
+    given = {key: value for key, value in varied.items() if value not in ((), None)}
+    return replace(plan, **given, base=base, gold=gold)
+
+
+def check_models(cells: Sequence[Cell]) -> None:
+    """Load every combination of models once, at its longest, so that a wrong name does not fail every cell.
+
+    Raises:
+        ValueError: models that do not fit together or do not fit the lengths.
+        OSError: a name that resolves to nothing.
+        gymnasium.error.DependencyNotInstalled: an evaluation would need a library that is not there.
+    """
+    self_bleu([[0, 1], [0, 1]])
+    longest: dict[tuple[str | None, ...], Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.settings.max_new_tokens):
+        settings = cell.settings
+        longest[settings.policy, settings.tokenizer, settings.reward_model, settings.prompts, cell.gold] = cell
+    for cell in longest.values():
+        envs = make_envs(cell.settings, 1, split_prompts(cell.settings).training)
+        task = envs.unwrapped.task  # type: ignore[attr-defined]
+        if cell.gold is not None:
+            task.load_reward_model(cell.gold)
+        if cell.settings.policy != TOY_POLICY:
+            task.load_policy(cell.settings.policy)
+        envs.close()
+
+
+def measure_credit_quality(out: Path, num: int, device: str, console: Console) -> None:
+    """Where credit lands, for each method on each reward model of the study; measured once on ``num`` texts or more.
+
+    A study of the toy policy has none: that policy is made in code and writes no words.
+    """
+    study = load_study(out)
+    methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
+    for cell in study.cells.values():
+        if cell.settings.policy != TOY_POLICY:
+            _, names = methods.setdefault(cell.settings.reward_model, (cell.settings.policy, set()))
+            names.add(cell.settings.credit)
+    for reward_model, (policy, names) in methods.items():
+        for name in names:
+            with contextlib.suppress(StudyError):  # an earlier command's own class, which this one cannot import
+                register(name)
+        known = [name for name in CREDIT_METHODS if name in names]
+        before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
+        if set(known) <= set(before["methods"]) and num <= before["num"]:
+            continue
+        texts = max(num, before["num"])
+        asked = Quality(
+            reward_model=reward_model,
+            num=texts,
+            methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
+            policy=policy,
+            device=device,
+        )
+        said = f"measuring credit quality on {reward_model}, {texts} texts (--quality-texts): {', '.join(known)}"
+        console.print(said, highlight=False, soft_wrap=True)
+        try:
+            results = [result for result, _ in measured(asked, console)]
+        except (ValueError, OSError, RuntimeError, GymnasiumError) as error:
+            console.print(f"credit quality on {reward_model} was not measured: {error}", highlight=False)
+            continue
+        given = {
+            "reward_model": reward_model,
+            "policy": policy,
+            "num": texts,
+            "methods": known,
+            "credit_beta": asked.credit_beta,
+        }
+        text = json.dumps(quality_report.record(results, given), indent=1)
+        write_text(quality_file(out, reward_model), text + "\n")
+
+
+def report(out: Path, grid: str, console: Console) -> None:
+    """Write the report of a whole study and print the table of one grid.
+
+    Raises:
+        StudyError: there is no study, or no finished cell.
+    """
+    study = load_study(out)
+    if not study.results:
+        raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
+    with locked(out / "cells"):
+        _report(study, grid, console)
+
+
+def _report(study: Study, grid: str, console: Console) -> None:
+    if SEARCH in study.grids:
+        show_rates(study, console)
+    for name in [grid] if grid in study.grids else study.grids:
+        for table in tables_of(study, name, console.width):
+            console.print(table)
+    seconds = sum(result.seconds for result in study.results.values())
+    console.print(f"{len(study.results)} of {len(study.cells)} cells, {clock(seconds)} of computing", highlight=False)
+    page = write_report(study, study.path / "report")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def show_rates(study: Study, console: Console) -> None:
+    """Write what the grid "tune" found, and say where the search was too narrow to find it."""
+    place, chosen = study.path / "learning_rates.json", chosen_rates(study)
+    write_text(place, json.dumps(chosen, indent=1) + "\n")
+    console.print(f"learning rates: {place}", highlight=False, soft_wrap=True)
+    if note := edge_note(chosen):
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+
+
+def tables_of(study: Study, grid: str, width: int) -> list[Table]:
+    """The main columns of a grid's table for a terminal of ``width``, a setting after the other; the page has all.
+
+    In a narrow one intervals stand below their numbers, and in one still narrower a second table has the last columns.
+    """
+    between = " " if width >= ONE_LINE else "\n"
+    parts = (SHOWN,) if width >= ONE_TABLE else (SHOWN[:3], SHOWN[3:])
+    settings: dict[str, list[dict[str, str]]] = {}
+    for row in method_table(study, grid):
+        settings.setdefault(row.setting, []).append(dict(zip(METHOD_HEADINGS, method_texts(row), strict=True)))
+    tables = []
+    for (setting, rows), shown in product(settings.items(), parts):
+        table = Table(title=Text(f"{grid}: {setting}") if shown is parts[0] else None, title_justify="left")
+        table.add_column("method", overflow="fold")
+        for heading in shown:
+            table.add_column(heading, justify="right")
+        for texts in rows:
+            table.add_row(*(Text(texts[heading].replace(" [", f"{between}[")) for heading in ("method", *shown)))
+        tables.append(table)
+    return tables
+
+
+def command_of(arguments: Ablate) -> str:
+    """The shell command that runs these cells again.
+
+    >>> from tokenmdp.cli import Ablate
+    >>> command_of(Ablate(preset="beta", seeds=(1, 2), jobs=4))
+    'tokenmdp ablate --preset beta --seeds 1 2'
+    """
+    words = ["tokenmdp", "ablate", "--preset", arguments.preset]
+    for name, value in _given(arguments).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "ppo":
+            words += [word for option in value for word in (flag, option)]
+        else:
+            words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+    return shlex.join(words)
+
+
+def _given(arguments: Ablate) -> dict[str, Any]:
+    """What was given beside the preset and changes what is computed, as JSON values."""
+    defaults = {field.name: field.default for field in fields(arguments)}
+    return {
+        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in asdict(arguments).items()
+        if value != defaults[name] and name not in ("preset", *UNRECORDED)
+    }

@@ -1,1 +1,0 @@
-"""What the ``tokenmdp`` command does, one module a job; `tokenmdp.cli` parses the arguments and reports errors."""

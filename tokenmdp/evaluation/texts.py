@@ -1,0 +1,147 @@
+"""What an evaluation of a study measures on texts: scores of two reward models, KL, diversity, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import VectorEnv
+
+from tokenmdp.evaluation.policies import played
+from tokenmdp.report.samples import Sample
+from tokenmdp.rollouts.samples import samples_from_rollout
+from tokenmdp.types import Episode, Rollout
+
+if TYPE_CHECKING:
+    from tokenmdp.envs.task import TextGenTask
+    from tokenmdp.models.policy import CausalLMPolicy
+    from tokenmdp.reward_models import RewardModel
+
+LONGEST_NGRAM = 3  # distinct_1 .. distinct_3
+SELF_BLEU_TEXTS = 64  # the first ones: more texts raise self-BLEU by themselves, and the cost grows as their square
+KEPT_SAMPLES = 8
+Tokens = Sequence[int]
+
+
+def distinct_n(texts: Sequence[Tokens], n: int) -> float:
+    """The share of the n-grams of all texts together that are different from one another.
+
+        distinct_n = |set of n-grams| / number of n-grams
+
+    Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", NAACL 2016. No n-gram reaches
+    over the end of a text. It falls with the number of texts, so compare it at equal numbers. 0 where no
+    text has n tokens.
+
+    >>> distinct_n([[5, 6, 5, 6], [5, 6]], 1), distinct_n([[5, 6, 5, 6], [5, 6]], 2)   # 5 6, 6 5, 5 6 and 5 6
+    (0.3333333333333333, 0.5)
+    """
+    ngrams = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def self_bleu(texts: Sequence[Tokens]) -> float:
+    """How much each text repeats the others: the mean BLEU-4 of a text with all others as references, 0 to 1.
+
+    Zhu et al., "Texygen: A Benchmarking Platform for Text Generation Models", SIGIR 2018. Tokens are the words;
+    sacrebleu computes it with its exponential smoothing, and with the n-grams that a short text has. It grows with the
+    number of texts, so compare it at equal numbers.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: sacrebleu is missing.
+        ValueError: fewer than two texts.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"self-BLEU compares texts with one another and got {len(texts)}; pass at least 2")
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise DependencyNotInstalled("self-BLEU needs sacrebleu: run `pip install 'tokenmdp[study]'`") from error
+    bleu = BLEU(tokenize="none", effective_order=True)
+    lines = [" ".join(map(str, text)) for text in texts]
+    scores = [bleu.sentence_score(line, lines[:place] + lines[place + 1 :]).score for place, line in enumerate(lines)]
+    return sum(scores) / len(scores) / 100
+
+
+def perplexity(ref_logprobs: Sequence[float], lengths: Sequence[float]) -> float:
+    """``exp(-sum(ref_logprobs) / sum(lengths))``: how odd the reference finds the texts.
+
+    One sum of log-probabilities (nats) and one number of tokens a text. Where the sampler masked end-of-text or cut to
+    top-k, the reference is under the same restriction.
+
+    >>> perplexity([math.log(0.5) + math.log(0.25), math.log(0.125)], [2, 1])
+    4.0
+    """
+    return math.exp(-sum(ref_logprobs) / sum(lengths))
+
+
+def gold_scores(model: RewardModel, rollout: Rollout) -> torch.Tensor:
+    """Scores (N,) of a rollout's texts by a reward model that its policy was not trained on."""
+    return model(Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)).score
+
+
+def evaluate_cell(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    envs: VectorEnv,
+    gold: str | None,
+    samples: int,
+    seed: int,
+) -> tuple[dict[str, float], list[Sample]]:
+    """Play ``samples`` episodes; the same ``seed`` draws the same prompts, horizons and sampling noise for any policy.
+
+    Args:
+        policy: Samples.
+        reference: KL and perplexity are measured under it.
+        envs: With the reward model that is the proxy, under the credit wrapper whose credit the samples show.
+        gold: Name of a second reward model; None leaves ``gold`` out of the row.
+        samples: Episodes, at least 2.
+        seed: Of prompts and sampling.
+
+    Returns:
+        Means over episodes: score, gold, kl (nats a sequence), response_length, ended_by_eos; over all texts together:
+        perplexity, distinct_1 to distinct_3, and self_bleu of the first `SELF_BLEU_TEXTS`. Texts are response tokens,
+        end-of-text included. And the first `KEPT_SAMPLES` episodes, with ``gold`` among their facts.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: sacrebleu is missing.
+        tokenmdp.reward_models.VocabularyMismatch: the gold model reads other tokens and ``envs`` align none.
+    """
+    task: TextGenTask = envs.unwrapped.task  # type: ignore[attr-defined]
+    judge = None if gold is None else task.load_reward_model(gold)
+    texts: list[list[int]] = []
+    kept: list[Sample] = []
+    columns: defaultdict[str, list[float]] = defaultdict(list)
+    for rollout in played(envs, policy, reference, samples=samples, seed=seed):
+        rows = _per_episode(rollout, task.eos_token_id)
+        if judge is not None:
+            rows["gold"] = gold_scores(judge, rollout)
+        for name, column in rows.items():
+            columns[name].extend(column.tolist())
+        response = rollout.input_ids[:, rollout.prompt_slots :]
+        texts.extend(ids[mask].tolist() for ids, mask in zip(response, rollout.response_mask, strict=True))
+        kept = kept or samples_from_rollout(rollout, task.tokenizer)[:KEPT_SAMPLES]
+    ref_logprobs = columns.pop("ref_logprob")
+    row = {name: sum(column) / len(column) for name, column in columns.items()}
+    row["perplexity"] = perplexity(ref_logprobs, columns["response_length"])
+    row |= {f"distinct_{n}": distinct_n(texts, n) for n in range(1, LONGEST_NGRAM + 1)}
+    row["self_bleu"] = self_bleu(texts[:SELF_BLEU_TEXTS])
+    if judge is not None:
+        kept = [replace(s, facts=s.facts | {"gold": g}) for s, g in zip(kept, columns["gold"], strict=False)]
+    return row, kept
+
+
+def _per_episode(rollout: Rollout, eos_token_id: int) -> dict[str, torch.Tensor]:
+    """Numbers (N,) of each episode."""
+    response = rollout.input_ids[:, rollout.prompt_slots :]
+    return {
+        "score": rollout.scores,
+        "kl": (rollout.logprobs - rollout.ref_logprobs).sum(-1),
+        "response_length": rollout.response_mask.sum(-1),
+        "ended_by_eos": ((response == eos_token_id) & rollout.response_mask).any(-1).float(),
+        "ref_logprob": rollout.ref_logprobs.sum(-1),
+    }

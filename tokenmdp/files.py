@@ -1,0 +1,197 @@
+"""Files that survive an interruption: atomic writes, nested state as safetensors plus JSON (no pickle), and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged or was written by something else; the message names the file and the remedy."""
+
+
+class BusyError(OSError):
+    """Another process holds the directory."""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never half of it.
+
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+    >>> write_text(target, "whole"); target.read_text()
+    'whole'
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """`write_text` for what is no text."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes 0600: other users could not read it
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; restore a copy, or start afresh elsewhere") from error
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling directory that takes the place of ``path`` when the block ends without an error.
+
+    An error or Ctrl-C inside the block leaves the previous ``path`` untouched. The swap is two renames; a crash
+    between them leaves the old version as ``path.previous``, which `recover_directory` puts back.
+
+    Raises:
+        OSError: something could not be written; safetensors' own error for that is turned into one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    previous = path.with_name(path.name + ".previous")
+    try:
+        try:
+            yield temporary
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        temporary.chmod(0o755)  # mkdtemp makes 0700: other users could not read the checkpoint
+        shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover_directory(path)
+        raise
+
+
+def recover_directory(path: str | Path) -> Path:
+    """Put back ``path.previous`` if a crash between the two renames of `atomic_directory` left only that."""
+    path = Path(path)
+    previous = path.with_name(path.name + ".previous")
+    if previous.exists() and not path.exists():
+        os.replace(previous, path)
+    return path
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """Save nested dicts and lists of tensors and JSON values as one safetensors file, atomically.
+
+    The nesting is JSON in the file's metadata; every tensor leaf becomes ``{"__tensor__": index}``.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = str(len(tensors))
+            tensors[key] = value.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared storage
+            return {"__tensor__": key}
+        if isinstance(value, dict):
+            return {"__dict__": [[key, pack(item)] for key, item in value.items()]}  # pairs keep integer keys
+        if isinstance(value, list | tuple):
+            return [pack(item) for item in value]
+        return value
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"state": json.dumps(pack(state))}
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def load_state(path: str | Path) -> Any:
+    """Read what `save_state` wrote. Tensors come back on the CPU; tuples come back as lists.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds no state.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; delete it to start afresh or restore a copy") from error
+    try:
+        packed = json.loads(metadata["state"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is a safetensors file without saved state ({error!r}): was it written by another program?"
+        ) from error
+
+    def unpack(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpack(item) for item in value]
+        if isinstance(value, dict):
+            if "__tensor__" in value:
+                return tensors[value["__tensor__"]]
+            return {key: unpack(item) for key, item in value["__dict__"]}
+        return value
+
+    try:
+        return unpack(packed)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: its state refers to {error}, which is not there") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the directory ``path`` for the block, which no other process can do meanwhile.
+
+    Where directories cannot be locked (Windows, some network file systems) nothing is held, and of two writers the last
+    one wins.
+
+    Args:
+        path: of a directory that is there.
+        wait: until another process lets go of it; a killed one does so.
+
+    Raises:
+        BusyError: another process holds it, without ``wait``.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise BusyError(f"another process holds {path}; wait until it ends") from error
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(directory)

@@ -1,0 +1,1 @@
+"""The language model: loading, tokens, scoring and decoding, adapters, the attention rows it gives away."""

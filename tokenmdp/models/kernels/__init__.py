@@ -1,0 +1,1 @@
+"""The same numbers, faster; only `tokenmdp.models` imports these modules."""

@@ -1,0 +1,286 @@
+"""Names to files: aliases of the bundle, local directories, then the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from gymnasium.error import Error
+from safetensors import SafetensorError
+
+from tokenmdp.files import CheckpointError, recover_directory
+from tokenmdp.models.tokens import toy_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
+Loaded = TypeVar("Loaded")
+
+ASSETS = Path(__file__).parents[1] / "assets" / "imdb"
+ALIASES: dict[str, dict[Kind, Path]] = {
+    "imdb-tiny": {
+        "policy": ASSETS / "policy",
+        "tokenizer": ASSETS / "policy",
+        "reward_model": ASSETS / "reward_model",
+        "prompts": ASSETS / "prompts.json",
+    },
+    "imdb-plain": {"reward_model": ASSETS / "reward_model_plain"},  # before its attention row was trained
+    "imdb-uniform": {"reward_model": ASSETS / "reward_model_uniform"},  # the same scores, a row that says nothing
+    "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, no policy's teacher
+}
+# Names answered by code, not by files.
+BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
+PATH_STARTS = ("/", "./", "../", "~")
+HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
+_THREADS_AT_IMPORT = torch.get_num_threads()  # another number later: somebody has called torch.set_num_threads
+
+logger = logging.getLogger(__name__)
+
+_tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], PreTrainedTokenizerBase] = {}
+_lock = threading.RLock()
+
+
+class ModelNotFound(Error, OSError):
+    """No alias, directory or reachable hub repository has this name; the message says how to get it."""
+
+
+def resolve(kind: Kind, name: str) -> str:
+    """The path of an alias's bundled file, the absolute path of a local directory, or the name unchanged.
+
+    Unchanged stay hub names and `BUILT_IN` names, also where the working directory has a folder of that name.
+
+    >>> resolve("prompts", "imdb-tiny").endswith("prompts.json"), resolve("policy", "lvwerra/gpt2-imdb")
+    (True, 'lvwerra/gpt2-imdb')
+    """
+    bundled = ALIASES.get(name, {}).get(kind)
+    if bundled is not None:
+        return str(bundled)
+    if name in BUILT_IN.get(kind, ()):
+        return name
+    directory = recover_directory(Path(name).expanduser())
+    return str(directory.resolve()) if directory.is_dir() else name
+
+
+def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
+    """Names and modification times of a directory's files, so that a cache notices a directory written anew."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns) for file in files)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an alias ("imdb-tiny", "toy"), a directory or a hub repository; one object a process.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory holds no tokenizer, or a damaged one.
+    """
+    path = resolve("tokenizer", name)
+    key = (path, fingerprint(path))
+    with _lock:
+        if key not in _tokenizers:
+            _tokenizers[key] = toy_tokenizer() if path == "toy" else _read_tokenizer(name, path)
+        return _tokenizers[key]
+
+
+def _read_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not holds_tokenizer(path):
+        # AutoTokenizer would build an empty tokenizer from config.json and say nothing.
+        raise CheckpointError(f"{path} holds no tokenizer files; write them there with tokenizer.save_pretrained")
+    return from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name)
+
+
+def holds_tokenizer(path: str) -> bool:
+    """Whether a directory holds the files of a tokenizer."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    return any((Path(path) / name).exists() for name in names)
+
+
+def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh causal language model from an alias, a directory or a hub repository (not cached: policies train).
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged or holds another kind of model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return load_weights(AutoModelForCausalLM.from_pretrained, "policy", name, dtype)
+
+
+def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """`from_pretrained` for models: safetensors only, every weight present in its shape, eval mode, in ``dtype``.
+
+    In a worker process of environments PyTorch gets one thread: see `use_one_thread_in_workers`.
+    """
+    use_one_thread_in_workers()
+    reporter = logging.getLogger("transformers.modeling_utils")
+
+    def no_warning(record: logging.LogRecord) -> bool:  # its own for each call: another thread's load may go on
+        return record.levelno != logging.WARNING
+
+    # It would warn of unexpected and missing weights and of other shapes, answered below. Not by setLevel: where the
+    # logger's own level is set, transformers checks more and warns of that.
+    reporter.addFilter(no_warning)
+    try:
+        model, report = from_pretrained(
+            loader, kind, name,
+            dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    finally:
+        reporter.removeFilter(no_warning)
+    if report["unexpected_keys"]:
+        logger.warning(
+            "%s holds weights that a %s does not use, such as %s; if it should use them, config.json does not belong "
+            "to this file: restore a copy",
+            name,
+            type(model).__name__,
+            min(report["unexpected_keys"]),
+        )
+    if report["mismatched_keys"]:  # as for missing ones
+        weight, stored, expected = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{name} has {weight} of shape {tuple(stored)}, and its config.json asks for {tuple(expected)}; restore a "
+            "copy or save it again"
+        )
+    if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise CheckpointError(
+            f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "
+            f"pass a {_words(kind)} that was saved with these weights"
+        )
+    for weight in model.parameters():
+        # So far a view of the mapped file, at whatever offset its header leaves. Kernels round differently there, and a
+        # resumed run would not repeat the unbroken one.
+        weight.data = weight.data.clone()
+    return model.eval()
+
+
+def use_one_thread_in_workers() -> None:
+    """In a daemonic child process, give PyTorch one thread, unless somebody has chosen a number.
+
+    Gymnasium's AsyncVectorEnv and Stable-Baselines3's SubprocVecEnv start such a process for every environment. With
+    PyTorch's default, a thread for each core, 64 workers would run 64 times as many threads as there are cores. A
+    number counts as chosen if OMP_NUM_THREADS or MKL_NUM_THREADS is set, or if `torch.set_num_threads` was called after
+    this package was imported; a later call stands, too.
+    """
+    chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() or torch.get_num_threads() != _THREADS_AT_IMPORT
+    if multiprocessing.current_process().daemon and not chosen:
+        torch.set_num_threads(1)
+        logger.info(
+            "worker process %s: PyTorch uses 1 thread instead of %d; set OMP_NUM_THREADS to choose another number",
+            multiprocessing.current_process().name,
+            _THREADS_AT_IMPORT,
+        )
+
+
+def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **options: Any) -> Loaded:
+    """Call a transformers ``from_pretrained``: local files first, then the hub, with errors that name the remedy."""
+    options["trust_remote_code"] = False  # left out, transformers asks on the terminal and runs the code after a "y"
+    path = resolve(kind, name)
+    if Path(path).is_dir():
+        try:
+            with quiet():
+                return loader(path, local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot load a {_words(kind)} from {path}: {error}. It needs config.json, model.safetensors "
+                "and the tokenizer files as save_pretrained writes them (pytorch_model.bin is not read); "
+                "restore a copy or save it again"
+            ) from error
+    if name in ALIASES:
+        if kind not in ALIASES[name]:
+            raise ModelNotFound(
+                f"{name!r} is bundled as {' and '.join(ALIASES[name])} only; as {kind} there is {_bundled(kind)}"
+            )
+        raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
+    _check_name(kind, name)
+    try:
+        with quiet():
+            return loader(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        _check_hub_answers(kind, name)
+    try:
+        return loader(name, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(kind, name, f"the hub has no such model or not its files ({error})") from error
+
+
+def _check_name(kind: Kind, name: str) -> None:
+    """Refuse what the hub need not be asked about: the path of no directory, and a name that means something else."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    what = _words(kind)
+    if others := [_words(other) for other, names in BUILT_IN.items() if name in names]:
+        toy = (kind, name) == ("policy", "toy")
+        hint = "; only `tokenmdp train` has an untrained policy of this name" if toy else ""
+        raise ModelNotFound(f"{name!r} is a bundled {others[0]} and no {what}{hint}. Bundled: {_bundled(kind)}")
+    missing = f"no {what} {name!r}: there is no such directory"
+    if name.startswith(PATH_STARTS):
+        raise ModelNotFound(f"{missing}; check the path. Bundled: {_bundled(kind)}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelNotFound(f"{missing}, and a hub name is OWNER/NAME. Bundled: {_bundled(kind)}") from error
+
+
+def _check_hub_answers(kind: Kind, name: str) -> None:
+    """Ask the hub once with a short time limit, instead of transformers' five retries."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise _not_found(kind, name, "it is not in the local cache and HF_HUB_OFFLINE forbids the hub")
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
+        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, ssl.SSLError):
+            return  # it answered with a certificate that the hub's own client may know
+        reason = f"it is not in the local cache and {constants.ENDPOINT} did not answer ({error})"
+        raise _not_found(kind, name, reason) from error
+
+
+def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"no {_words(kind)} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
+        f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. Bundled: {_bundled(kind)}"
+    )
+
+
+def _words(kind: Kind) -> str:
+    return kind.replace("_", " ")
+
+
+def _bundled(kind: Kind) -> str:
+    """The names that need no file and no hub."""
+    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
+    return ", ".join([*aliases, *BUILT_IN.get(kind, ())])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar: loading a few megabytes is not worth one in every gym.make."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,395 @@
+"""A causal language model with a value head: sampling through a KV cache, scoring in one forward.
+
+Sampling and scoring apply the *same* processing to the logits (the vocabulary's size, temperature, no early end of
+text, top-k), because a log-probability under any other distribution makes the KL to the reference negative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenmdp.files import CheckpointError
+from tokenmdp.models.attention_rows import install
+from tokenmdp.models.kernels import packed_weights
+from tokenmdp.models.kernels.onednn import use_onednn
+from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
+from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
+from tokenmdp.models.kv_cache import make_cache
+from tokenmdp.models.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
+from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.types import TokenSpace, response_rows
+
+logger = logging.getLogger(__name__)
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+# What a policy does to its logits, and how it computes.
+SETTINGS = (
+    "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
+)  # fmt: skip
+NEVER = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would make the entropy NaN
+
+
+class DecodeState(NamedTuple):
+    """Sampling in progress: everything about the N states before response token ``step``."""
+
+    cache: Any  # transformers' cache of keys and values, changed in place by `CausalLMPolicy.append`
+    attention_mask: torch.Tensor  # (N, S) int64, S slots seen so far
+    step: int  # t, the index of the response token to come
+    logits: torch.Tensor  # (N, C) float32, processed: C is the vocabulary, or k with top-k
+    support: torch.Tensor | None  # (N, k) int64, the tokens behind the columns of logits; None: the vocabulary
+    value: torch.Tensor  # (N,) float32
+
+
+class Evaluation(NamedTuple):
+    """Response tokens scored in one forward; index t means response token t. Nats."""
+
+    logprobs: torch.Tensor  # (N, H) float32
+    values: torch.Tensor  # (N, H) float32, the state before token t
+    entropy: torch.Tensor  # (N, H) float32, of the distribution token t was drawn from
+
+
+class CausalLMPolicy(nn.Module):
+    """Language model plus value head (zero at first, so a fresh policy values every state at 0).
+
+    Attributes:
+        lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))``. It is changed in place,
+            to the same function: attention goes through `tokenmdp.models.attention_rows` where the architecture allows
+            it (sdpa, whose rows can be captured), GPT-2's activation becomes one kernel, and on some CPUs layers
+            multiply by oneDNN.
+        vocab_size: V; models with padded vocabularies are sliced to the first V logits.
+        eos_token_id: Masked out of the first ``min_new_tokens`` response tokens.
+        min_new_tokens: Response tokens before the text may end.
+        temperature: Divides the logits.
+        top_k: Sample among the k most likely tokens; 0 is all.
+        compute_dtype: ``torch.bfloat16`` runs the forwards under autocast; weights, softmax and values stay float32.
+        gradient_checkpointing: A backward through `evaluate` computes the layers' activations again instead of keeping
+            them: less memory, more time, the same gradients.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        vocab_size: int,
+        eos_token_id: int,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
+        if not 0 <= top_k <= vocab_size:
+            raise ValueError(f"top_k is {top_k}; choose 0 (all tokens) to {vocab_size} (the vocabulary)")
+        if lm.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"the language model has {lm.config.vocab_size} logits and the environment {vocab_size} tokens: "
+                "pass the environment the tokenizer that belongs to the policy"
+            )
+        self.lm = lm
+        fuse_activations(lm)
+        use_onednn(lm)
+        install(lm)
+        self.value_head = nn.Linear(lm.config.hidden_size, 1, device=lm.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, eos_token_id, min_new_tokens
+        self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            transformer_layers(lm)  # raises if there are none
+        self.eval()
+        self._check_head()
+
+    @classmethod
+    def from_pretrained(cls, name: str, vocab_size: int, eos_token_id: int, **options: Any) -> CausalLMPolicy:
+        """Load an alias, a local directory or a hub name; a `save_pretrained` directory brings its value head.
+
+        Raises:
+            CheckpointError: the value head's file is damaged or belongs to another model.
+            tokenmdp.models.loading.ModelNotFound: there is no such model.
+        """
+        policy = cls(load_causal_lm(name, dtype=torch.float32), vocab_size, eos_token_id, **options)
+        path = Path(resolve("policy", name)) / VALUE_HEAD_FILE
+        if path.exists():
+            try:
+                policy.value_head.load_state_dict(load_file(path))
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{path} is not this model's value head ({error}); restore or delete it"
+                ) from error
+        return policy
+
+    @classmethod
+    def for_task(cls, model: str | PreTrainedModel, task: TokenSpace, **options: Any) -> CausalLMPolicy:
+        """A policy for the environments of ``task``; ``options`` are the others of the constructor.
+
+        Raises:
+            VocabularyMismatch: a named model whose own tokenizer is another one.
+            ValueError: prompt and response do not fit its positions.
+        """
+        options |= {
+            "vocab_size": task.vocab_size,
+            "eos_token_id": task.eos_token_id,
+            "min_new_tokens": task.min_new_tokens,
+        }
+        if isinstance(model, str):
+            check_vocabulary(model, task.tokenizer)
+            policy = cls.from_pretrained(model, **options)
+        else:
+            policy = cls(model.float(), **options)
+        policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
+        return policy
+
+    def save_pretrained(self, directory: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a directory that any ``from_pretrained`` reads, with the value head beside the model.
+
+        Args:
+            directory: made if it is not there.
+            state: weights to write instead of the policy's own, named as in its ``state_dict()``.
+        """
+        state = self.state_dict() if state is None else state
+        lm, head = (
+            {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+            for part in ("lm.", "value_head.")
+        )
+        with quiet():
+            self.lm.save_pretrained(directory, state_dict=lm)
+        save_file(head, Path(directory) / VALUE_HEAD_FILE)
+
+    def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
+        """What learns, as two groups of an optimizer: the language model (or its adapters), then the value head.
+
+        The head is new and the language model is not: at the rate that keeps a pretrained model whole, a head that
+        starts at zero explains next to nothing of the returns for many updates.
+
+        Args:
+            learning_rate: of the language model.
+            vf_learning_rate: of the value head.
+        """
+        heads = set(self.value_head.parameters())
+        body = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        return [
+            {"params": body, "lr": learning_rate},
+            {"params": list(self.value_head.parameters()), "lr": vf_learning_rate},
+        ]
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """Names of the classes of the layers, by which accelerate shards."""
+        return self.lm._no_split_modules
+
+    def train(self, mode: bool = True) -> CausalLMPolicy:
+        """Stay in eval mode: dropout would move the log-probabilities before any update did."""
+        return super().train(False)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forwards. Entered around a whole loop it casts each weight once, not once a forward."""
+        return torch.autocast(self.lm.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    @contextlib.contextmanager
+    def decoding(self, rows: int, steps: int) -> Iterator[None]:
+        """Enter around ``steps`` calls of `append` with ``rows`` texts: `autocast`, and packed weights where they pay.
+
+        Without gradients; the weights must not change meanwhile.
+        """
+        pays = steps >= packed_weights.FEWEST_STEPS and packed_weights.can_pack(self.lm.device, self.compute_dtype)
+        layers = packed_weights.packed_layers(self.lm, self.compute_dtype, rows) if pays else contextlib.nullcontext()
+        with torch.no_grad(), self.autocast(), layers:
+            yield
+
+    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:
+        """Read left-padded prompts (N, P), of different length if need be; the state before response token 0.
+
+        With ``step`` every row's last ``step`` tokens are its response so far: the state before response token
+        ``step``.
+        """
+        return self._advance(make_cache(self.lm.config), input_ids, attention_mask.long(), step)
+
+    def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
+        """Append one token (N,) to every row; the cache of ``state`` is used up."""
+        attention_mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(token), 1)], dim=1)
+        return self._advance(state.cache, token[:, None], attention_mask, state.step + 1)
+
+    def select(self, state: DecodeState, rows: torch.Tensor) -> DecodeState:
+        """The state of some ``rows`` (n,) int64 alone; the cache of ``state`` is used up.
+
+        Raises:
+            NotImplementedError: the model's cache has layers whose rows cannot be selected.
+        """
+        state.cache.batch_select_indices(rows)
+        support = None if state.support is None else state.support[rows]
+        return DecodeState(
+            state.cache, state.attention_mask[rows], state.step, state.logits[rows], support, state.value[rows]
+        )
+
+    def act(
+        self, state: DecodeState, uniform: torch.Tensor | None = None, deterministic: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose response token ``state.step``: (token int64, logprob float32, value float32), each (N,).
+
+        Token c is drawn where ``CDF[c-1] <= uniform < CDF[c]``: one random number a row, so what a row draws does not
+        depend on which other rows are there.
+
+        Args:
+            state: before the token.
+            uniform: (N,) float64 in [0, 1); None draws from PyTorch's own generator.
+            deterministic: takes the most likely token; its logprob is still the one under the distribution.
+        """
+        every_logprob = state.logits.log_softmax(-1)  # (N, C)
+        if deterministic:
+            column = every_logprob.argmax(-1, keepdim=True)  # (N, 1)
+        else:
+            if uniform is None:
+                uniform = torch.rand(len(every_logprob), dtype=torch.float64, device=every_logprob.device)
+            cdf = every_logprob.exp().double().cumsum(-1)  # in float32 the rare tokens of 50,000 would vanish
+            column = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+            column = column.clamp(max=cdf.shape[1] - 1)  # a product rounded up to the last sum
+        logprob = every_logprob.gather(-1, column)
+        token = column if state.support is None else state.support.gather(-1, column)
+        return token.squeeze(-1), logprob.squeeze(-1), state.value
+
+    def evaluate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt_slots: int,
+        support: torch.Tensor | None = None,
+    ) -> Evaluation:
+        """Score the response tokens of finished episodes: one forward for log-probabilities and values.
+
+        Args:
+            input_ids: (N, P+H) int64.
+            attention_mask: (N, P+H) bool.
+            prompt_slots: P.
+            support: (N, H, k) int64, the tokens the sampler chose among. Under top-k both policies must be compared
+                on the sampler's tokens: on its own top k a changed policy may give a sampled token probability 0 and
+                the ratio, like the KL, is infinite. None takes this policy's own top k.
+        """
+        mask = attention_mask.long()
+        again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
+        with self.autocast(), again:
+            # The last token predicts nothing, so nobody reads it.
+            hidden = self._backbone(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
+            hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t
+            raw_logits = self.lm.get_output_embeddings()(hidden)  # only at response rows: V is the wide axis
+        logits, support = self._process(raw_logits, 0, support)  # (N, H, V) or (N, H, k)
+        response = input_ids[:, prompt_slots:]
+        column = response if support is None else (support == response[..., None]).int().argmax(-1)
+        logprobs, entropy = token_scores(logits, column)
+        return Evaluation(logprobs, self._values(hidden), entropy)
+
+    def forward(self, *arguments: Any, **options: Any) -> Evaluation:
+        """What data-parallel wrappers call: `evaluate`."""
+        # The class's: sharding wraps the instance's own in a second pair of its forward hooks.
+        return type(self).evaluate(self, *arguments, **options)
+
+    def _backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # padding takes no position
+        return self.lm.base_model(input_ids, attention_mask=attention_mask, position_ids=positions, **options)
+
+    def _advance(self, cache: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int) -> DecodeState:
+        with self.autocast():
+            output = self._backbone(input_ids, attention_mask, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[:, -1:]  # (N, 1, C)
+            raw_logits = self.lm.get_output_embeddings()(hidden)
+        logits, support = self._process(raw_logits, step, None)
+        chosen_from = None if support is None else support[:, 0]
+        return DecodeState(cache, attention_mask, step, logits[:, 0].float(), chosen_from, self._values(hidden)[:, 0])
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):  # a caller may have entered `autocast` around us
+            return self.value_head(hidden.float()).squeeze(-1)
+
+    def _process(
+        self, raw_logits: torch.Tensor, first_step: int, support: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (N, T, rows) of response tokens first_step, first_step + 1, .. -> what is sampled, and its support."""
+        logits = raw_logits[..., : self.vocab_size]  # (N, T, V), of the forward's dtype
+        if self.temperature != 1.0:
+            logits = logits.float() / self.temperature
+        if (too_early := self.min_new_tokens - first_step) > 0:
+            logits[:, :too_early, self.eos_token_id] = torch.finfo(logits.dtype).min  # -inf would make the entropy NaN
+        if self.top_k and support is None:
+            support = logits.topk(self.top_k, dim=-1).indices  # (N, T, k)
+        return (logits, None) if support is None else (logits.gather(-1, support), support)
+
+    def check_positions(self, slots: int) -> None:
+        """Refuse episodes longer than the model's positions, which would be an index error later.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        positions = self.lm.config.max_position_embeddings
+        if slots > positions:
+            raise ValueError(
+                f"prompt and response take up to {slots} slots and the policy has {positions} positions; "
+                "lower max_prompt_tokens or max_new_tokens"
+            )
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuse models that change the logits after the head (scaling, soft caps): scoring here would be wrong."""
+        ids = torch.tensor([[0, self.eos_token_id]], device=self.lm.device)
+        ours = self.lm.get_output_embeddings()(self._backbone(ids, torch.ones_like(ids)).last_hidden_state)
+        theirs = self.lm(ids).logits
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(self.lm).__name__} changes its logits after the output layer (largest difference "
+                f"{(ours - theirs).abs().max():.3g}); use a model whose logits are lm_head(backbone(ids)), "
+                "such as GPT-2, Llama, Qwen2 or GPT-NeoX"
+            )
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a policy whose own tokenizer, if it comes with one, disagrees with the environment's.
+
+    Raises:
+        VocabularyMismatch: with the first token that differs.
+    """
+    path = resolve("policy", name)
+    if Path(path).is_dir() and not holds_tokenizer(path):
+        return
+    theirs = load_tokenizer(path).get_vocab()
+    different = [(index, token) for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
+    if different:
+        index, token = min(different)
+        raise VocabularyMismatch(
+            f"the environment's tokenizer ({len(tokenizer)} tokens) and the policy {name!r} ({len(theirs)} tokens) "
+            f"differ, first in id {index} ({token!r} in the environment); "
+            f"make the environment with tokenizer={name!r}, and a reward model that reads it"
+        )
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The precision of the forwards: "float32", "bfloat16", or "auto" for bfloat16 where the hardware computes it.
+
+    >>> resolve_dtype("float32", torch.device("cpu"))
+    torch.float32
+    """
+    if dtype == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == "bfloat16":
+        if not native:
+            logger.warning("this %s emulates bfloat16: it is slower than float32 here", device.type)
+        return torch.bfloat16
+    if dtype != "auto":
+        raise ValueError(f'dtype is {dtype!r}; choose "auto", "float32" or "bfloat16"')
+    if not native:
+        logger.info("dtype auto: this %s does not compute in bfloat16, falling back to float32", device.type)
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,64 @@
+"""Tokens: the piece of text that each adds, the toy vocabulary, and the error where two vocabularies differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+TOY_WORDS = [
+    "the", "a", "this", "it", "i", "movie", "film", "story", "plot", "actor", "is", "was", "and", "but", "so", "very",
+    "not", ".", ",", "good", "great", "fun", "lovely", "brilliant", "bad", "dull", "poor", "boring", "awful",
+]  # fmt: skip
+
+
+class VocabularyMismatch(ValueError):
+    """A model would read other words than the policy wrote."""
+
+
+def token_pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_ids: Sequence[int] = ()
+) -> tuple[str, list[str]]:
+    """The text of the prompt and the piece of text that each token of ``ids`` adds to it.
+
+    ``prompt + "".join(pieces)`` is the decoded whole: decoding token by token would lose blanks between words and
+    break characters whose bytes are spread over several tokens. Such a character appears at its last token; the
+    tokens before it have an empty piece.
+    """
+
+    def decode(row: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(row), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    # A character cut in two by the prompt's end belongs to the token that completes it.
+    shown = prompt = decode(prompt_ids).rstrip("�") if len(prompt_ids) else ""
+    pieces = []
+    for count in range(1, len(ids) + 1):
+        whole = decode([*prompt_ids, *ids[:count]])
+        unfinished = whole.endswith("�") and count < len(ids)  # the rest of this character's bytes may follow
+        pieces.append("" if unfinished or not whole.startswith(shown) else whole[len(shown) :])
+        shown += pieces[-1]
+    return prompt, pieces
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
+
+    >>> tokenizer = toy_tokenizer()
+    >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("a great film")["input_ids"]
+    (32, 30, [1, 20, 6])
+    >>> tokenizer.decode([1, 20, 6])
+    'a great film'
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*TOY_WORDS, "<unk>", "<eos>", "<pad>"]
+    words = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -1,0 +1,362 @@
+"""Hugging Face sequence classifiers as reward models: causal (GPT-2, Llama, ...) and encoders (BERT, DistilBERT, ...).
+
+The text is exactly the episode's prompt and response ids; nothing is added. The pooled token, whose attention row is
+the credit row, is the last response token of a causal model and the first token of an encoder.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tokenmdp.models.attention_rows import capture_rows, install
+from tokenmdp.models.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
+from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
+from tokenmdp.types import Episode, RewardOutput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
+FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
+PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than this; more is another vocabulary
+IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
+SLOTS_AT_ONCE = {"cpu": 1 << 12}  # texts times length in a forward
+OTHER_SLOTS_AT_ONCE = 1 << 17
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Rows(NamedTuple):
+    """Texts without gaps: every row's tokens from position 0, right-padded."""
+
+    input_ids: torch.Tensor  # (N, L) int64
+    mask: torch.Tensor  # (N, L) bool
+    slots: torch.Tensor  # (N, L) int64: the episode slot that each came from
+
+    @property
+    def last(self) -> torch.Tensor:
+        """The index of each row's last token, (N,)."""
+        return self.mask.sum(-1) - 1
+
+
+def compact(episodes: Episode, fill: int = 0) -> Rows:
+    """Close the gaps of left-padded prompts and right-padded responses; L is the longest text, ``fill`` the padding.
+
+    >>> mask = torch.tensor([[False, True, True, False]])
+    >>> rows = compact(Episode(torch.tensor([[9, 5, 6, 9]]), mask, mask[:, 2:]))
+    >>> rows.input_ids.tolist(), rows.slots.tolist()
+    ([[5, 6]], [[1, 2]])
+    """
+    occupied = episodes.attention_mask.bool()
+    lengths = occupied.sum(-1)
+    slots = (~occupied).int().argsort(dim=-1, stable=True)[:, : int(lengths.max())]  # occupied first, in order
+    mask = torch.arange(slots.shape[-1], device=slots.device) < lengths[:, None]
+    return Rows(torch.where(mask, episodes.input_ids.gather(-1, slots), fill), mask, slots)
+
+
+def response_slots(row: torch.Tensor, rows: Rows, episodes: Episode) -> torch.Tensor:
+    """Put rows over compact positions (N, ..., L) back on the response slots (N, ..., H), zero where there is no token.
+
+    >>> mask = torch.tensor([[False, True, True, False]])
+    >>> episodes = Episode(torch.tensor([[9, 5, 6, 9]]), mask, mask[:, 2:])
+    >>> response_slots(torch.tensor([[0.25, 0.75]]), compact(episodes), episodes).tolist()
+    [[0.75, 0.0]]
+    """
+    middle = (1,) * (row.dim() - 2)
+    slots = rows.slots.to(row.device).view(len(row), *middle, -1).expand_as(row)
+    mask = rows.mask.to(row.device).view(len(row), *middle, -1)
+    full = torch.zeros(*row.shape[:-1], episodes.input_ids.shape[-1], dtype=row.dtype, device=row.device)
+    full.scatter_(-1, slots, row * mask)  # (N, ..., P+H)
+    response_mask = episodes.response_mask.to(row.device).view(len(row), *middle, -1)
+    return full[..., episodes.prompt_slots :] * response_mask
+
+
+def _response_positions(rows: Rows, episodes: Episode) -> torch.Tensor:
+    """Which compact positions hold response tokens, (N, L) bool."""
+    return rows.mask & (rows.slots >= episodes.prompt_slots)
+
+
+class HFRewardModel(RewardModel):
+    """A transformers sequence classifier.
+
+    ``score="auto"``: the logit of a model with one label, ``logit[1] - logit[0]`` of one with two; an integer picks
+    the logit of that label. Scores are float32 whatever the model's dtype. The model is put in eval mode and switched
+    to an attention implementation that is sdpa and can capture a row.
+
+    Args:
+        model: from AutoModelForSequenceClassification, on its device and in its dtype.
+        tokenizer: the model's own; None compares vocabulary sizes only.
+        score: "auto" or the index of a label.
+        name: what `load_reward_model` reloads it from (specs and pickles).
+
+    Raises:
+        ValueError: several labels and no index, an index out of range, an encoder-decoder.
+        VocabularyMismatch: the tokenizer has more tokens than the model has rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        score: Score = "auto",
+        name: str | None = None,
+    ) -> None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal classifier or an encoder")
+        check_score(score, model.config, type(model).__name__)
+        self.model = model.eval()
+        self.score = score
+        self.max_tokens = _positions(model)
+        self._check_rows(tokenizer)
+        can_capture = install(model)
+        self.head = _last_token_head(model)
+        self.fill = 0
+        if self.head is None and model.config.pad_token_id is not None:
+            self.fill = model.config.pad_token_id  # RoBERTa derives its positions from it
+        pooled_first = self.head is None and model.config.model_type in FIRST_TOKEN_POOLED
+        provides = {"gradients"}
+        if can_capture and (self.head is not None or pooled_first) and self._captures():
+            provides |= {"attention", "attention_layers"}
+        if self.head is not None:  # an encoder's first token has read the whole text: it knows no prefixes
+            provides |= {"prefix_scores"}
+        self.provides = frozenset(provides)
+
+    def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        """Scores (N,) and, from the same forward, what is asked: the pooled token's rows, the scores of all prefixes.
+
+        The rows are those of `RewardOutput`; prefix scores are the head's answer at every position of a causal model.
+        Many texts are read a part at a time, so that memory does not grow with their number.
+        """
+        slots = SLOTS_AT_ONCE.get(self.device.type, OTHER_SLOTS_AT_ONCE)
+        size = max(slots // episodes.input_ids.shape[-1], 1)
+        parts = zip(*(column.split(size) for column in episodes), strict=True)
+        outputs = [self._read(Episode(*part), needs) for part in parts]
+        return RewardOutput._make(
+            None if column[0] is None else torch.cat(column) for column in zip(*outputs, strict=True)
+        )
+
+    def _read(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
+        rows = self._prepare(episodes)
+        pooled = torch.zeros_like(rows.last) if self.head is None else rows.last
+        with torch.no_grad():
+            if not needs & {"attention", "attention_layers"}:
+                capture, (score, hidden) = None, self._forward(rows)
+            else:
+                with capture_rows(pooled[:, None], every_layer="attention_layers" in needs) as capture:
+                    score, hidden = self._forward(rows)
+            row = layers = prefixes = None
+            if capture is not None and "attention" in needs:
+                row = response_slots(capture.rows()[:, 0], rows, episodes)
+            if capture is not None and "attention_layers" in needs:
+                layers = response_slots(capture.layers()[..., 0, :], rows, episodes)
+            if "prefix_scores" in needs:
+                prefixes = self._prefix_scores(hidden, rows, episodes)
+        return RewardOutput(score, row, layers, prefixes)
+
+    def embedded(self, episodes: Episode) -> EmbeddedTexts:
+        """The texts as the model's input embeddings, with a differentiable score of them."""
+        rows = self._prepare(episodes)
+        with torch.no_grad():
+            embeddings = self.model.get_input_embeddings()(rows.input_ids)  # (N, L, C)
+        return EmbeddedTexts(
+            embeddings=embeddings,
+            response=_response_positions(rows, episodes),
+            score=lambda changed, index: self._forward(Rows(*(part[index] for part in rows)), changed)[0],
+            to_slots=lambda row: response_slots(row, rows, episodes),
+            average=self._average_embedding,
+        )
+
+    def _average_embedding(self) -> torch.Tensor:
+        """The mean embedding (C,) over the vocabulary, float32; of what the layer returns, which may scale its rows."""
+        ids = torch.arange(_vocabulary_rows(self.model), device=self.model.device)
+        layer, total = self.model.get_input_embeddings(), torch.zeros(())
+        with torch.no_grad():
+            for part in ids.split(IDS_AT_ONCE):
+                total = total + layer(part).float().sum(0)
+        return total / len(ids)
+
+    def _prepare(self, episodes: Episode) -> Rows:
+        """The texts without gaps, on the model's device; the model in eval mode."""
+        if self.model.training:  # dropout would make scores random; the owner may have trained it since
+            self.model.eval()
+        rows = compact(episodes, self.fill)
+        self._check_first_token(rows)
+        return Rows(*(part.to(self.model.device) for part in rows))
+
+    def _forward(self, rows: Rows, embeddings: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores (N,) float32 of compact rows, and a causal model's hidden states (N, L, C).
+
+        ``embeddings`` (N, L, C), if given, stand in for those of ``rows.input_ids``.
+        """
+        inputs = {"input_ids": rows.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+        if self.head is None:
+            return self._number(self.model(attention_mask=rows.mask.long(), **inputs).logits), None
+        # Causality hides right padding, so the mask is all ones: a mask with zeros would become T x T. The explicit
+        # index, because the model's own search for the last id that is not pad skips an end token with pad's id.
+        everything = torch.ones_like(rows.input_ids)
+        hidden = self.model.base_model(attention_mask=everything, use_cache=False, **inputs).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), rows.last]  # (N, L, C) -> (N, C)
+        return self._number(self.head(last)), hidden
+
+    def _number(self, logits: torch.Tensor) -> torch.Tensor:
+        """The score that the logits (..., K) stand for; (...,) float32."""
+        logits = logits.float()
+        if self.score != "auto":
+            return logits[..., self.score]
+        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+
+    def _prefix_scores(self, hidden: torch.Tensor | None, rows: Rows, episodes: Episode) -> torch.Tensor:
+        """(N, H+1): the score of the prompt and the first t response tokens; 0 after the end and for an empty text."""
+        assert hidden is not None  # `provides` names prefix_scores for causal models only
+        assert self.head is not None
+        every = self._number(self.head(hidden))  # (N, L): after each token
+        full = torch.zeros(episodes.input_ids.shape, dtype=every.dtype, device=every.device)
+        full.scatter_(-1, rows.slots, every * rows.mask)  # (N, P+H)
+        prompt_slots = episodes.prompt_slots
+        asked = episodes.attention_mask[:, :prompt_slots].to(every.device)
+        lengths = asked.sum(-1)
+        alone = every[:, 0].new_zeros(len(every))
+        if prompt_slots:
+            alone = every.gather(-1, (lengths - 1).clamp(min=0)[:, None])[:, 0] * (lengths > 0)
+        response = full[:, prompt_slots:] * episodes.response_mask.to(full.device)
+        return torch.cat([alone[:, None], response], dim=-1)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise VocabularyMismatch unless every id of ``tokenizer`` names the same token in this model."""
+        if self.tokenizer is not None:
+            super().check_tokenizer(tokenizer)
+        else:
+            spare = _vocabulary_rows(self.model) - len(tokenizer)
+            if not 0 <= spare < PADDED_ROWS:
+                raise VocabularyMismatch(
+                    f"the environment's tokenizer has {len(tokenizer)} tokens and {self} has "
+                    f"{_vocabulary_rows(self.model)} rows: these are different vocabularies; pass tokenizer= with the "
+                    "tokenizer that the reward model was trained with"
+                )
+            warnings.warn(
+                f"{self} has no tokenizer files, so only the sizes of the vocabularies were compared ({len(tokenizer)} "
+                f"tokens, {_vocabulary_rows(self.model)} rows); save its tokenizer into the same directory",
+                stacklevel=2,
+            )
+        self._check_rows(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def remedy(self) -> str:
+        """How to get a named model instead of this object."""
+        return (
+            "Write it with model.save_pretrained(DIR) and tokenizer.save_pretrained(DIR), and pass DIR as reward_model"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.name is None:
+            raise TypeError(f"{self} was built from objects, so it cannot be pickled. {self.remedy()}")
+        return super().__reduce__()
+
+    def _check_rows(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if tokenizer is not None and _vocabulary_rows(self.model) < len(tokenizer):
+            raise VocabularyMismatch(
+                f"{self} has {_vocabulary_rows(self.model)} embedding rows, fewer than the {len(tokenizer)} tokens of "
+                "the tokenizer; pass the tokenizer it was trained with, or call model.resize_token_embeddings and train"
+            )
+
+    def _check_first_token(self, rows: Rows) -> None:
+        if self.head is not None or self.tokenizer is None or self.tokenizer.cls_token_id is None:
+            return
+        if (rows.input_ids[:, 0] != self.tokenizer.cls_token_id).any():
+            warnings.warn(
+                f"{self} pools the first token of the text, and that is not {self.tokenizer.cls_token!r}; texts are "
+                "scored as they are, so begin the prompts with it if the model was trained so",
+                stacklevel=4,
+            )
+
+    def _captures(self) -> bool:
+        """Whether attention calls of this architecture reach our implementation: try two tokens."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+        rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2)[None])
+        with torch.no_grad(), capture_rows(torch.zeros_like(rows.last)[:, None]) as capture:
+            self._forward(rows)
+        return capture.seen
+
+
+def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
+    """A sequence classifier and its tokenizer from an alias, a directory or a hub repository.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged or holds no trained classifier.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
+    model = load_weights(AutoModelForSequenceClassification.from_pretrained, "reward_model", name, DTYPES[dtype])
+    path, tokenizer = resolve("reward_model", name), None
+    if not Path(path).is_dir() or holds_tokenizer(path):
+        try:
+            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", name)
+        except ModelNotFound:  # a hub repository without tokenizer files: sizes are compared instead
+            tokenizer = None
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    loaded = HFRewardModel(model, tokenizer, score=score, name=name)
+    loaded.options = {"score": score, "dtype": dtype, "device": device}  # "cuda", not the "cuda:0" it became
+    return loaded
+
+
+def check_score(score: Score, config: PretrainedConfig, name: str) -> None:
+    """Refuse a ``score`` that the classifier ``name`` with this ``config`` cannot give.
+
+    Raises:
+        ValueError: several labels and no index, or an index out of range.
+    """
+    id2label = config.id2label or {}
+    labels = len(id2label)
+    names = ", ".join(f"{index}: {label}" for index, label in id2label.items())
+    if score == "auto" and labels > 2:
+        raise ValueError(
+            f"{name} has {labels} labels ({names}), so score='auto' cannot choose; "
+            "pass score=INDEX of the label whose logit is the score"
+        )
+    if score != "auto" and (isinstance(score, bool | str) or not 0 <= score < labels):
+        raise ValueError(f"score={score!r} is not 'auto' or the index of one of the {labels} labels ({names})")
+
+
+def _vocabulary_rows(model: PreTrainedModel) -> int:
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model has; None if its configuration names no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
+    limit = getattr(model.config, "max_position_embeddings", None)  # relative positions (ALiBi) have no such entry
+    return None if limit is None else int(limit)
+
+
+def _last_token_head(model: PreTrainedModel) -> nn.Module | None:
+    """The head of a causal classifier that pools the last token; None for every other model.
+
+    transformers' causal classifiers all call their linear head ``score``. That the backbone is causal is tried, not
+    believed: the first token's hidden state must not change with the second token.
+    """
+    head = dict(model.named_children()).get("score")
+    if not isinstance(head, nn.Linear):
+        return None
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    return head if torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6, equal_nan=True) else None

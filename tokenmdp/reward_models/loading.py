@@ -1,0 +1,50 @@
+"""Reward models by name, each loaded once a process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from tokenmdp.models.loading import ALIASES, fingerprint, resolve
+from tokenmdp.reward_models.base import RewardModel, Score
+from tokenmdp.reward_models.classifier import load_classifier
+from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
+
+_loaded: dict[tuple[Any, ...], RewardModel] = {}
+_lock = threading.RLock()
+
+
+def _reload(name: str, options: dict[str, Any]) -> RewardModel:
+    return load_reward_model(name, **options)
+
+
+def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32", device: str = "cpu") -> RewardModel:
+    """The reward model of this name; loaded once a process, so that 64 environments share one.
+
+    Names: the aliases "imdb-tiny", "imdb-plain", "imdb-uniform" and "imdb-gold"; "lexicon" (sentiment words
+    read with the bundled tokenizer), "lexicon:TOKENIZER" (the same words with another tokenizer), "toy-lexicon"; a
+    directory with a sequence classifier; a hub repository.
+
+    In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
+    `torch.set_num_threads` has chosen another number; see `tokenmdp.models.loading.use_one_thread_in_workers`.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged or holds no trained sequence classifier.
+        ValueError: the model has several labels and ``score`` does not say which.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a string, not {type(name).__name__}; wrap a model: HFRewardModel(model, tokenizer)")
+    path = resolve("reward_model", name)
+    if Path(path).is_dir() and name not in ALIASES:
+        name = path  # absolute: a pickle may be opened from another working directory
+    word_list = names_word_list(name)  # score, dtype and device mean nothing
+    key = (name,) if word_list else (name, fingerprint(path), score, dtype, device)
+    with _lock:
+        if key not in _loaded:
+            loaded: RewardModel
+            loaded = load_lexicon(name) if word_list else load_classifier(name, score=score, dtype=dtype, device=device)
+            loaded.reloader = _reload
+            _loaded[key] = loaded
+        return _loaded[key]

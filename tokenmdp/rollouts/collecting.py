@@ -1,0 +1,202 @@
+"""From a policy and a vector environment to one batch of finished episodes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from tokenmdp.envs.vector import TextGenVectorEnv
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_attention import SampledAttention
+from tokenmdp.rollouts.decoding import SHARE_ENDED, Reading, decode, uniforms_for
+from tokenmdp.training.batches import by_length, row_lengths
+from tokenmdp.training.processes import ALONE, Processes
+from tokenmdp.types import Rollout
+from tokenmdp.wrappers import find_credit_wrapper
+
+ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
+
+
+def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
+    """The environment under the wrappers, if `collect` can use it.
+
+    Raises:
+        gymnasium.error.Error: it resets rows by itself, or no credit wrapper gives token_rewards.
+        TypeError: it is not a native TextGen vector environment.
+    """
+    base = envs.unwrapped
+    if not isinstance(base, TextGenVectorEnv):
+        raise TypeError(
+            f"{type(base).__name__} is not a native TextGen vector environment; pass "
+            'gym.make_vec("TextGen-IMDb-v0", num_envs=64, autoreset_mode="Disabled")'
+        )
+    if base.autoreset_mode is not AutoresetMode.DISABLED:
+        raise gym.error.Error(
+            f"autoreset_mode is {base.autoreset_mode.value!r}, whole batches of episodes need rows that stay ended; "
+            'pass gym.make_vec(..., autoreset_mode="Disabled")'
+        )
+    if find_credit_wrapper(envs) is None:
+        raise gym.error.Error(
+            "the environment gives no token_rewards because no credit wrapper is on it; "
+            "for plain RLHF wrap it: tokenmdp.wrappers.vector.SparseReward(envs)"
+        )
+    return base
+
+
+@torch.no_grad()
+def collect(
+    envs: VectorEnv,
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    generator: torch.Generator | None = None,
+    *,
+    seed: int | None = None,
+    rows_per_forward: int = 64,
+    share_ended: float = SHARE_ENDED,
+    processes: Processes = ALONE,
+) -> tuple[Rollout, dict[str, float]]:
+    """Play one episode in every row and score it under the frozen reference.
+
+    Args:
+        envs: Vector environment without autoreset, under a credit wrapper. All rows are reset.
+        policy: Samples through its KV cache; one transfer to the host a step.
+        reference: Scores the same tokens, on the same support.
+        generator: Sampling noise, on the policy's device.
+        seed: Of the first row (of the first process); None goes on with the environment's random numbers.
+        rows_per_forward: Rows a reference forward takes at a time.
+        share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
+        processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
+            ``seed``.
+
+    Returns:
+        The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
+        than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
+        and the mean of every scalar that the credit wrapper reports.
+    """
+    base = credited_envs(envs)
+    base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
+    # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
+    rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
+    uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
+    with processes.together(), processes.whole_weights(policy):
+        rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
+    rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
+    report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
+    rollout = processes.gather_rollout(rollout)
+    return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
+
+
+def _play(
+    envs: VectorEnv, policy: CausalLMPolicy, uniforms: torch.Tensor, seed: int | None, share_ended: float
+) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """One episode in every row, without ``ref_logprobs``, and the last info of every row."""
+    task, device = credited_envs(envs).task, policy.lm.device
+    observation, _ = envs.reset(seed=seed)
+    # Slots before the longest prompt are padding in every row.
+    first_slot = int(observation["attention_mask"].any(0).argmax())
+    prompt = slice(first_slot, task.max_prompt_tokens)
+    last_infos: dict[str, np.ndarray] = {}
+    logprobs = torch.zeros(envs.num_envs, task.max_new_tokens, device=device)
+    values = torch.zeros_like(logprobs)
+    support = torch.zeros(*logprobs.shape, policy.top_k, dtype=torch.long, device=device) if policy.top_k else None
+
+    length = 0  # no response is longer
+    decoding = policy.decoding(envs.num_envs, task.max_new_tokens)
+    with decoding, _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
+        state = policy.prefill(
+            torch.as_tensor(observation["input_ids"][:, prompt], device=device),
+            torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
+        )
+        for step in decode(envs, policy, state, uniforms, reading, share_ended):
+            logprobs[step.rows, length], values[step.rows, length] = step.logprob, step.value
+            if support is not None and step.support is not None:
+                support[step.rows, length] = step.support
+            _keep(last_infos, step.info)
+            observation, length = step.observation, length + 1
+
+    seen = slice(first_slot, task.max_prompt_tokens + length)
+    mask = torch.as_tensor(last_infos["token_mask"][:, :length], device=device)
+    rollout = Rollout(
+        input_ids=torch.as_tensor(observation["input_ids"][:, seen], device=device),
+        attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
+        response_mask=mask,
+        logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have sampled on in vain
+        ref_logprobs=torch.zeros(mask.shape, device=device),
+        values=values[:, :length] * mask,
+        token_rewards=torch.as_tensor(last_infos["token_rewards"][:, :length], dtype=torch.float32, device=device),
+        scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),
+        support=None if support is None else support[:, :length],
+    )
+    return rollout, last_infos
+
+
+@contextlib.contextmanager
+def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Reading]:
+    """Lend the environment the policy's attention for one rollout, if its credit needs it.
+
+    Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
+    finished rollout must not credit the next episode.
+    """
+    base, wrapper = credited_envs(envs), find_credit_wrapper(envs)
+    if wrapper is None or "policy_attention" not in wrapper.credit.needs:
+        yield lambda rows: contextlib.nullcontext()
+        return
+    recorder = SampledAttention(policy, prompt_columns, envs.num_envs, base.task.max_new_tokens)
+    before, base.policy_attention = base.policy_attention, recorder
+    try:
+        yield recorder.reading
+    finally:
+        base.policy_attention = before
+
+
+@torch.no_grad()
+def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int = 64) -> torch.Tensor:
+    """Log-probabilities (N, H) of a rollout's response tokens under another policy, 0 outside the response."""
+    lengths, logprobs = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
+    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(logprobs.device)
+    for rows in sorted_rows.split(rows_per_forward):
+        for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
+            scored = policy.evaluate(part.input_ids, part.attention_mask, part.prompt_slots, part.support)
+            logprobs[members, : scored.logprobs.shape[1]] = scored.logprobs * part.response_mask
+    return logprobs
+
+
+def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
+    """Copy the info of the rows that ended in this step; vector infos mark them with ``_key``."""
+    for key, present in info.items():
+        if key.startswith("_"):
+            column = np.asarray(info[key[1:]])
+            last_infos.setdefault(key[1:], np.zeros_like(column))[present] = column[present]
+
+
+def _metrics(rollout: Rollout, eos_token_id: int) -> dict[str, float]:
+    response = rollout.input_ids[:, rollout.prompt_slots :]
+    summary = torch.stack(
+        [
+            rollout.scores.mean(),
+            rollout.scores.std(correction=0),
+            (rollout.logprobs - rollout.ref_logprobs).sum(-1).mean(),
+            rollout.response_mask.sum().float(),
+            ((response == eos_token_id) & rollout.response_mask).any(-1).float().mean(),
+        ]
+    ).tolist()  # one transfer
+    metrics = dict(zip(("score_mean", "score_std", "kl", "response_tokens", "ended_by_eos"), summary, strict=True))
+    metrics["response_length"] = metrics["response_tokens"] / len(rollout.scores)
+    return metrics
+
+
+def _column_means(reports: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mean of every column (n,) over all rows of the processes that have it.
+
+    >>> _column_means([{"mass": np.array([0.0, 1.0])}, {"mass": np.array([2.0, 3.0])}])
+    {'mass': 1.5}
+    """
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: float(np.concatenate([part[name] for part in reports if name in part]).mean()) for name in names}

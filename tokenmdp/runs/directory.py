@@ -1,0 +1,151 @@
+"""One training run on disk: what it is, its metrics, its checkpoint; safe to interrupt and to come back to.
+
+run.json            the settings that make the run what it is
+metrics.jsonl       one record an update
+tensorboard/        the same numbers
+before.json         scores and samples of the policy before training
+checkpoint/         the policy as `from_pretrained` reads it, with all state needed to go on
+report/             curve, samples page and summary, written at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenmdp.files import BusyError, locked, recover_directory, write_text
+from tokenmdp.report.curves import read_metrics
+
+FORMAT = "tokenmdp-run"
+
+
+class RunError(RuntimeError):
+    """The run directory cannot be used as asked; the message names the path and the remedy."""
+
+
+class RunDirectory:
+    """A directory that holds exactly one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.before = self.path / "before.json"
+        self.checkpoint = self.path / "checkpoint"
+        self.report = self.path / "report"
+        self._made = False  # by this object
+
+    def check(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
+        """Whether the directory, held by `alone`, has a checkpoint that a run with ``settings`` may go on from.
+
+        Raises:
+            RunError: it holds something else, a run with other settings, or a run while ``resume`` is off.
+        """
+        if not self.record.exists():
+            strangers = sorted(entry.name for entry in self.path.iterdir())
+            if strangers:
+                raise RunError(
+                    f"{self.path} holds {', '.join(strangers[:3])} but no run.json, so it is not a tokenmdp run; "
+                    "nothing there was touched: choose another --out"
+                )
+            return False
+        if not resume:
+            raise RunError(f"{self.path} already holds a run; leave out --no-resume to go on, or choose another --out")
+        stored = self.settings()
+        different = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
+        if different:
+            changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {settings.get(key)!r}" for key in different)
+            raise RunError(f"{self.path} holds a run with other settings ({changes}); choose another --out")
+        return recover_directory(self.checkpoint).exists()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training here until the block ends; the directory is made if it is not there.
+
+        Raises:
+            RunError: one does so already, or the path cannot be written.
+        """
+        self._probe()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path, wait=False))
+            except (BusyError, FileNotFoundError) as error:  # or one that has just failed to begin, and removed it
+                raise RunError(
+                    f"another process trains in {self.path}; wait for it, or choose another --out"
+                ) from error
+            yield
+
+    @contextlib.contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """Remove the directory if the block fails, where `alone` made it and nothing is in it."""
+        try:
+            yield
+        except BaseException:
+            if self._made:
+                with contextlib.suppress(OSError):  # it holds something
+                    self.path.rmdir()
+            raise
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Write ``run.json``, if it is not there."""
+        if not self.record.exists():
+            write_text(self.record, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in ``run.json``.
+
+        Raises:
+            RunError: there is none, or another program wrote it.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except OSError as error:
+            holder = self.path.resolve().parent
+            hint = f"; it lies in the run {holder}: pass that" if (holder / self.record.name).exists() else ""
+            raise RunError(
+                f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error}){hint}"
+            ) from error
+        except ValueError as error:
+            raise RunError(
+                f"{self.record} is damaged ({error}); move {self.path} away, or use its checkpoint/ directory directly"
+            ) from error
+        if (
+            not isinstance(record, dict)
+            or record.get("format") != FORMAT
+            or not isinstance(record.get("settings"), dict)
+        ):
+            raise RunError(f"{self.record} was written by another program; choose another directory")
+        return dict(record["settings"])
+
+    def keep_metrics_up_to(self, update: int) -> list[dict[str, Any]]:
+        """Drop the records after ``update``, which the run is about to produce again; return the others."""
+        if not self.metrics.exists():
+            return []
+        try:
+            kept = [record for record in read_metrics(self.metrics) if record["update"] <= update]
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{self.metrics} is damaged ({error}); delete it to go on without the old curve") from error
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl``; it is on disk when this returns."""
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def _probe(self) -> None:
+        """Make the directory and write a file in it, so that an hour of work is not lost at the first checkpoint."""
+        try:
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path, prefix=".probe.")
+            os.close(handle)
+            os.unlink(name)
+        except OSError as error:
+            raise RunError(f"cannot write to the run directory {self.path} ({error}); pass a writable --out") from error

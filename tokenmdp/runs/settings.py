@@ -1,0 +1,155 @@
+"""What decides a run: the settings that ``run.json`` keeps, and the presets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenmdp.models.loading import ALIASES
+from tokenmdp.runs.credit_options import POLICIES
+
+TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
+EXAMPLES = {"--ppo": "kl_coef=0.1", "--credit-option": "budget=64", "--option": "shapley.budget=64"}
+LATER_SETTINGS = (
+    "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
+    "truncate_prompt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides what a run computes. The number of updates is not here: a run may be extended."""
+
+    env: str
+    policy: str
+    tokenizer: str
+    reward_model: str
+    prompts: str | None  # None: the environment's own
+    eval_prompts: str | None
+    max_new_tokens: int
+    credit: str = "attention"
+    credit_beta: float = 0.8
+    credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
+    align: str | None = None  # "offsets": the reward model has a tokenizer of its own
+    reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
+    horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included
+    min_new_tokens: int = 0  # tokens before end-of-text becomes legal
+    max_prompt_tokens: int | None = None  # None: the environment's own
+    truncate_prompt: str | None = None  # "left", "right"; None refuses a longer prompt
+    num_envs: int = 64
+    seed: int = 1
+    device: str = "cpu"
+    eval_samples: int = 256
+    ppo: dict[str, Any] = field(default_factory=dict)  # PPOConfig fields other than seed and device
+
+
+class Preset(NamedTuple):
+    """Settings with the pace of the job."""
+
+    settings: RunSettings
+    updates: int
+    checkpoint_every: int
+
+
+PRESETS = {
+    "quick": Preset(
+        RunSettings(
+            env="TextGen-IMDb-v0",
+            policy="imdb-tiny",
+            tokenizer="imdb-tiny",
+            reward_model="imdb-tiny",
+            prompts="imdb-tiny",
+            eval_prompts=None,
+            max_new_tokens=16,
+        ),
+        updates=80,
+        checkpoint_every=10,
+    ),
+    "smoke": Preset(
+        RunSettings(
+            env="TextGen-Toy-v0",
+            policy=TOY_POLICY,
+            tokenizer="toy",
+            reward_model="toy-lexicon",
+            prompts=None,
+            eval_prompts=None,
+            max_new_tokens=8,
+            num_envs=32,
+            eval_samples=128,
+            ppo={"learning_rate": 3e-3, "kl_coef": 0.5},
+        ),
+        updates=20,
+        checkpoint_every=10,
+    ),
+}
+
+
+def absolute_name(name: str | None) -> str | None:
+    """An existing path made absolute, since a later command may run in another directory; other names as they are."""
+    if name is None or name in ALIASES or not Path(name).expanduser().exists():
+        return name
+    return str(Path(name).expanduser().resolve())
+
+
+def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Credit options with the policies and reward models among them as absolute paths, where they are paths."""
+
+    def absolute(value: Any) -> Any:
+        return absolute_name(value) if isinstance(value, str) else value
+
+    found = {key: absolute(value) if key in POLICIES else value for key, value in options.items()}
+    if isinstance(parts := found.get("parts"), list):
+        found["parts"] = [
+            {**part, "reward_model": absolute(part["reward_model"])}
+            if isinstance(part, dict) and "reward_model" in part
+            else part
+            for part in parts
+        ]
+    return found
+
+
+def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
+    """``name=value`` strings of ``flag`` as a dict; a value is read as JSON if it is JSON, else as a string.
+
+    >>> parse_options(["kl_coef=0.1", "dtype=auto", "shapley.budget=64"], "--ppo")
+    {'kl_coef': 0.1, 'dtype': 'auto', 'shapley.budget': 64}
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name.rpartition(".")[2].isidentifier():
+            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES[flag]}")
+        try:
+            parsed[name] = json.loads(text)
+        except json.JSONDecodeError:
+            parsed[name] = text
+    return parsed
+
+
+def settings_record(settings: RunSettings) -> dict[str, Any]:
+    """What ``run.json`` keeps: all but the device, since a run may move to another one.
+
+    Later additions are left out where they are unset, so that the runs of earlier versions go on.
+    """
+    without = {"device"} | {name for name in LATER_SETTINGS if not getattr(settings, name)}
+    record = {key: value for key, value in asdict(settings).items() if key not in without}
+    if settings.horizon_range is not None:
+        record["horizon_range"] = list(settings.horizon_range)  # as JSON gives it back
+    return record
+
+
+def settings_from_record(record: Mapping[str, Any]) -> RunSettings:
+    """The settings that `RunDirectory.settings` read back.
+
+    Raises:
+        ValueError: fields are missing or unknown, so another version wrote them.
+    """
+    try:
+        settings = RunSettings(**record)
+        least_and_most = None if settings.horizon_range is None else (*settings.horizon_range,)
+        return replace(settings, horizon_range=least_and_most)
+    except TypeError as error:
+        raise ValueError(f"these run settings were written by another version of tokenmdp ({error})") from error

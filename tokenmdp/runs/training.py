@@ -1,0 +1,304 @@
+"""``tokenmdp train``: one resumable PPO run, and the report of what it changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.envs.rendering import SEPARATOR
+from tokenmdp.evaluation.policies import (
+    Evaluation,
+    comparison,
+    comparison_table,
+    evaluate,
+    load_evaluation,
+    save_evaluation,
+)
+from tokenmdp.files import CheckpointError, write_text
+from tokenmdp.report import curves, heatmap
+from tokenmdp.runs import process_settings
+from tokenmdp.runs.directory import RunDirectory
+from tokenmdp.runs.display import Interruption, TrainingDisplay, make_console
+from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
+from tokenmdp.runs.settings import TOY_POLICY, RunSettings, settings_record
+from tokenmdp.training.processes import launched, processes_of
+from tokenmdp.wording import count
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
+SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
+
+
+class Stop(Exception):
+    """Ends training between two updates."""
+
+
+def train(settings: RunSettings, out: Path, updates: int, checkpoint_every: int, *, resume: bool = True) -> int:
+    """Train in the run directory ``out``, or go on there, then report; the exit status.
+
+    Args:
+        settings: Of the run.
+        out: Its directory.
+        updates: In all.
+        checkpoint_every: Updates between checkpoints.
+        resume: Go on from the directory's checkpoint if it has one.
+    """
+    logging.disable_progress_bar()  # transformers draws one for every checkpoint
+    accelerator = launched(settings.device)
+    try:
+        return _train(settings, out, updates, checkpoint_every, resume, accelerator)
+    finally:
+        if accelerator is not None:
+            accelerator.end_training()
+
+
+def _train(
+    settings: RunSettings, out: Path, updates: int, checkpoint_every: int, resume: bool, accelerator: Accelerator | None
+) -> int:
+    processes = processes_of(accelerator)
+    console = Console(quiet=True) if processes.rank else make_console()
+    if settings.num_envs % processes.size:
+        raise ValueError(
+            f"--num-envs is {settings.num_envs}, which {processes.size} processes cannot share equally; "
+            f"choose a multiple of {processes.size}"
+        )
+    settings = replace(settings, device=str(processes.device(settings.device)))
+    ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
+    credit_of(settings)
+    run = RunDirectory(out)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if not processes.rank:
+                held.enter_context(run.alone())
+        with run.setting_up():
+            agent, split = set_up(run, settings, updates, resume, accelerator, console)
+
+        before: Evaluation | None = None
+        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+            if not processes.rank:
+                run.claim(settings_record(settings))  # only now: a failed set-up leaves no half-made run behind
+                before = evaluate_before(run, agent, settings, split, console)
+        if learn(run, agent, updates, checkpoint_every, console):
+            raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+            if before is not None:
+                report(run, agent, settings, split, before, console)
+    return 0
+
+
+def set_up(
+    run: RunDirectory,
+    settings: RunSettings,
+    updates: int,
+    resume: bool,
+    accelerator: Accelerator | None,
+    console: Console,
+) -> tuple[PPO, PromptSplit]:
+    """The agent, new or from the run's checkpoint, and the prompts.
+
+    Raises:
+        RunError: another run, or something else, is in the directory.
+    """
+    processes = processes_of(accelerator)
+    with processes.together():
+        has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
+    has_checkpoint = processes.share(has_checkpoint)
+    console.print(f"run directory: {run.path}", highlight=False)
+    console.print(
+        f"{process_settings.describe(os.environ)}; {count(torch.get_num_threads(), 'thread')}",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if processes.size > 1:
+        console.print(f"{processes.size} processes with {count(settings.num_envs // processes.size, 'episode')} each")
+
+    split = split_prompts(settings)
+    envs = make_envs(settings, settings.num_envs // processes.size, split.training)
+    if has_checkpoint:
+        agent = load_agent(run, settings, envs, updates, accelerator)
+        console.print(f"going on after update {agent.num_updates_done} of {updates}")
+    else:
+        policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
+        agent = PPO(policy, envs, ppo_config(settings, updates), accelerator=accelerator)
+        if settings.policy == TOY_POLICY:
+            console.print("the toy policy starts untrained: random weights, random words")
+            if agent.config.lora_rank:
+                console.print("adapters learn little on it: the weights beside them stay random")
+    console.print(f"{describe(agent)}; {split.note}", highlight=False, soft_wrap=True)
+    return agent, split
+
+
+def ppo_config(settings: RunSettings, updates: int) -> PPOConfig:
+    """The agent's configuration; a learning-rate schedule ends with the run.
+
+    Raises:
+        ValueError: ``settings.ppo`` names a field that does not exist or that the command sets itself.
+    """
+    known = {item.name for item in fields(PPOConfig)} - {"seed", "device", "total_updates"}
+    unknown = sorted(settings.ppo.keys() - known)
+    if unknown:
+        raise ValueError(f"--ppo has no field {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    try:
+        return PPOConfig(**settings.ppo, seed=settings.seed, device=settings.device, total_updates=updates)
+    except TypeError as error:  # a string where a number is compared
+        raise ValueError(f"--ppo {settings.ppo} holds a value of the wrong type ({error})") from error
+
+
+def load_agent(
+    run: RunDirectory, settings: RunSettings, envs: Any, updates: int, accelerator: Accelerator | None
+) -> PPO:
+    """The agent of the run's checkpoint."""
+    try:
+        return PPO.load(run.checkpoint, envs, accelerator=accelerator, device=settings.device, total_updates=updates)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the run in {run.path} cannot be continued: {error}. To start afresh choose another --out, "
+            f"or delete {run.path}"
+        ) from error
+
+
+def describe(agent: PPO) -> str:
+    """Model, episodes and precision in a few words."""
+    parameters = sum(weight.numel() for weight in agent.policy.lm.parameters())
+    learned = sum(weight.numel() for weight in agent.policy.lm.parameters() if weight.requires_grad)
+    adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
+    task = agent.envs.unwrapped.task  # type: ignore[attr-defined]
+    precision = str(agent.policy.compute_dtype).removeprefix("torch.")
+    return (
+        f"policy of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.policy.lm.device}; "
+        f"{count(agent.num_episodes, 'episode')} of up to {count(task.max_new_tokens, 'token')} an update"
+    )
+
+
+def evaluate_before(
+    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, console: Console
+) -> Evaluation:
+    """The evaluation of the policy as it started; made once a run, from the frozen reference."""
+    if run.before.exists():
+        return load_evaluation(run.before)
+    with console.status("evaluating the policy before training"):
+        envs = evaluation_envs(settings, settings.eval_samples, split.held_out)
+        before = evaluate(agent.reference, agent.reference, envs, samples=settings.eval_samples)
+        envs.close()
+    save_evaluation(run.before, before)
+    return before
+
+
+def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, console: Console) -> bool:
+    """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date.
+
+    Of several processes all learn and the first writes.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    done, processes = agent.num_updates_done, agent.processes
+    writer: SummaryWriter | None = None
+    with processes.together():
+        if not processes.rank:
+            run.keep_metrics_up_to(done)
+            writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
+    if done >= updates:
+        console.print(f"all {updates} updates are done; raise --updates to train further")
+        return False
+    saved, interrupted = done, False
+
+    def after_update(metrics: dict[str, Any]) -> None:
+        nonlocal saved, interrupted
+        with processes.together():
+            if writer is not None:
+                run.append_metrics(metrics)
+                for key, value in metrics.items():
+                    if key != "update":
+                        writer.add_scalar(key, value, metrics["update"])
+            display.show(metrics)
+        if agent.num_updates_done % checkpoint_every == 0:
+            agent.save(run.checkpoint)
+            saved = agent.num_updates_done
+        interrupted = processes.any(interruption.asked)
+        if interrupted:
+            raise Stop
+
+    waits = Interruption(console, patient=processes.size > 1)
+    try:
+        with waits as interruption, TrainingDisplay(console, done, updates) as display:
+            # Not KeyboardInterrupt: that one comes in the middle of an update, whose state must not be saved.
+            with contextlib.suppress(Stop):
+                agent.learn(updates - done, callback=after_update)
+            if saved != agent.num_updates_done:
+                agent.save(run.checkpoint)
+            return interrupted and agent.num_updates_done < updates
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def report(
+    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, before: Evaluation, console: Console
+) -> None:
+    """Evaluate after training; print the table and samples; write curve, page and summary."""
+    with console.status("evaluating the policy after training"):
+        envs = evaluation_envs(settings, settings.eval_samples, split.held_out)
+        after = evaluate(agent.policy, agent.reference, envs, samples=settings.eval_samples)
+        envs.close()
+    save_evaluation(run.path / "after.json", after)
+    rows = comparison(before, after)
+    summary = {
+        "updates": agent.num_updates_done,
+        "samples": len(after.scores),
+        **{
+            name: {key: {"mean": mean, "low": low, "high": high} for key, (mean, low, high) in row.items()}
+            for name, row in rows.items()
+        },
+    }
+    write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+    records = curves.read_metrics(run.metrics)
+    curve = curves.plot_learning_curves(
+        {settings.credit: [records]},
+        run.report / "learning_curve.png",
+        metric=("score_mean", "kl", "explained_variance", "entropy"),
+        window=1 + int(SMOOTHING * len(records)),
+        title=f"{settings.env}, {settings.credit} credit, seed {settings.seed}",
+    )
+    note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
+    if settings.credit == "attention":
+        note += f"; the last token also carries {1 - settings.credit_beta:.0%} of the score (1 - credit_beta)"
+    page = heatmap.html(
+        {"Before training": before.samples, "After training": after.samples},
+        run.report / "samples.html",
+        title=f"Token credit: {settings.credit}",
+        note=note,
+    )
+    print_samples(console, before, after)
+    console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
+    for name, path in (
+        ("learning curve", curve),
+        ("samples with credit", page),
+        ("metrics", run.metrics),
+        ("policy", run.checkpoint),
+    ):
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def print_samples(console: Console, before: Evaluation, after: Evaluation) -> None:
+    """The first samples before and after, one scale of colour for all."""
+    pairs = list(zip(before.samples, after.samples, strict=True))[:SHOWN_SAMPLES]
+    scale = heatmap.credit_scale([sample.credits for pair in pairs for sample in pair])
+    for pair in pairs:
+        console.print()
+        for label, sample in zip(("before", "after "), pair, strict=True):
+            line = heatmap.terminal(sample.tokens, sample.credits, prompt=sample.prompt + SEPARATOR, scale=scale)
+            console.print(f"{label} {sample.score:+6.2f} ", line, sep="", highlight=False, soft_wrap=True)
+    console.print()

@@ -1,0 +1,130 @@
+"""What the figures of a study are drawn with: curves with bands, points with intervals, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokenmdp.intervals import Estimate
+from tokenmdp.report.curves import band
+from tokenmdp.report.drawing import INK, Look, finite, label_ends, signed
+from tokenmdp.study.labels import name_of
+from tokenmdp.study.outcomes import Groups, curves, window_for
+from tokenmdp.study.statistics import FEWEST_DECIDING, trailing_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCORE, KL = "score of the reward model", "KL to the reference, nats a response"
+
+
+def draw_band(axes: Axes, places: np.ndarray, values: np.ndarray, look: Look) -> np.ndarray:
+    """The mean over seeds (R, K) -> (K,) as a line, with its 95% t band; of two seeds each as a faint line instead.
+
+    Two seeds give a band of 12.7 standard errors, which hides every curve and says no more.
+    """
+    mean, half = band(values)
+    if len(values) < FEWEST_DECIDING:
+        for row in values if len(values) > 1 else ():
+            axes.plot(places, row, color=look.colour, linestyle=look.dashes, linewidth=0.8, alpha=0.4)
+    else:
+        axes.fill_between(places, mean - half, mean + half, color=look.colour, alpha=0.11, linewidth=0)
+    axes.plot(places, mean, color=look.colour, linestyle=look.dashes, linewidth=1.9)
+    return mean
+
+
+def draw_curves(
+    axes: Axes,
+    groups: Groups,
+    styles: Mapping[str, Look],
+    key: str = "score_mean",
+    noun: str = "score",
+    *,
+    named: bool = True,
+) -> list[str]:
+    """Mean over seeds of a metric, in words the ``noun``, against updates, with bands; ``named`` at the right edge.
+
+    Returns what the picture does not show: mean curves that leave it, since it is scaled to where most seeds are.
+    """
+    ends, ranges, means, last = {}, [], {}, 1.0
+    for method, results in groups.items():
+        updates, values = curves(results, key)
+        window = window_for(len(updates))
+        smooth, places = trailing_mean(values, window), updates[window - 1 :]
+        means[method] = mean = draw_band(axes, places, smooth, styles[method])
+        last = max(last, updates[-1])
+        middle = np.median(smooth, axis=0)
+        # One collapsed seed moves the mean far away from the others, and early values of the value head are wild.
+        ranges += [*middle] if key == "kl" else [*np.quantile(middle, [0.02, 1]), *np.quantile(mean, [0.02, 0.98])]
+        ends[name_of(method)] = (float(mean[-1]), styles[method].colour)
+    low, high = min(ranges), max(ranges)
+    room = 0.15 * (high - low or 1)
+    ends_of_means = [end for mean in means.values() for end in (mean.min(), mean.max())]
+    near = [end for end in ends_of_means if low - 2 * room <= end <= high + 2 * room]  # a little more shows it whole
+    low, high = min([low, *near]) - room, max([high, *near]) + room
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, last)
+    if named:
+        label_ends(axes, ends)
+    remarks = []
+    for method, mean in means.items():
+        furthest = float(max(mean, key=lambda value: max(low - value, value - high)))
+        if not low <= furthest <= high:
+            remarks.append(f"{name_of(method)} leaves the picture: its mean {noun} gets to {plain(furthest)}")
+    return remarks
+
+
+def plain(value: float) -> str:
+    """Three digits or all before the point, with a typeset sign.
+
+    >>> plain(90.25), plain(-1234.5), plain(-0.12345)
+    ('90.2', '\N{MINUS SIGN}1234', '\N{MINUS SIGN}0.123')
+    """
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def draw_estimates(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], look: Look) -> None:
+    """Points with their intervals, joined; an infinite interval is not drawn."""
+    heights = [estimate.value for estimate in estimates]
+    axes.plot(places, heights, color=look.colour, linestyle=look.dashes, linewidth=1.2)
+    axes.plot(places, heights, color=look.colour, marker=look.marker, markersize=6, linestyle="none")
+    for place, estimate in zip(places, estimates, strict=True):
+        if finite(estimate.low, estimate.high):
+            axes.plot([place, place], [estimate.low, estimate.high], color=look.colour, linewidth=1.6)
+
+
+def draw_row(axes: Axes, row: int, estimate: Estimate, look: Look) -> None:
+    """One estimate as a point on a row of its own, with interval and number."""
+    if finite(estimate.low, estimate.high):
+        axes.plot([estimate.low, estimate.high], [row, row], color=look.colour, linewidth=2)
+    axes.plot(estimate.value, row, marker=look.marker, color=look.colour, markersize=7)
+    axes.annotate(
+        signed(estimate.value), (estimate.value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9,
+        color=INK,
+    )  # fmt: skip
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names of the rows of `draw_row`, the first on top, and room for their numbers."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.7)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+
+
+def scale_to(axes: Axes, means: Sequence[float]) -> None:
+    """Limits by the means: the band of a few seeds of which one collapsed would flatten everything."""
+    low, high = min(means, default=0.0), max(means, default=1.0)
+    room = 0.12 * (high - low or 1)
+    axes.set_ylim(low - room, high + room)
+
+
+def scale_to_points(axes: Axes, estimates: Sequence[Estimate]) -> None:
+    """Limits by all points and most intervals: a collapsed seed's interval leaves the picture, or it would be all."""
+    halves = [high - value for value, low, high in estimates if finite(low, high)]
+    room = 2.5 * float(np.median(halves or [0.0]))
+    inside = [end for value, low, high in estimates for end in (value, max(low, value - room), min(high, value + room))]
+    scale_to(axes, [end for end in inside if finite(end)])

@@ -1,0 +1,1 @@
+"""What every agent needs: processes, minibatches and checkpoints."""

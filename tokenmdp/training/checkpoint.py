@@ -1,0 +1,227 @@
+"""What an agent's ``save`` writes and its ``load`` reads, whatever the algorithm.
+
+config.json, model.safetensors, tokenizer files     the policy, adapters merged in
+value_head.safetensors, ALGORITHM_config.json
+state/trainer.safetensors                           optimizer, random numbers, updates done, the algorithm's own
+state/envs.json, state/history.json                 the environments' random numbers; metrics
+state/reference/                                    the frozen reference
+state/adapters.safetensors                          with LoRA: what learns, beside a frozen model, which is
+state/base/                                         here unless it is the reference
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from gymnasium.vector import VectorEnv
+
+from tokenmdp.files import (
+    CheckpointError,
+    atomic_directory,
+    load_state,
+    read_json,
+    recover_directory,
+    save_state,
+    write_text,
+)
+from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
+from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
+from tokenmdp.training.processes import ALONE, Processes
+
+logger = logging.getLogger(__name__)
+
+
+class Format(NamedTuple):
+    """What tells an algorithm's checkpoints from all others.
+
+    >>> str(Format("ppo", 2)), Format("ppo", 2).config_file
+    ('tokenmdp-ppo-2', 'ppo_config.json')
+    """
+
+    algorithm: str
+    version: int
+
+    @property
+    def config_file(self) -> str:
+        """The file that holds the format and the agent's configuration."""
+        return f"{self.algorithm}_config.json"
+
+    def __str__(self) -> str:
+        return f"tokenmdp-{self.algorithm}-{self.version}"
+
+
+class Agent(Protocol):
+    """What a checkpoint holds of an agent."""
+
+    envs: VectorEnv
+    config: Any  # a dataclass with seed and lora_rank
+    processes: Processes
+    policy: CausalLMPolicy
+    reference: Any  # a `CausalLMPolicy`
+    optimizer: Any
+    generator: torch.Generator
+    num_episodes: int
+    num_updates_done: int
+    history: list[dict[str, float]]
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose small files are read."""
+
+    path: Path
+    config: dict[str, Any]  # of the agent
+    trainer: dict[str, Any]
+    rng_states: list[Any]  # one a row of all processes
+    history: list[dict[str, float]]
+
+    @property
+    def policy(self) -> Path:
+        """The directory to make the policy from, as it is without adapters."""
+        if not self.config.get("lora_rank"):
+            return self.path
+        return self.path / "state" / ("reference" if self.trainer["adapters_off"] else "base")
+
+    @property
+    def reference(self) -> Path | None:
+        """The directory to make the reference from; None: the policy without its adapters."""
+        return None if self.trainer.get("adapters_off") else self.path / "state" / "reference"
+
+
+def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any]) -> None:
+    """Write a checkpoint; every process calls this, the first writes.
+
+    Args:
+        agent: What to save.
+        directory: Where to.
+        form: Of the algorithm.
+        extra: Further numbers and tensors of the algorithm, which `restore` gives back.
+
+    Raises:
+        CheckpointError: the directory holds something else, or cannot be written.
+    """
+    path, processes = Path(directory), agent.processes
+    envs: Any = agent.envs.unwrapped
+    state, optimizer = processes.policy_state(agent.policy), processes.optimizer_state(agent.optimizer)
+    adapters_off = isinstance(agent.reference, WithoutAdapters)
+    reference_state = {} if adapters_off else processes.policy_state(agent.reference)
+    rng_states = [row for rows in processes.gather(envs.get_rng_state()) for row in rows]
+    trainer = extra | {
+        "num_updates_done": agent.num_updates_done,
+        "device": agent.generator.device.type,
+        "generator": agent.generator.get_state(),
+        "optimizer": optimizer,
+        "adapters_off": adapters_off,
+    }
+    with processes.together():
+        if processes.rank:
+            return
+        if path.exists() and not (path / form.config_file).exists() and (path.is_file() or any(path.iterdir())):
+            raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
+        try:
+            with atomic_directory(path) as new:
+                record = {"format": str(form), "config": asdict(agent.config)}
+                write_text(new / form.config_file, json.dumps(record, indent=2) + "\n")
+                envs.tokenizer.save_pretrained(new)
+                if agent.config.lora_rank:
+                    agent.policy.save_pretrained(new, merged_state(agent.policy, state))
+                    frozen = new / "state" / ("reference" if adapters_off else "base")
+                    agent.policy.save_pretrained(frozen, base_state(state))
+                    save_state(new / "state" / "adapters.safetensors", adapter_state(state))
+                else:
+                    agent.policy.save_pretrained(new, state)
+                if not adapters_off:
+                    agent.reference.save_pretrained(new / "state" / "reference", reference_state)
+                save_state(new / "state" / "trainer.safetensors", trainer)
+                write_text(new / "state" / "envs.json", json.dumps(rng_states))
+                write_text(new / "state" / "history.json", json.dumps(agent.history))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint {path} ({error}); save to a writable directory"
+            ) from error
+
+
+def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
+    """What `save` wrote, apart from the weights; every process calls this.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another program.
+    """
+    path, config_file = Path(directory), Path(directory) / form.config_file
+    with processes.together():
+        if not processes.rank:  # it may rename, which one process can do
+            recover_directory(path)
+    if not config_file.exists() and (path / "checkpoint" / form.config_file).exists():
+        raise CheckpointError(
+            f"{path} is a run of `tokenmdp train`; its checkpoint is {path / 'checkpoint'}: pass that"
+        )
+    record = read_json(config_file)
+    if not isinstance(record, dict) or record.get("format") != str(form) or not isinstance(record.get("config"), dict):
+        theirs = record.get("format") if isinstance(record, dict) else None
+        raise CheckpointError(
+            f"{config_file} has format {theirs!r} and this version reads {str(form)!r}; start a new run from the "
+            f"weights: {form.algorithm.upper()}(policy={str(path)!r}, ...), on the command line --policy {path}"
+        )
+    if not (path / VALUE_HEAD_FILE).exists():
+        raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
+    return Checkpoint(
+        path,
+        record["config"],
+        load_state(path / "state" / "trainer.safetensors"),
+        read_json(path / "state" / "envs.json"),
+        read_json(path / "state" / "history.json"),
+    )
+
+
+def restore(agent: Agent, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[str, Any]:
+    """Put everything but the weights of policy and reference into a new agent; with LoRA, its adapters too.
+
+    Args:
+        agent: Made from ``checkpoint.config``.
+        checkpoint: What `read` gave.
+        extra: The keys of what the algorithm saved beside it.
+
+    Returns:
+        What it saved there.
+
+    Raises:
+        CheckpointError: the agent or its environments do not fit.
+    """
+    path, trainer, processes = checkpoint.path, checkpoint.trainer, agent.processes
+    envs: Any = agent.envs.unwrapped
+    if agent.config.lora_rank:
+        _load_adapters(agent, path / "state" / "adapters.safetensors")
+    try:
+        agent.num_updates_done, own = trainer["num_updates_done"], {name: trainer[name] for name in extra}
+        if trainer["device"] == agent.generator.device.type:
+            agent.generator.set_state(trainer["generator"])
+        else:
+            agent.generator.manual_seed(agent.config.seed + agent.num_updates_done)
+            logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
+        processes.load_optimizer_state(agent.optimizer, trainer["optimizer"])
+        if len(checkpoint.rng_states) != agent.num_episodes:
+            raise ValueError(f"{len(checkpoint.rng_states)} random-number states for {agent.num_episodes} rows")
+        envs.set_rng_state(checkpoint.rng_states[processes.rows(envs.num_envs)])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path / 'state'} does not fit ({error}); pass environments like those it was saved with, "
+            f"or start a new run from the weights: {type(agent).__name__}(policy={str(path)!r}, ...)"
+        ) from error
+    agent.history = checkpoint.history
+    return own
+
+
+def _load_adapters(agent: Agent, path: Path) -> None:
+    state = load_state(path)
+    try:
+        agent.processes.load_policy_state(agent.policy, state)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit the policy ({error}); restore a copy, use the peft version it was saved with, or "
+            f"start a new run from the weights: {type(agent).__name__}(policy={str(path.parent.parent)!r}, ...)"
+        ) from error
