@@ -13,7 +13,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import critic_search  # noqa: E402
 
-KINDS = ("zero", "zero, 3e-3, clipped apart", "zero, 3e-3, warm-up of 3", "random, returns normalised", "own trunk, 1e-4")
+KINDS = (
+    "zero", "zero, 3e-3, clipped apart", "zero, 3e-3, warm-up of 3", "random, returns normalised", "own trunk, 1e-4",
+)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -313,7 +313,7 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
         PPO.load(tmp_path / "nowhere", make_envs())
     config = checkpoint / "ppo_config.json"
     config.write_text('{"format": "other"}')
-    with pytest.raises(CheckpointError, match="has format .other. and this version reads .tokenmdp-ppo-2"):
+    with pytest.raises(CheckpointError, match=r"has format .other. and this version reads .tokenmdp-ppo-2"):
         PPO.load(checkpoint, make_envs())
     config.write_text(json.dumps({"format": str(ppo.FORMAT), "config": {"learning_speed": 1}}))
     with pytest.raises(CheckpointError, match="learning_speed"):
