@@ -111,7 +111,10 @@ def run_time(arguments: argparse.Namespace, console: Console) -> int:
     ppo = parse_options(arguments.ppo, "--ppo")
     default = [name for name in RACERS if name != TRL_ALLOCATOR and not (arguments.smoke and name == TRL)]
     chosen = [RACERS[name] for name in arguments.sides or default]
-    engines = {engine.name: engine if engine.is_trl else Engine(engine.name, engine.credit, ppo) for engine in chosen}
+    engines = {
+        engine.name: engine if engine.is_trl else Engine(engine.name, engine.credit, engine.ppo | ppo)
+        for engine in chosen
+    }
     prepare(list(engines.values()), arguments, console)
     torch.set_num_threads(arguments.threads)
     if (load := os.getloadavg()[0]) > 0.5:

@@ -13,10 +13,11 @@ import torch
 from gymnasium.vector import VectorEnv
 from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
 
-from learning_parts.protocol import CREDIT_BETA, TRL, Protocol, Run
+from learning_parts.protocol import TRL, Protocol, Run
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.models.loading import resolve
 from tokenmdp.reward_models import RewardModel
+from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.environments import make_envs, split_prompts
 from tokenmdp.runs.settings import PRESETS, RunSettings
 from tokenmdp.types import Episode
@@ -64,7 +65,7 @@ def run_settings(run: Run) -> RunSettings:
         num_envs=run.protocol.episodes,
         max_new_tokens=run.protocol.response_tokens,
         credit=run.engine.credit,
-        credit_beta=CREDIT_BETA,
+        credit_beta=default_beta(run.engine.credit),
         seed=run.seed,
     )
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from tokenmdp.agents.ppo import PPOConfig
+from tokenmdp.runs.settings import PRESETS
 
+MAIN_JOB = PRESETS["quick"].settings
 TRL, TRL_ALLOCATOR, OURS = "trl", "trl-allocator", "ours"
-CREDIT_BETA = 0.8  # of attention credit
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ RACERS = {
         Engine("ours-sparse"),
         Engine("ours-attention", "attention"),
         Engine("ours-red", "red"),
+        Engine("ours-train", MAIN_JOB.credit, MAIN_JOB.ppo),  # as `tokenmdp train` learns by default
         Engine(TRL_ALLOCATOR),
     )
 }

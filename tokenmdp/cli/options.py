@@ -35,8 +35,8 @@ class Train:
 
     preset: Literal["quick", "smoke"] = "quick"
     """quick: the bundled movie-review model, minutes on two cores; smoke: an untrained toy model, under a minute."""
-    credit: CreditName = "attention"
-    """How the score is spread over the tokens."""
+    credit: CreditName | None = None
+    """How the score is spread over the tokens; default: the preset's, red in quick and attention in smoke."""
     credit_beta: float | None = None
     """The dense share of the credit, for methods that have one; 0 is sparse. None takes the method's."""
     credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

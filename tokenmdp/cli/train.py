@@ -59,11 +59,12 @@ def settings_from(arguments: Train) -> RunSettings:
         if arguments.align is None:
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
         check_template(arguments.reward_template)
+    credit = arguments.credit or base.credit
     return replace(
         base,
         **changed,
-        credit=arguments.credit,
-        credit_beta=default_beta(arguments.credit) if arguments.credit_beta is None else arguments.credit_beta,
+        credit=credit,
+        credit_beta=default_beta(credit) if arguments.credit_beta is None else arguments.credit_beta,
         credit_options=absolute_options(parse_options(arguments.credit_option, "--credit-option")),
         seed=arguments.seed,
         device=resolve_device(arguments.device),
