@@ -101,7 +101,7 @@ def test_choices_are_listed_in_the_librarys_order(capsys):
 
 def test_warnings_of_others_keep_their_place(monkeypatch, capsys):
     def warn(command):
-        warnings.warn("for users", UserWarning, stacklevel=2)  # placed in cli.py
+        warnings.warn("for users", UserWarning, stacklevel=2)  # placed in cli/__init__.py
         warnings.warn("of our kind", UninformativeAttention, stacklevel=1)
         warnings.warn("of another library", UserWarning, stacklevel=1)
         warnings.warn("for programmers", FutureWarning, stacklevel=2)
@@ -112,7 +112,7 @@ def test_warnings_of_others_keep_their_place(monkeypatch, capsys):
     shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(" ")]  # source lines
     assert shown[:2] == ["warning: for users", "warning: of our kind"]
     assert re.fullmatch(r".*test_cli_messages\.py:\d+: UserWarning: of another library", shown[2])
-    assert re.fullmatch(r".*cli\.py:\d+: FutureWarning: for programmers", shown[3])
+    assert re.fullmatch(r".*cli/__init__\.py:\d+: FutureWarning: for programmers", shown[3])
 
 
 def test_a_warning_is_written_above_a_running_progress_display(monkeypatch):
