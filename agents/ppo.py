@@ -258,7 +258,7 @@ class PPO:
                     self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.num_episodes
                 )
             self.history.append(metrics)
-            if warning := critic_warning(self.history):
+            if not self.processes.rank and (warning := critic_warning(self.history, cfg)):
                 logger.warning(warning)
             if callback is not None:
                 callback(metrics)
@@ -331,7 +331,7 @@ class PPO:
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
                 f"update {self.num_updates_done + 1} gave {metrics}; load the last checkpoint and lower learning_rate "
-                f"(now {cfg.learning_rate}), or set dtype='float32'"
+                f"(now {cfg.learning_rate}) or vf_learning_rate (now {cfg.vf_learning_rate}), or set dtype='float32'"
             )
         return metrics | {"minibatches": len(records)}
 
@@ -386,26 +386,28 @@ CRITIC_DUE = 20  # updates after which a critic explains some of the returns
 CRITIC_LEAST = 0.1  # explained variance
 
 
-def critic_warning(history: list[Metrics]) -> str | None:
+def critic_warning(history: list[Metrics], config: PPOConfig) -> str | None:
     """What to say after update `CRITIC_DUE` if the critic explains less than `CRITIC_LEAST` of returns that vary.
 
     A method that gives rewards early needs a critic less, so with such a critic a comparison of credit methods
-    measures the critic.
+    measures the critic. With ``estimator="vine"`` the critic knows the KL penalty alone, and nothing is said.
 
-    >>> critic_warning(20 * [{"explained_variance": 0.6, "score_std": 1.0}]) is None
+    >>> critic_warning(20 * [{"explained_variance": 0.6, "score_std": 1.0}], PPOConfig()) is None
     True
     """
-    if len(history) != CRITIC_DUE:
+    if len(history) != CRITIC_DUE or config.estimator == "vine":
         return None
     recent = history[CRITIC_DUE // 2 :]
-    explained, varies = (
-        sum(metrics[key] for metrics in recent) / len(recent) for key in ("explained_variance", "score_std")
+    explained, spread = (
+        sum(record[key] for record in recent) / len(recent) for key in ("explained_variance", "score_std")
     )
-    if explained >= CRITIC_LEAST or varies < 1e-6:
+    if explained >= CRITIC_LEAST or spread < 1e-6:
         return None
+    change = "lower" if explained < -CRITIC_LEAST else "raise"
     return (
-        f"the critic explains {explained:.2f} of the variance of the returns after {CRITIC_DUE} updates, though scores "
-        "vary: advantages are hardly better than returns; raise vf_learning_rate or vf_coef, or play more episodes"
+        f"the critic explains {explained:.2f} of the variance of the returns in updates {CRITIC_DUE // 2 + 1} to "
+        f"{CRITIC_DUE}, though scores vary: advantages are hardly better than returns; {change} vf_learning_rate (now "
+        f"{config.vf_learning_rate:g}), or play more episodes per update"
     )
 
 

@@ -159,7 +159,7 @@ def run(task: str, credit: str, variant: str, seed: int, updates: int) -> dict[s
     keys = ("score_mean", "kl", "explained_variance", "value_loss", "entropy", "grad_norm", "approx_kl")
     columns = {key: [round(record[key], 4) for record in agent.history] for key in keys}
     return {
-        "task": task, "credit": credit, "variant": variant, "seed": seed, "kl_coef": config.kl_coef,
+        "task": task, "credit": credit, "variant": variant, "seed": seed, "updates": updates, "kl_coef": config.kl_coef,
         "seconds": time.perf_counter() - started, "history": columns,
     }  # fmt: skip
 
@@ -188,14 +188,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cell:
         ((task, credit, variant, seed),) = cells
         result = run(task, credit, variant, seed, args.updates or UPDATES[task])
-        path = cell_path(args.out, task, credit, variant, seed)
+        path = cell_path(args.out, *cells[0], result["updates"])
         path.with_suffix(".tmp").write_text(json.dumps(result))
         path.with_suffix(".tmp").replace(path)
         return
-    waiting = [cell for cell in cells if not cell_path(args.out, *cell).exists()]
+    waiting = [cell for cell in cells if not cell_path(args.out, *cell, args.updates or UPDATES[cell[0]]).exists()]
+    failed = 0
     running: list[subprocess.Popen[bytes]] = []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     while waiting or running:
+        failed += sum(bool(process.poll()) for process in running)
         running = [process for process in running if process.poll() is None]
         while waiting and len(running) < args.jobs:
             task, credit, variant, seed = waiting.pop(0)
@@ -208,17 +210,19 @@ def main(arguments: list[str] | None = None) -> None:
             running.append(subprocess.Popen(command, env=environment))
             print(f"{task}, {credit}, {variant}, seed {seed}", flush=True)
         time.sleep(0.5)
+    if failed:
+        sys.exit(f"{failed} runs failed; what they printed stands above. The same command runs them again")
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a line per task, credit and variant, with means over its seeds.
+    """Markdown: a line per task, credit, variant and number of updates, with means over its seeds.
 
-    The objective is ``score - kl_coef * KL``. The score at equal KL is the mean over the updates whose KL lies in
-    `EQUAL_KL`.
+    The objective is ``score - kl_coef * KL`` with the initial ``kl_coef``. The score at equal KL is the mean over the
+    updates whose KL lies in `EQUAL_KL`.
     """
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["task"], record["credit"], record["variant"]), []).append(record)
+        groups.setdefault((record["task"], record["credit"], record["variant"], record["updates"]), []).append(record)
     low, high = EQUAL_KL
     lines = [
         f"| task | credit | critic | runs x updates | mean score | score at {low} to {high} nats | last quarter: score "
@@ -226,12 +230,11 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = list(VARIANTS)
-    for (task, credit, variant), runs in sorted(
+    for (task, credit, variant, updates), runs in sorted(
         groups.items(), key=lambda item: (item[0][:2], order.index(item[0][2]))
     ):
         columns = {key: np.array([run["history"][key] for run in runs]) for key in runs[0]["history"]}  # (R, K) each
         score, kl, explained = columns["score_mean"], columns["kl"], columns["explained_variance"]
-        updates = score.shape[1]
         last = slice(updates - updates // 4, None)
         near = score[(low <= kl) & (kl < high)]
         equal = near.mean() if near.size else math.nan
@@ -245,9 +248,9 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def cell_path(out: Path, task: str, credit: str, variant: str, seed: int) -> Path:
+def cell_path(out: Path, task: str, credit: str, variant: str, seed: int, updates: int) -> Path:
     """Where a run's record lies."""
-    return out / f"{task}-{credit}-{variant.replace(', ', '_').replace(' ', '-')}-{seed}.json"
+    return out / f"{task}-{credit}-{variant.replace(', ', '_').replace(' ', '-')}-{updates}-{seed}.json"
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
                 losses = loss(learned[rows])
                 optimizer.zero_grad()
                 (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
+                for group in optimizer.param_groups:  # apart: a wrong value must not shrink the policy's step
+                    torch.nn.utils.clip_grad_norm_(group["params"], 0.5)
                 optimizer.step()
         print(
             f"update {update}: score {batch['next', 'score'][ended].mean():+.2f}, explained variance {explained:.2f}",

@@ -32,7 +32,15 @@ def test_variants_learn(variant, monkeypatch):
 
 def record(seed, score, kl):
     history = {"score_mean": score, "kl": kl, "explained_variance": [0.0, 0.2, 0.4, 0.6]}
-    return {"task": "short", "credit": "sparse", "variant": "zero", "seed": seed, "kl_coef": 0.2, "history": history}
+    return {
+        "task": "short",
+        "credit": "sparse",
+        "variant": "zero",
+        "seed": seed,
+        "updates": 4,
+        "kl_coef": 0.2,
+        "history": history,
+    }
 
 
 def test_the_table_has_means_over_runs_at_the_end_and_at_equal_kl():
@@ -42,8 +50,8 @@ def test_the_table_has_means_over_runs_at_the_end_and_at_equal_kl():
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    path = critic_search.cell_path(tmp_path, "short", "sparse", "zero, 3e-3", 1)
-    assert path.name == "short-sparse-zero_3e-3-1.json"
+    path = critic_search.cell_path(tmp_path, "short", "sparse", "zero, 3e-3", 1, 120)
+    assert path.name == "short-sparse-zero_3e-3-120-1.json"
     path.write_text("{}")
     monkeypatch.setattr(critic_search.subprocess, "Popen", lambda *_: pytest.fail("a process was started"))
     critic_search.main(["--out", str(tmp_path), "--tasks", "short", "--variants", "zero, 3e-3"])

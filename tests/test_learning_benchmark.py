@@ -188,10 +188,11 @@ def test_the_table_of_times_names_what_was_not_reached():
         ]
         found.append(results.RaceResult(runs, (2.5,), MACHINE, dict(zip(names, own, strict=True))))
     rows = tables.race_table(found).rows
-    assert rows[0] == ("2.5", "trl", "40, 40", "10, 10", "", "")
-    assert rows[1][:5] == ("2.5", "ours-sparse", "20, 5", "10, 10", "2.00, 8.00")
-    assert rows[1][5].startswith("4.00 [")
-    assert rows[2] == ("2.5", "ours-red", "not reached, 10", "not reached, 10", "not reached, 4.00", "")
+    assert rows[0] == ("2.5", "trl", "40, 40", "10, 10", "1.0, 1.0", "", "")
+    assert rows[1][:6] == ("2.5", "ours-sparse", "20, 5", "10, 10", "1.0, 1.0", "2.00, 8.00")
+    assert rows[1][6].startswith("4.00 [")
+    missed = ("not reached, 10", "not reached, 10", "not reached, 1.0", "not reached, 4.00", "")
+    assert rows[2] == ("2.5", "ours-red", *missed)
 
 
 def test_finished_runs_are_kept_and_others_made_anew(tmp_path):

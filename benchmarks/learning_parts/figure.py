@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from learning_parts.protocol import OURS, TRL
 from learning_parts.tables import Curves
 from tokenmdp.report.curves import COLOURS, band, smooth
 from tokenmdp.wording import count
@@ -16,6 +17,7 @@ PANELS = {
     "objective": "objective: score - kl_coef * KL",
     "explained_variance": "explained variance of the returns",
 }
+LEGEND = {TRL: "TRL 0.11.4", OURS: "tokenmdp"}
 SMOOTHED = 5  # updates in the moving average
 LOWEST_EXPLAINED = -0.5  # an untrained value function can be far worse than none
 
@@ -48,7 +50,7 @@ def draw(curves: Curves, path: Path) -> None:
             mean, half = band(lines)
             updates = np.arange(1, len(mean) + 1)
             axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(updates, mean, color=colour, linewidth=2, label=name)
+            axes.plot(updates, mean, color=colour, linewidth=2, label=LEGEND.get(name, name))
         axes.set_title(label, fontsize="medium")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

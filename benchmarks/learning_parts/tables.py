@@ -10,7 +10,7 @@ import numpy as np
 from speed_parts.timing import ratio_interval
 
 from learning_parts.engines import Record
-from learning_parts.race import WINDOW, reached
+from learning_parts.race import WINDOW, Reached, reached
 from learning_parts.results import CurveResult, RaceResult, protocol_of
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.wording import count
@@ -106,6 +106,7 @@ def race_table(results: Sequence[RaceResult]) -> Table:
         found = {name: [reached(result.records[name], target) for result in results] for name in names}
         for name in names:
             pairs = zip(found[names[0]], found[name], strict=True)
+            both = list(zip(found[name], results, strict=True))
             ratios = [base.seconds / own.seconds if base and own else None for base, own in pairs]
             known = [ratio for ratio in ratios if ratio is not None]
             row = [
@@ -113,6 +114,7 @@ def race_table(results: Sequence[RaceResult]) -> Table:
                 name,
                 listed([own and f"{own.seconds:.0f}" for own in found[name]]),
                 listed([own and str(own.update) for own in found[name]]),
+                listed([own and f"{window_kl(result.records[name], own):.1f}" for own, result in both]),
             ]
             if name == names[0]:
                 row += ["", ""]
@@ -123,11 +125,19 @@ def race_table(results: Sequence[RaceResult]) -> Table:
             rows.append(tuple(row))
     note = (
         f"Seconds of a side's own updates until the mean score of {WINDOW} consecutive updates reaches the target, and "
-        f"how many updates that took; seeds {seeds}, in this order. The last column is the geometric mean with its 95% "
-        f"interval (Student's t on the logarithms). At most {results[0].runs[names[0]].protocol.updates} updates."
+        f"how many updates that took, with the mean KL of these {WINDOW} updates, nats per sequence (a side with larger "
+        f"steps may have spent more of it); seeds {seeds}, in this order. The last column is the geometric mean with its "
+        f"95% interval (Student's t on the logarithms). At most {results[0].runs[names[0]].protocol.updates} updates."
     )
     ratio = f"{names[0]} / side"
-    return Table("Time to a score", note, ("mean score", "side", "seconds", "updates", ratio, f"{ratio}, mean"), rows)
+    return Table(
+        "Time to a score", note, ("mean score", "side", "seconds", "updates", "KL", ratio, f"{ratio}, mean"), rows
+    )
+
+
+def window_kl(records: Sequence[Record], at: Reached) -> float:
+    """The mean KL over the updates whose mean score reached the target."""
+    return float(np.mean([record["kl"] for record in records[at.update - WINDOW : at.update]]))
 
 
 def described(machine: Mapping[str, Any]) -> str:

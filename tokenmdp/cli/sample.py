@@ -72,7 +72,10 @@ def sample(arguments: SampleOptions) -> int:
                 f"{name} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
                 "its checkpoint/, or a directory that save_pretrained wrote"
             )
-        settings = replace(PRESETS["quick"].settings, tokenizer=name, policy=name)
+        quick = PRESETS["quick"].settings
+        settings = replace(
+            quick, tokenizer=name, policy=name, credit="attention", credit_beta=default_beta("attention")
+        )
     device = resolve_device(arguments.device)
     given: dict[str, Any] = {
         "credit": arguments.credit,

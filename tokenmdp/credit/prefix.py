@@ -60,7 +60,10 @@ class PrefixDifferenceCredit:
         """Token rewards (N, H) of any sign, and the report."""
         prefix_scores, mask = outcome.reward.prefix_scores, outcome.episode.response_mask
         if prefix_scores is None:
-            raise MissingResource("the reward model returned no prefix scores; use a causal one, which provides them")
+            raise MissingResource(
+                "the reward model returned no prefix scores; use a causal one, which provides them, or another credit "
+                "method (in the command, --credit attention)"
+            )
         rho = prefix_differences(prefix_scores, mask)
         report = {"prompt_score": prefix_scores[..., 0]}
         return Credit(settle(rho, outcome.reward.score, mask, self.credit_beta), report)

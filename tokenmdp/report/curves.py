@@ -116,6 +116,8 @@ def plot_learning_curves(
             name = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
             axes.plot(updates, mean, color=colour, linewidth=2, label=name)
         axes.set_ylabel(_LABELS.get(key, key))
+        if key == "explained_variance":  # one early update can be far below
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], -1), top=1)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("update")
