@@ -1,33 +1,51 @@
-"""The Python blocks of the pages run, and the recipes for other libraries give each row its own token's reward."""
+"""The Python blocks of the pages run, links lead somewhere, and recipes give each row its own token's reward."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from known_credit import position, single, true_reward
 
+from tokenmdp.cli import options as cli
+from tokenmdp.credit import CREDIT_METHODS
+
 ROOT = Path(__file__).parents[1]
-PAGES = {  # and the sections, where only those have blocks that can run as they stand
-    "README.md": ("## The contract\n", "## Use it with your own tools\n"),
-    "agents/README.md": ("",),
-    "docs/bring_your_own_agent.md": ("",),
-    "docs/study.md": ("",),
-}
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "agents/README.md",
+    "benchmarks/README.md",
+    "docs/README.md",
+    "docs/bring_your_own_agent.md",
+    "docs/command.md",
+    "docs/contract.md",
+    "docs/credit.md",
+    "docs/critic.md",
+    "docs/processes_and_memory.md",
+    "docs/study.md",
+    "tokenmdp/assets/imdb/README.md",
+)
+COMMANDS = {"train": cli.Train, "sample": cli.Sample, "score": cli.Score, "eval": cli.Eval, "quality": cli.Quality,
+            "ablate": cli.Ablate}  # fmt: skip
+IN_A_CHECKOUT = (ROOT / ".pre-commit-config.yaml").exists()
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # Without doctests, which pytest collects itself.
 BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(?!>>>)(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"num_updates=150": "num_updates=1", "num_envs=64": "num_envs=4"}
 
 
 def blocks():
-    for page, headings in PAGES.items():
+    for page in PAGES:
         path = ROOT / page
         if not path.exists():
             yield pytest.param("", None, id=page, marks=pytest.mark.skip(f"{page} is not beside the tests"))
             continue
         text = path.read_text(encoding="utf-8")
-        if headings != ("",):
-            text = "\n".join(text.split(heading)[1].split("\n## ")[0] for heading in headings)
         for number, (needs, code) in enumerate(BLOCK.findall(text), start=1):
             yield pytest.param(code, needs, id=f"{page}-{number}{'-' * bool(needs)}{needs}")
 
@@ -55,6 +73,55 @@ def recipe(needs):
 def test_block_runs(code, needs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one saves a checkpoint
     run(code, needs)
+
+
+def anchors(page):
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = HEADING.findall(re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
+def test_every_page_is_listed():
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for folder in (".", "agents", "benchmarks", "docs", "examples", "tokenmdp/assets/imdb")
+        for path in (ROOT / folder).glob("*.md")
+    ]
+    assert sorted(found) == sorted(PAGES)
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target).resolve() for target in LINK.findall(index)}
+    assert {path.resolve() for path in (ROOT / "docs").glob("*.md")} <= linked | {ROOT / "docs/README.md"}
+
+
+@pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_to_a_file_and_a_heading(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in LINK.findall(CODE.sub("", text)):
+        if "://" in target:
+            continue
+        name, _, fragment = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
+        if fragment:
+            assert fragment in anchors(path.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+@pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
+def test_readme_has_a_row_for_every_credit_method():
+    rows = re.findall(r"^\| (`.+?`) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(CREDIT_METHODS) <= {name for row in rows for name in re.findall("`(.+?)`", row)}
+
+
+@pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_the_command_has_every_option(command):
+    text = (ROOT / "docs/command.md").read_text(encoding="utf-8")
+    section = text.split(f"## `tokenmdp {command}`\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `--([\w-]+)`", section, re.MULTILINE)
+    options = [field.name.replace("_", "-") for field in fields(COMMANDS[command]) if "Positional" not in field.type]
+    assert sorted(name.removeprefix("no-") for name in listed) == sorted(options)
 
 
 def test_tianshous_buffer_holds_the_true_rewards():
