@@ -22,10 +22,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from tokenmdp.evaluation.policies import load_evaluation
-from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.report.curves import COLOURS, band, read_metrics, smooth
 from tokenmdp.report.heatmap import credit_scale, printable, tint
 from tokenmdp.report.samples import Sample
+from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.wording import count
 
 INK, FAINT = "#1c1c1e", "#66666b"

@@ -125,9 +125,9 @@ def race_table(results: Sequence[RaceResult]) -> Table:
             rows.append(tuple(row))
     note = (
         f"Seconds of a side's own updates until the mean score of {WINDOW} consecutive updates reaches the target, and "
-        f"how many updates that took, with the mean KL of these {WINDOW} updates, nats per sequence (a side with larger "
-        f"steps may have spent more of it); seeds {seeds}, in this order. The last column is the geometric mean with its "
-        f"95% interval (Student's t on the logarithms). At most {results[0].runs[names[0]].protocol.updates} updates."
+        f"how many updates that took, with the mean KL of these {WINDOW} updates, nats per sequence (larger steps may "
+        f"spend more of it); seeds {seeds}, in this order. The last column is the geometric mean with its 95% "
+        f"interval (Student's t on the logarithms). At most {results[0].runs[names[0]].protocol.updates} updates."
     )
     ratio = f"{names[0]} / side"
     return Table(
