@@ -29,6 +29,7 @@ from torch import nn
 import tokenmdp  # noqa: F401  (registers the ids)
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.credit import make_credit
+from tokenmdp.intervals import mean_interval
 from tokenmdp.losses import clipped_value_loss
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector
@@ -175,11 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, help="default: 60 of main, 120 of the others")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    parser.add_argument(
+        "--first-edition", type=Path, metavar="CELLS", help="with --table: docs/study_results/cells, too"
+    )
     parser.add_argument("--cell", action="store_true", help="run one, in this process")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.table:
-        print(table([json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]))
+        records = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        print(table(records + (first_edition(args.first_edition) if args.first_edition else [])))
         return
     cells = [
         (task, credit, variant, seed)
@@ -218,7 +223,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a line per task, credit, variant and number of updates, with means over its seeds.
 
     The objective is ``score - kl_coef * KL`` with the initial ``kl_coef``. The score at equal KL is the mean over the
-    updates whose KL lies in `EQUAL_KL`.
+    updates whose KL lies in `EQUAL_KL`. Intervals are 95%, Student's t, over runs.
     """
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for record in records:
@@ -226,8 +231,8 @@ def table(records: list[dict[str, Any]]) -> str:
     low, high = EQUAL_KL
     lines = [
         f"| task | credit | critic | runs x updates | mean score | score at {low} to {high} nats | last quarter: score "
-        "| KL | objective | explained variance by quarter |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| KL | objective | runs lost | explained variance by quarter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = list(VARIANTS)
     for (task, credit, variant, updates), runs in sorted(
@@ -241,11 +246,49 @@ def table(records: list[dict[str, Any]]) -> str:
         objective = score[:, last].mean() - runs[0]["kl_coef"] * kl[:, last].mean()
         quarters = ", ".join(f"{part.mean():.2f}" for part in np.array_split(explained, 4, axis=1))
         lines.append(
-            f"| {task} | {credit} | {variant} | {len(runs)} x {updates} | {score.mean():.2f} | "
-            f"{equal:.2f} | {score[:, last].mean():.2f} | {kl[:, last].mean():.1f} | "
-            f"{objective:.2f} | {quarters} |"
+            f"| {task} | {credit} | {variant} | {len(runs)} x {updates} | {over_runs(score)} | {equal:.2f} | "
+            f"{over_runs(score[:, last])} | {kl[:, last].mean():.1f} | {objective:.2f} | {lost(score)} | {quarters} |"
         )
     return "\n".join(lines)
+
+
+def over_runs(scores: np.ndarray) -> str:
+    """The mean of each run (R, K) as an interval over runs; one run has none."""
+    means = scores.mean(1)
+    return str(mean_interval(means)) if len(means) > 1 else f"{means[0]:.2f}"
+
+
+def lost(scores: np.ndarray, window: int = 10) -> int:
+    """How many runs (R, K) end with a moving average below half of their best one."""
+    averages = np.lib.stride_tricks.sliding_window_view(scores, min(window, scores.shape[1]), axis=1).mean(-1)
+    return int((averages[:, -1] < averages.max(1) / 2).sum())
+
+
+def first_edition(cells: Path) -> list[dict[str, Any]]:
+    """The first edition's runs of the same tasks as records, cut to as many updates as a run of this search has."""
+    lengths = {env["horizon_range"]: task for task, (env, _) in TASKS.items() if "horizon_range" in env}
+    records = []
+    for path in sorted(cells.glob("*.json")):
+        result = json.loads(path.read_text())
+        settings = result["cell"]["settings"]
+        ppo, credit = settings["ppo"], settings["credit"]
+        task = lengths.get(tuple(settings.get("horizon_range") or ()))
+        same = (
+            settings["num_envs"] == 16
+            and settings["reward_model"] == "imdb-tiny"
+            and not settings.get("credit_options")
+        )
+        same = same and settings["credit_beta"] in (0.8, 1.0 if credit == "red" else 0.8)
+        if task is None or not same or any(ppo.get(key) != value for key, value in STUDY.items()):
+            continue
+        history = {key: result["metrics"][key][: UPDATES[task]] for key in ("score_mean", "kl", "explained_variance")}
+        records.append(
+            {
+                "task": task, "credit": credit, "variant": "zero", "seed": settings["seed"],
+                "updates": len(history["kl"]), "kl_coef": ppo["kl_coef"], "history": history,
+            }
+        )  # fmt: skip
+    return records
 
 
 def cell_path(out: Path, task: str, credit: str, variant: str, seed: int, updates: int) -> Path:

@@ -13,6 +13,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import critic_search  # noqa: E402
 
+from tokenmdp.intervals import mean_interval  # noqa: E402
+
 KINDS = (
     "zero", "zero, 3e-3, clipped apart", "zero, 3e-3, warm-up of 3", "random, returns normalised", "own trunk, 1e-4",
 )  # fmt: skip
@@ -46,7 +48,10 @@ def record(seed, score, kl):
 def test_the_table_has_means_over_runs_at_the_end_and_at_equal_kl():
     records = [record(1, [0.0, 1.0, 2.0, 3.0], [0, 5, 10, 15]), record(2, [0.0, 1.0, 3.0, 5.0], [0, 10, 11, 13])]
     line = critic_search.table(records).splitlines()[-1]
-    assert line == "| short | sparse | zero | 2 x 4 | 1.88 | 2.00 | 4.00 | 14.0 | 1.20 | 0.00, 0.20, 0.40, 0.60 |"
+    mean, end = mean_interval([1.5, 2.25]), mean_interval([3.0, 5.0])
+    assert (
+        line == f"| short | sparse | zero | 2 x 4 | {mean} | 2.00 | {end} | 14.0 | 1.20 | 0 | 0.00, 0.20, 0.40, 0.60 |"
+    )
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
