@@ -82,15 +82,15 @@ class PPOConfig:
     ent_coef: float = 0.0
 
     kl_coef: float = 0.3  # the initial one, if kl_target is set
-    kl_target: float | None = None  # nats a sequence; adapts kl_coef so that kl approaches it
+    kl_target: float | None = None  # nats per sequence; kl_coef is adapted so that kl approaches it
     kl_horizon: int = 10_000  # episodes over which the coefficient adapts
 
     temperature: float = 1.0
     top_k: int = 0  # 0: every token
     dtype: str = "auto"  # of the forwards: "auto", "float32", "bfloat16"; weights stay float32
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-    gradient_checkpointing: bool = False  # computes activations again in the backward: less memory, more time
-    lora_rank: int = 0  # above 0 only adapters of this rank and the value head learn; see `tokenmdp.models.lora`
+    gradient_checkpointing: bool = False  # recomputes activations in the backward pass: less memory, more time
+    lora_rank: int = 0  # above 0: only adapters of this rank and the value head learn; see `tokenmdp.models.lora`
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
     lora_target_modules: str = "all-linear"  # or a regular expression for names of layers
 
@@ -138,13 +138,13 @@ class PPO:
         config: The run's numbers.
         reference: Name or model that the KL is measured to; default ``policy`` as it starts: a frozen copy, or, with
             LoRA, the policy with its adapters off.
-        accelerator: Of a run in several processes, each of which passes its own rows as ``envs``.
+        accelerator: For a run in several processes, each of which passes its own rows as ``envs``.
 
     Attributes:
         policy, reference: `CausalLMPolicy`.
-        num_episodes: Of an update, in all processes.
+        num_episodes: Episodes per update, over all processes.
         num_updates_done: Updates so far, over all calls of `learn` and all resumed runs.
-        history: One dict of metrics an update.
+        history: One dict of metrics per update.
         kl_coef: The coefficient of the next update.
     """
 
@@ -221,7 +221,7 @@ class PPO:
             started = time.perf_counter()
             learning_rate = self._schedule()
 
-            # 1 Sample: one episode a row, scored by the reward model, credited by the wrapper.
+            # 1 Sample: one episode per row, scored by the reward model, credited by the wrapper.
             rollout, metrics = collect(
                 self.envs,
                 self.policy,
@@ -267,7 +267,7 @@ class PPO:
     def _schedule(self) -> float:
         """Set this update's learning rates and return the language model's.
 
-        They depend on the updates done alone, so that a resumed run has the same.
+        They depend only on the number of updates done, so that a resumed run has the same rates.
         """
         cfg = self.config
         left = 1 - self.num_updates_done / cfg.total_updates if cfg.anneal_lr and cfg.total_updates else 1.0
@@ -285,7 +285,7 @@ class PPO:
         prefix_values = monte_carlo_values(
             self.envs, self.policy, rollout, cfg.vine_rollouts, self.generator, self.processes
         )
-        advantages, returns = gae(penalties, values, mask, cfg.gamma, cfg.gae_lambda)  # the critic knows the KL alone
+        advantages, returns = gae(penalties, values, mask, cfg.gamma, cfg.gae_lambda)  # the critic sees no score
         return advantages + vine_advantages(rollout.scores, prefix_values, mask), returns
 
     def _optimise(self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Metrics:
@@ -327,7 +327,7 @@ class PPO:
         names = (
             "approx_kl", "loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "grad_norm", "vf_grad_norm",
         )  # fmt: skip
-        metrics = dict(zip(names, torch.stack(records).mean(0).tolist(), strict=True))  # one transfer an update
+        metrics = dict(zip(names, torch.stack(records).mean(0).tolist(), strict=True))  # one transfer per update
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
                 f"update {self.num_updates_done + 1} gave {metrics}; load the last checkpoint and lower learning_rate "
@@ -345,8 +345,8 @@ class PPO:
 
         Its files: `tokenmdp.training.checkpoint`.
 
-        The directory appears whole or not at all: an interrupted save leaves the previous checkpoint. Of several
-        processes all call this and the first writes.
+        The directory appears whole or not at all: an interrupted save leaves the previous checkpoint. With several
+        processes, all call this and the first one writes.
 
         Raises:
             CheckpointError: the directory holds something else, or cannot be written.
@@ -366,7 +366,7 @@ class PPO:
             **overrides: Fields of `PPOConfig` to change, such as ``device="cpu"`` (not those that are saved state).
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged or of another program, or ``envs`` has other rows.
+            CheckpointError: the checkpoint is missing, damaged or from another program, or ``envs`` has other rows.
         """
         saved_state = {"seed", "kl_coef", "adam_eps", "lora_rank", "lora_alpha", "lora_target_modules"}
         if fixed := sorted(saved_state & overrides.keys()):
@@ -390,7 +390,7 @@ def critic_warning(history: list[Metrics], config: PPOConfig) -> str | None:
     """What to say after update `CRITIC_DUE` if the critic explains less than `CRITIC_LEAST` of returns that vary.
 
     A method that gives rewards early needs a critic less, so with such a critic a comparison of credit methods
-    measures the critic. With ``estimator="vine"`` the critic knows the KL penalty alone, and nothing is said.
+    measures the critic. With ``estimator="vine"`` the critic sees only the KL penalty, and no warning is given.
 
     >>> critic_warning(20 * [{"explained_variance": 0.6, "score_std": 1.0}], PPOConfig()) is None
     True

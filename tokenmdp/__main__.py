@@ -6,5 +6,5 @@ import sys
 from tokenmdp.cli import main
 
 if __name__ == "__main__":
-    # What a launcher has started is not executed once more with other settings: that is for a command of one process.
+    # What a launcher has started is not re-executed with other settings: that is for single-process commands.
     sys.exit(main(sys.argv[1:] if "WORLD_SIZE" in os.environ else None))

@@ -37,7 +37,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """`write_text` for what is no text."""
+    """`write_text` for bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -169,12 +169,12 @@ def load_state(path: str | Path) -> Any:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the directory ``path`` for the block, which no other process can do meanwhile.
 
-    Where directories cannot be locked (Windows, some network file systems) nothing is held, and of two writers the last
-    one wins.
+    Where directories cannot be locked (Windows, some network file systems) nothing is held, and the last of two writers
+    wins.
 
     Args:
-        path: of a directory that is there.
-        wait: until another process lets go of it; a killed one does so.
+        path: an existing directory.
+        wait: until another process releases it; a killed process does so too.
 
     Raises:
         BusyError: another process holds it, without ``wait``.

@@ -13,7 +13,7 @@ RESAMPLES = 2000
 
 
 class Estimate(NamedTuple):
-    """A number of any kind with its 95% interval; infinite ends say that there is none, as of one seed."""
+    """A number of any kind with its 95% interval; infinite ends mean that there is none, as with one seed."""
 
     value: float
     low: float

@@ -15,7 +15,7 @@ class PolicyLoss(NamedTuple):
     """A policy loss with its two diagnostics (without gradient)."""
 
     loss: torch.Tensor  # ()
-    approx_kl: torch.Tensor  # () k3 of the old policy against the new one, nats a token
+    approx_kl: torch.Tensor  # () k3 of the old policy against the new one, nats per token
     clip_fraction: torch.Tensor  # () share of tokens with |ratio - 1| > clip_coef
 
 
@@ -60,7 +60,7 @@ def clipped_value_loss(
 ) -> torch.Tensor:
     """``mean(max((V - R)**2, (clip(V, old - c, old + c) - R)**2)) / 2`` with ``c = clip_coef_value``.
 
-    ``None`` leaves the clipping out: ``mean((V - R)**2) / 2``.
+    ``None`` switches the clipping off: ``mean((V - R)**2) / 2``.
 
     >>> far = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([True])
     >>> round(clipped_value_loss(*far).item(), 4), clipped_value_loss(*far, clip_coef_value=None).item()
@@ -74,7 +74,7 @@ def clipped_value_loss(
 
 
 def entropy_bonus(entropy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``mean(entropy)`` in nats a token; a loss subtracts ``ent_coef`` times it.
+    """``mean(entropy)`` in nats per token; a loss subtracts ``ent_coef`` times it.
 
     >>> entropy_bonus(torch.tensor([0.5, 9.0]), torch.tensor([True, False])).item()
     0.5

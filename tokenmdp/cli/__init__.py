@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def error_console() -> Console:
-    """For messages to the user, which wrap as the terminal does."""
+    """For messages to the user, wrapped to the width of the terminal."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 

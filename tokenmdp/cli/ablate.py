@@ -37,13 +37,13 @@ from tokenmdp.study.tuning import SEARCH, chosen_rates, edge_note
 from tokenmdp.wording import clock
 
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
-ONE_LINE, ONE_TABLE = 150, 116  # columns of a terminal that hold all with intervals beside or below their numbers
+ONE_LINE, ONE_TABLE = 150, 116  # terminal columns that fit everything, with intervals beside or below the numbers
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
 
 def ablate(arguments: Ablate) -> int:
-    """Run what is missing of a grid, then report on the whole study; the exit status."""
+    """Run the missing cells of a grid, then report on the whole study; returns the exit status."""
     logging.disable_progress_bar()
     console = make_console()
     out = arguments.out or Path("runs") / arguments.preset
@@ -78,7 +78,7 @@ def ablate(arguments: Ablate) -> int:
             console.print("no run finished, so there is nothing to report", style="red")
         elif not left:
             if arguments.quality_texts:
-                with locked(out / "cells"):  # of two shards that end at once the second finds it measured
+                with locked(out / "cells"):  # of two that end at once the second finds it measured
                     measure_credit_quality(out, arguments.quality_texts, device, console)
             report(out, plan.name, console)
         else:
@@ -88,7 +88,7 @@ def ablate(arguments: Ablate) -> int:
                 highlight=False,
                 soft_wrap=True,
             )
-    finally:  # on a full disk the report fails too
+    finally:  # on a full disk the report would fail too
         for cell in mine:
             if cell.id in errors:
                 console.print(
@@ -102,7 +102,7 @@ def ablate(arguments: Ablate) -> int:
 
 
 def plan_of(arguments: Ablate) -> Plan:
-    """The preset with what the command line changes.
+    """The preset with the changes from the command line.
 
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
     machine, and the cells' IDs with it.
@@ -146,7 +146,7 @@ def check_models(cells: Sequence[Cell]) -> None:
     Raises:
         ValueError: models that do not fit together or do not fit the lengths.
         OSError: a name that resolves to nothing.
-        gymnasium.error.DependencyNotInstalled: an evaluation would need a library that is not there.
+        gymnasium.error.DependencyNotInstalled: an evaluation needs a library that is not installed.
     """
     self_bleu([[0, 1], [0, 1]])
     longest: dict[tuple[str | None, ...], Cell] = {}
@@ -176,7 +176,7 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
             names.add(cell.settings.credit)
     for reward_model, (policy, names) in methods.items():
         for name in names:
-            with contextlib.suppress(StudyError):  # an earlier command's own class, which this one cannot import
+            with contextlib.suppress(StudyError):  # a class of an earlier command, which this one cannot import
                 register(name)
         known = [name for name in CREDIT_METHODS if name in names]
         before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
@@ -243,9 +243,10 @@ def show_rates(study: Study, console: Console) -> None:
 
 
 def tables_of(study: Study, grid: str, width: int) -> list[Table]:
-    """The main columns of a grid's table for a terminal of ``width``, a setting after the other; the page has all.
+    """The main columns of a grid's table for a terminal of ``width``, one setting after another.
 
-    In a narrow one intervals stand below their numbers, and in one still narrower a second table has the last columns.
+    The page has all columns. In a narrow terminal intervals stand below their numbers; in a narrower
+    one a second table has the last columns.
     """
     between = " " if width >= ONE_LINE else "\n"
     parts = (SHOWN,) if width >= ONE_TABLE else (SHOWN[:3], SHOWN[3:])
@@ -282,7 +283,7 @@ def command_of(arguments: Ablate) -> str:
 
 
 def _given(arguments: Ablate) -> dict[str, Any]:
-    """What was given beside the preset and changes what is computed, as JSON values."""
+    """The arguments given beside the preset that change what is computed, as JSON values."""
     defaults = {field.name: field.default for field in fields(arguments)}
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

@@ -55,7 +55,7 @@ conserves: the credit of a text sums to its score
 causal: before the last token, credit depends on what was written so far only
 potential: potential-based shaping, so the reward-to-go policy gradient is unbiased"""
 ROWS = 64  # episodes at a time
-BUDGET = {"budget": 128}  # not the methods' own 1024: with it an eighth of the texts would have to do
+BUDGET = {"budget": 128}  # not the methods' own 1024, with which only an eighth of the texts would be affordable
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"shapley": BUDGET, "owen": BUDGET}
 
 
@@ -151,7 +151,7 @@ def _worlds(arguments: Quality, device: str) -> list[World]:
 
 
 def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple[list[Tokens], str]:
-    """The texts of a file, or responses of the policy to prompts that no training sees; and what to call them."""
+    """The texts of a file, or the policy's responses to prompts held out of training; and what to call them."""
     if arguments.texts is not None:
         given = [encode(tokenizer, str(text)) for text in read_prompt_file(arguments.texts)[: arguments.num]]
         if len(given) < 2:
@@ -161,7 +161,7 @@ def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) 
         PRESETS["quick"].settings,
         policy=arguments.policy,
         tokenizer=arguments.policy,
-        reward_model=f"lexicon:{arguments.policy}",  # reads any tokens at once; nobody asks for its scores here
+        reward_model=f"lexicon:{arguments.policy}",  # loads at once and reads any tokens; its scores are not used here
         credit="sparse",
         max_new_tokens=arguments.max_new_tokens,
         device=device,
@@ -207,7 +207,7 @@ def _write(arguments: Quality, out: Path, results: Sequence[WorldQuality], label
 
 
 def _command(arguments: Quality) -> str:
-    """The shell command that gives these tables again."""
+    """The shell command that reproduces these tables."""
     words = ["tokenmdp", "quality"]
     for field in fields(arguments):
         value, flag = getattr(arguments, field.name), f"--{field.name.replace('_', '-')}"

@@ -144,7 +144,7 @@ def _print_text(console: Console, scored: Scored, credits: Sequence[float] | Non
 
 
 def token_table(item: Sample) -> Table:
-    """Token, credit and share of the score, one row a token."""
+    """Token, credit and share of the score, one row per token."""
     table = Table()
     table.add_column("#", justify="right")
     table.add_column("token")
@@ -160,7 +160,7 @@ def token_table(item: Sample) -> Table:
 
 
 def method_tables(tokens: Sequence[str], columns: Mapping[str, Sequence[float]], width: int) -> list[Table]:
-    """A row a token and a column a method, in as many tables as ``width`` characters need."""
+    """A row per token and a column per method, in as many tables as ``width`` characters need."""
     first = 7 + max(max(len(heatmap.printable(token)) for token in tokens), len("token"))
     groups: list[list[str]] = []
     room = 0

@@ -15,7 +15,7 @@ from tokenmdp.runs.settings import PRESETS, RunSettings, absolute_name, absolute
 
 
 def train(arguments: Train) -> int:
-    """Train, or go on, then report; the exit status."""
+    """Train, or resume, then report; returns the exit status."""
     settings, preset = settings_from(arguments), PRESETS[arguments.preset]
     updates = preset.updates if arguments.updates is None else arguments.updates
     if updates < 1:
@@ -25,13 +25,13 @@ def train(arguments: Train) -> int:
 
 
 def default_name(preset: str, settings: RunSettings) -> str:
-    """The directory below runs/ of a run that is given none."""
+    """The default run directory, below runs/."""
     rank = settings.ppo.get("lora_rank")
     return f"{preset}-{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
 
 
 def settings_from(arguments: Train) -> RunSettings:
-    """The preset with what the command line changes."""
+    """The preset with the changes from the command line."""
     base = PRESETS[arguments.preset].settings
     names = {
         "policy": arguments.policy,

@@ -108,13 +108,13 @@ class PolicyAttentionCredit:
     """ABC with the policy's own last-layer attention, every column averaged over the steps that can read it (ABC-D).
 
     ``alpha[k] ~ mean over q = k .. T-2 of attention[q, k]``, renormalised to 1. Before it chooses token q + 1 the
-    policy has read tokens 0 .. q. Nobody reads the last token, so its alpha is 0. A response of one token was never
-    read: alpha is 1 there, and ``credit_fallback`` says so. (The reference implementation credits token k + 1 with what
-    token k earned, and gives NaN for one token.)
+    policy has read tokens 0 .. q. The last token is never read, so its alpha is 0. A response of a single token is
+    never read at all: alpha is 1 there, and ``credit_fallback`` says so. (The reference implementation credits token
+    k + 1 with what token k earned, and gives NaN for one token.)
 
     Args:
         credit_beta: 0 is sparse, 1 is dense only.
-        attention_floor: the least response mass, a step, that is trusted.
+        attention_floor: the least response mass per step that is trusted.
     """
 
     credit_beta: float = 0.8

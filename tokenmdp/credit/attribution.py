@@ -26,13 +26,13 @@ Attribute = Callable[[Score, torch.Tensor, torch.Tensor, torch.Tensor], torch.Te
 
 
 # An attribution is incomplete for a text where it misses more than this share of the difference it explains, and more
-# than `SMALL`; it is worth a word where that is so for `MANY` of the texts.
+# than `SMALL`; a warning is given if that is so for `MANY` of the texts.
 INCOMPLETE, SMALL, MANY = 0.05, 0.02, 0.1
-_warned: set[tuple[str, str]] = set()  # of which method and model, once a process: a batch has many episodes
+_warned: set[tuple[str, str]] = set()  # method and model, warned of once per process: a batch has many episodes
 
 
 class IncompleteAttribution(UserWarning):
-    """Attributions do not sum to the difference of the scores that they explain."""
+    """Warning: attributions do not sum to the difference of the scores that they explain."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _judge(
     error: torch.Tensor,
     difference: torch.Tensor,
 ) -> None:
-    """Warn once if ``error`` (N,) is more than a rounding of ``difference`` (N,): the last token gets what is left."""
+    """Warn once if ``error`` (N,) exceeds rounding of ``difference`` (N,): the last token gets the rest."""
     incomplete = error.abs() > INCOMPLETE * difference.abs() + SMALL
     if incomplete.double().mean() > MANY and (key := (method.name, repr(model))) not in _warned:
         _warned.add(key)

@@ -1,4 +1,4 @@
-"""What a credit method is: finished episodes in, one reward a token out, and what it declares about itself."""
+"""What a credit method is: finished episodes in, one reward per token out, and what it declares about itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PolicyAttention = Callable[[Outcome], torch.Tensor]
 
 
 class MissingResource(ValueError):
-    """A credit method needs something that nobody attached; the message says what and how."""
+    """A credit method needs something that is not attached; the message says what, and how to attach it."""
 
 
 class Resources(NamedTuple):

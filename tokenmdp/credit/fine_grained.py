@@ -24,7 +24,7 @@ CONTEXTS = ("prefix", "segment")
 
 @runtime_checkable
 class ReadsTokens(Protocol):
-    """What tells a `RewardModel` from another object here; its class belongs to a later layer."""
+    """Distinguishes a `RewardModel` from other objects here; its class belongs to a later layer."""
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer whose ids name other tokens."""
@@ -35,8 +35,8 @@ class ReadsTokens(Protocol):
 class FineReward:
     """One reward model of `FineGrainedCredit`: it gives ``R(segment j)`` to the token that ends segment j.
 
-    With ``context="prefix"``, ``R(j) = s(prompt + y up to the end of j) - s(prompt + y before j)``; from the first
-    segment nothing is taken off, so its R holds the score of the prompt too. This is the default, because the model
+    With ``context="prefix"``, ``R(j) = s(prompt + y up to the end of j) - s(prompt + y before j)``; nothing is
+    subtracted for the first segment, so its R includes the score of the prompt. This is the default, because the model
     reads whole texts as it was trained to, a negation before the segment counts, and the R of a response sum to the
     model's score of it. With ``context="segment"``, ``R(j) = s(prompt + segment j)``, for models that were trained to
     judge single sentences.

@@ -76,7 +76,7 @@ def exact_evaluations(blocks: torch.Tensor) -> int:
 def sampled_evaluations(players: int, pairs: int = 1) -> int:
     """How many coalitions that many pairs of permutations meet at most.
 
-    Nobody and everybody are common to all; each permutation has ``players - 1`` coalitions between them.
+    The empty and the full coalition are common to all; each permutation has ``players - 1`` coalitions between them.
     """
     return 2 + 2 * pairs * (players - 1)
 
@@ -123,7 +123,7 @@ def sampled_plan(blocks: torch.Tensor, budget: int, generator: torch.Generator) 
     are evaluated once, so fewer than ``budget`` may be spent.
 
     Raises:
-        ValueError: the budget does not reach for one pair.
+        ValueError: the budget is too small for one pair.
     """
     players = len(blocks)
     needed = sampled_evaluations(players)
@@ -147,7 +147,7 @@ def make_plan(blocks: torch.Tensor, budget: int, generator: torch.Generator) -> 
     True
 
     Raises:
-        ValueError: the budget is too small for either; with the least that would do.
+        ValueError: the budget is too small for either; the message gives the smallest that suffices.
     """
     exact, sampled = exact_evaluations(blocks), sampled_evaluations(len(blocks))
     if budget < min(exact, sampled):

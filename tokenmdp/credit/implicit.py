@@ -18,7 +18,7 @@ PROCESSING = ("vocab_size", "eos_token_id", "min_new_tokens", "temperature", "to
 
 @runtime_checkable
 class TokenScorer(Protocol):
-    """What of a `CausalLMPolicy` is used: its log-probabilities, and what shapes them."""
+    """The part of a `CausalLMPolicy` that is used: its log-probabilities, and what shapes them."""
 
     vocab_size: int
     eos_token_id: int
@@ -31,7 +31,7 @@ class TokenScorer(Protocol):
         ...
 
     def parameters(self) -> Iterator[torch.Tensor]:
-        """The weights, which tell the device."""
+        """The weights, which show the device."""
         ...
 
 
@@ -93,7 +93,7 @@ class ImplicitRewardCredit:
         """Token rewards (N, H) of any sign, and the report.
 
         Raises:
-            MissingResource: a policy is given by name and nobody loads it.
+            MissingResource: a policy is given by name and there is no loader for it.
             ValueError: the two policies process their logits differently, or with top-k.
         """
         tuned, reference = (self._policy(policy, resources) for policy in (self.tuned, self.reference))

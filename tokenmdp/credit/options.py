@@ -1,4 +1,4 @@
-"""What credit methods ask of their options, so that a wrong one is refused where it is given."""
+"""Checks of the options of credit methods, so that a wrong value is refused where it is given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def check_whole(name: str, value: object, least: int | None = None, choices: Sequence[str] = ()) -> None:
-    """Refuse what is neither a whole number of at least ``least`` nor one of ``choices``; True is no number.
+    """Refuse what is neither a whole number of at least ``least`` nor one of ``choices``; True is not a number.
 
     >>> check_whole("steps", 32, 1)
     >>> check_whole("heads", "mean", 0, ("mean", "max"))
@@ -26,7 +26,7 @@ def check_whole(name: str, value: object, least: int | None = None, choices: Seq
 
 
 def check_number(name: str, value: object) -> None:
-    """Refuse what is no real number, before it is compared with its range.
+    """Refuse what is not a real number, before it is compared with its range.
 
     >>> check_number("clip", 1)
 

@@ -147,7 +147,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 class _Explained(torch.autograd.Function):
-    """A function whose gradient is what ``rule`` makes of it; the points are visited in the backward, not kept."""
+    """A function whose gradient is what ``rule`` makes of it; the points are computed in the backward, not kept."""
 
     @staticmethod
     def forward(ctx: Any, function: Function, rule: Any, references: list[torch.Tensor], *values: Any) -> torch.Tensor:

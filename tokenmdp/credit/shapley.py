@@ -1,4 +1,4 @@
-"""Credit by cooperative game: what each token, word, clause or sentence is worth to the score, in every company."""
+"""Credit by cooperative game: what each token, word, clause or sentence is worth to the score, over all coalitions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ShapleyCredit:
 
     Args:
         credit_beta: 0 is sparse, 1 is dense only.
-        budget: the most texts that the reward model reads an episode; n units need min(2**n, 2 * n).
+        budget: the most texts that the reward model reads per episode; n units need min(2**n, 2 * n).
         units: "tokens", "words", "clauses" or "sentences"; see `tokenmdp.credit.spans`.
         seed: of the sampled permutations.
         rows_per_forward: texts that the reward model reads at a time.
@@ -116,7 +116,7 @@ class OwenCredit(ShapleyCredit):
 
     Args:
         credit_beta: 0 is sparse, 1 is dense only.
-        budget: the most texts that the reward model reads an episode.
+        budget: the most texts that the reward model reads per episode.
         units: smaller than the blocks.
         seed: of the sampled permutations.
         rows_per_forward: texts that the reward model reads at a time.

@@ -117,7 +117,7 @@ def _words(pieces: Sequence[str], special: Sequence[bool], units: str) -> list[i
     """The number of each token's word."""
     clause_ends, _ = _ends(_readable(pieces, special), "clauses")
     starts = [False] * len(pieces)
-    due, waiting = False, None  # a word begins here; the first of the tokens that show nothing before it
+    due, waiting = False, None  # a word begins here; the first of the empty tokens before it
     for index, piece in enumerate(pieces):
         first = index if waiting is None else waiting
         if special[index]:

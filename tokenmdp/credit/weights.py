@@ -1,4 +1,4 @@
-"""From one score at the end to one reward a token: the formulas that the credit methods share.
+"""From one score at the end to one reward per token: the formulas that the credit methods share.
 
 Weights are non-negative, zero outside the response and sum to one, so ``redistribute`` conserves the score. An
 attribution has signs and its own sum; `settle` turns it into token rewards that conserve the score. Every function
@@ -13,7 +13,7 @@ import torch
 from tokenmdp.credit.options import check_number
 
 ATTENTION_FLOOR = 1e-3  # below this response mass, dividing by it amplifies noise
-NEARLY_UNIFORM = 0.95  # of the largest entropy; rows of small untrained-for-it classifiers lie there
+NEARLY_UNIFORM = 0.95  # share of the maximum entropy; rows of small classifiers not trained for it lie there
 
 
 def redistribute(score: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

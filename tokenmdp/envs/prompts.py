@@ -1,4 +1,4 @@
-"""Where prompts come from: the bundle, a list, a file, or a data set of texts.
+"""Prompt sources: the bundle, a list, a file, or a data set of texts.
 
 Given prompts (a list, a file, the bundle) are used whole. Data-set sources hold texts such as reviews: a prompt is the
 first k tokens of one of them, k uniform in ``prompt_tokens``, as in Chan et al. (ICML 2024), section 5.1.
@@ -57,7 +57,7 @@ class Encoder:
             ValueError: the prompt is empty, or longer than its slots and ``truncate`` is None.
             TypeError: the prompt is neither a text nor a sequence of ids.
         """
-        # Not verbose: transformers would first warn of a text beyond the model's positions, which is refused below.
+        # Not verbose: transformers would first warn about a text beyond the model's positions, which is refused below.
         ids = (
             self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
             if isinstance(prompt, str)
@@ -122,13 +122,14 @@ def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: 
     """The source behind ``source``: a list, a file, the bundled alias, or a data set ``name[:split]``.
 
     Args:
-        source: texts (or lists of token ids); a ``.txt`` (one prompt a line), ``.json`` or ``.jsonl`` file; a directory
-            with ``{split}-*.parquet`` files; or the name of a data set on the hub. Data sets need a ``text`` column.
+        source: texts (or lists of token ids); a ``.txt`` (one prompt per line), ``.json`` or ``.jsonl`` file; a
+            directory with ``{split}-*.parquet`` files; or the name of a data set on the hub. Data sets need a ``text``
+            column.
         encoder: turns prompts into ids and checks that they fit.
         prompt_tokens: how many tokens of a data-set text make a prompt (least, most).
 
     Raises:
-        PromptsNotFound: nothing of that name.
+        PromptsNotFound: nothing has that name.
         ValueError: an empty source, or a prompt that does not fit.
     """
     if not isinstance(source, str):
@@ -163,7 +164,7 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     >>> unknown_words(load_tokenizer("toy"), "the submarine was great")
     ['submarine']
     """
-    if tokenizer.unk_token_id is None or not tokenizer.is_fast:  # slow tokenizers do not say where a token lies
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:  # slow tokenizers do not give character offsets
         return []
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)

@@ -22,7 +22,7 @@ WIDTH = 0.96 / COLUMNS  # of one character, as a share of the image
 def ansi_line(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int], credits: Sequence[float] | None
 ) -> str:
-    """One line of terminal text; with ``credits``, one a response token, each token carries its colour."""
+    """One line of terminal text; with ``credits``, one per response token, each token carries its colour."""
     prompt, pieces = token_pieces(tokenizer, ids, prompt_ids)
     if credits is None:
         return printable(prompt) + SEPARATOR + "".join(printable(piece) for piece in pieces)

@@ -30,7 +30,7 @@ class TokenEpisodes:
         reward_needs: what to ask of the reward model beyond the score; credit wrappers add to it.
         token_rewards_read: set by agents and adapters that learn from ``info["token_rewards"]``.
         policy_attention: what credit methods that follow the live policy's attention read; agents attach it, see
-            `tokenmdp.credit.Resources`. None: nobody did.
+            `tokenmdp.credit.Resources`. None: none is attached.
         token_credit: (N, H) the credit that `render` shows, NaN where it is unknown; credit wrappers fill it.
         credit_follows: a credit wrapper will show the last line in "human" mode.
     """
@@ -91,7 +91,7 @@ class TokenEpisodes:
         return self._state.horizon.copy()
 
     def _begin(self, rows: Sequence[int], rngs: Sequence[np.random.Generator], starts: Sequence[Start]) -> None:
-        """Start new episodes in ``rows``; what a start leaves open is drawn. Each row uses its own generator only."""
+        """Start new episodes in ``rows``; what a start leaves out is drawn. Each row uses its own generator only."""
         task = self.task
         prompts, horizons = [], []
         for rng, start in zip(rngs, starts, strict=True):
@@ -102,7 +102,7 @@ class TokenEpisodes:
         self.token_credit[rows] = np.nan
 
     def _append(self, tokens: np.ndarray) -> np.ndarray:
-        """Check and append one token a running row; returns which rows ended, (N,) bool."""
+        """Check and append one token per running row; returns which rows ended, (N,) bool."""
         state, task = self._state, self.task
         for row in np.flatnonzero(state.running & ((tokens < 0) | (tokens >= task.vocab_size))):
             raise InvalidAction(
@@ -156,7 +156,7 @@ class TokenEpisodes:
 
 
 class TextGenEnv(TokenEpisodes, gym.Env):
-    """One text, one token a step.
+    """One text, one token per step.
 
     State: the prompt and the tokens so far. Action: the next token's id, any id in ``[0, V)``. The transition appends
     it. The end-of-text token or the horizon ends the episode: ``terminated``, never ``truncated``. The reward is 0.0

@@ -1,4 +1,4 @@
-"""Where an episode begins: what ``reset(options=...)`` asks for, checked before anything of the old episode is lost."""
+"""The start of an episode from ``reset(options=...)``, checked before the old episode is discarded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmdp.envs.task import TextGenTask
 
 
 class Start(NamedTuple):
-    """One episode's beginning."""
+    """The prompt, response prefix and horizon with which one episode starts."""
 
     prompt: list[int] | None  # None: drawn
     response_prefix: list[int]  # response tokens that are in place already

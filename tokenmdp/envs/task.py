@@ -1,4 +1,4 @@
-"""What one text-generation task is made of: built and checked once, shared by the single and the vector form."""
+"""The parts of one text-generation task: built and checked once, shared by the single and the vector form."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class TextGenTask:
     reward_options: dict[str, Any]
     align: Align | None
     reward_template: str
-    arguments: dict[str, Any]  # of make_task, to rebuild the task from
+    arguments: dict[str, Any]  # arguments of make_task, to rebuild the task from
     policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
 
     @cached_property
     def reward_model(self) -> RewardModel:
-        """The reward model; a named one is loaded at the first use, once a process.
+        """The reward model; a named one is loaded at the first use, once per process.
 
         Raises:
             VocabularyMismatch: it reads other tokens than the environment writes, and ``align`` is None.
@@ -76,7 +76,7 @@ class TextGenTask:
             )
 
     def load_policy(self, name: str) -> CausalLMPolicy:
-        """The policy of this name for this task; loaded once a process and task, frozen, where the reward model is."""
+        """The policy of this name for the task; loaded once per process and task, frozen, where the reward model is."""
         from tokenmdp.models.policy import (
             CausalLMPolicy,  # the only use of a policy here: making an env must not need one
         )
@@ -90,7 +90,7 @@ class TextGenTask:
         return self.policies[key]
 
     def load_reward_model(self, name: str) -> RewardModel:
-        """A further reward model of this task's texts; loaded once a process, where and as the task's own.
+        """A further reward model for this task; loaded once per process, with the device and dtype of the task's.
 
         The task's ``score`` says which number of the task's own model to take, so it counts for that name only.
         """
@@ -226,7 +226,7 @@ def make_task(
         arguments=arguments,
     )
     if isinstance(source, RewardModel) or names_word_list(source):
-        _ = task.reward_model  # built already or instant, so its checks belong to construction
+        _ = task.reward_model  # already built, or instant to load, so it is checked at construction
     else:
         _check_classifier(source, score, None if align else (max_prompt_tokens, max_new_tokens))
     return task

@@ -1,7 +1,7 @@
 """The token MDP as pure functions on numpy arrays: state + token -> state.
 
 Both environments keep one ``TokenState`` (a single environment has one row) and call these functions; nothing here
-knows Gymnasium, prompts or rewards. The slots are laid out as in `tokenmdp.types`.
+depends on Gymnasium, prompts or rewards. The slots are laid out as in `tokenmdp.types`.
 """
 
 from __future__ import annotations

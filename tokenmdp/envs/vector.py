@@ -39,7 +39,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         num_envs: N.
         autoreset_mode: "NextStep", "SameStep", "Disabled" or Gymnasium's enum.
         score_when: "ended" or "all_done".
-        render_mode: as for the single environment; `render` returns one frame a row.
+        render_mode: as for the single environment; `render` returns one frame per row.
         task: share the task (tokenizer, reward model, prompts) of another environment, instead of ``**arguments``.
         **arguments: of `tokenmdp.envs.task.make_task`.
 
@@ -90,9 +90,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         """Start an episode in every row.
 
         Args:
-            seed: row i uses ``seed + i``; or one seed (or None) a row.
+            seed: row i uses ``seed + i``; or one seed (or None) per row.
             options: ``"prompt"``, ``"response_prefix"`` and ``"horizon"`` as for the single environment, each a list
-                with one entry a row (None as if it were not given) or one text or number for all rows;
+                with one entry per row (None: as if it were not given) or one text or number for all rows;
                 ``"reset_mask"``: (N,) bool, reset only these rows. An error leaves every row as it is.
         """
         options = options or {}
@@ -152,7 +152,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         return self._legal()
 
     def render(self) -> tuple[Any, ...] | None:
-        """One frame a row, as the single environment's `render`; "human" prints the rows and returns None."""
+        """One frame per row, as the single environment's `render`; "human" prints the rows and returns None."""
         if self.render_mode is None:
             gym.logger.warn("render() without a render mode shows nothing; make the envs with render_mode='ansi'")
             return None
@@ -164,13 +164,13 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """One generator a row, as in Gymnasium's SyncVectorEnv."""
+        """One generator per row, as in Gymnasium's SyncVectorEnv."""
         self._seed_rows(range(self.num_envs))
         return tuple(rng for rng in self._rngs if rng is not None)
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """One seed a row."""
+        """One seed per row."""
         self._seed_rows(range(self.num_envs))
         return tuple(self._seeds)
 
@@ -179,7 +179,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         return [dict(rng.bit_generator.state) for rng in self.np_random]
 
     def set_rng_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on with the random numbers that `get_rng_state` saw; the next unseeded reset draws from them."""
+        """Continue with the random numbers that `get_rng_state` recorded; the next unseeded reset draws from them."""
         if len(states) != self.num_envs:
             raise ValueError(
                 f"{len(states)} random-number states for {self.num_envs} rows; make num_envs={len(states)}"

@@ -1,4 +1,4 @@
-"""What a policy is worth: any agent on any environment, a run's policies, their texts, and where credit lands."""
+"""Evaluation: any agent on any environment, a run's policies, their texts, and where credit lands."""
 
 from tokenmdp.evaluation.any_agent import Acts, DrawsActions, EvaluationResult, HoldsPolicy, Predicts, evaluate
 

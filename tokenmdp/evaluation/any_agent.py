@@ -1,4 +1,4 @@
-"""Play episodes with any agent and say how they scored.
+"""Play episodes with any agent and report their scores.
 
 An agent is whatever turns observations into actions. `evaluate` takes, alike:
 
@@ -8,8 +8,8 @@ An agent is whatever turns observations into actions. `evaluate` takes, alike:
     CausalLMPolicy                                       a language model, or an agent whose `policy` is one
 
 ``obs`` is what the environment returned and the actions are what its `step` takes: one row and one token id in a single
-environment, N rows and N ids in a vector environment. A function or method that has a parameter ``action_masks`` is
-given the environment's: (V,) or (N, V) bool.
+environment, N rows and N ids in a vector environment. Agents that accept ``action_masks`` receive the environment's
+masks: (V,) or (N, V) bool.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DrawsActions(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What some episodes scored; index i of both arrays is episode i, on the same prompt for any agent."""
+    """Scores and lengths of some episodes; index i of both arrays is episode i, on the same prompt for any agent."""
 
     scores: np.ndarray  # (episodes,) float64
     lengths: np.ndarray  # (episodes,) int64, response tokens
@@ -101,10 +101,11 @@ def evaluate(
             Gymnasium's SyncVectorEnv or AsyncVectorEnv of single ones.
         agent: see the top of this module.
         episodes: how many.
-        seed: of the environment, and meanwhile of the random numbers of PyTorch, of NumPy's global generator and of
-            the agent's ``action_space``, from which models of Stable-Baselines3 draw; those of the caller are put back.
-            An agent with a generator of its own is not seeded.
-        deterministic: take the most likely token, for language models and Stable-Baselines3. Others decide themselves.
+        seed: of the environment and, for the duration of the call, of PyTorch's random numbers, NumPy's global
+            generator and the agent's ``action_space``, from which models of Stable-Baselines3 draw; the caller's are
+            restored. An agent with a generator of its own is not seeded.
+        deterministic: take the most likely token, for language models and Stable-Baselines3. Other agents decide for
+            themselves.
 
     Raises:
         TypeError: ``envs`` or the agent is none of these.
@@ -133,7 +134,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _seeded(agent: Any, seed: int) -> Iterator[None]:
-    """Seed what agents draw from, for a while."""
+    """Seed the random numbers that agents draw from, for the length of the block."""
     numpy_state = np.random.get_state()  # noqa: NPY002  # Stable-Baselines3 draws from the global generator
     generator = agent.action_space.np_random.bit_generator if isinstance(agent, DrawsActions) else None
     space_state: Any = None if generator is None else generator.state
@@ -151,7 +152,7 @@ def _seeded(agent: Any, seed: int) -> Iterator[None]:
 
 
 class _Played(NamedTuple):
-    place: tuple[int, int]  # the how-manieth episode of its row, the row
+    place: tuple[int, int]  # the episode's index within its row, the row
     score: float
     n_tokens: int
 
@@ -231,7 +232,7 @@ def _action_masks(envs: Any) -> np.ndarray:
 
 
 class _Model:
-    """A model with `predict`, given what its signature asks for."""
+    """A model with `predict`, called with the arguments that its signature accepts."""
 
     def __init__(self, model: Any, envs: Any, deterministic: bool) -> None:
         self._takes = set(inspect.signature(model.predict).parameters)

@@ -63,7 +63,7 @@ def played(
 ) -> Iterator[Rollout]:
     """Rollouts of ``samples`` episodes together, the last one cut; prompts and sampling noise depend on ``seed`` only.
 
-    ``envs`` resets no row by itself and wears a credit wrapper.
+    ``envs`` has no autoreset and is under a credit wrapper.
     """
     generator = torch.Generator(policy.lm.device).manual_seed(EVALUATION_SEED + seed)
     for start in range(0, samples, envs.num_envs):
@@ -94,7 +94,7 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
     """Mean and 95% interval of each quantity before and after, and of the change prompt by prompt."""
     quantities: dict[
         str, tuple[Sequence[float], Sequence[float]]
-    ] = {  # KL: to the reference, nats a sequence; tokens: of the response
+    ] = {  # KL: to the reference, nats per sequence; tokens: of the response
         "score": (before.scores, after.scores),
         "KL": (before.kls, after.kls),
         "tokens": (before.lengths, after.lengths),

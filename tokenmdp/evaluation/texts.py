@@ -1,4 +1,4 @@
-"""What an evaluation of a study measures on texts: scores of two reward models, KL, diversity, perplexity."""
+"""Measurements on texts for a study's evaluation: scores of two reward models, KL, diversity, perplexity."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def self_bleu(texts: Sequence[Tokens]) -> float:
 
 
 def perplexity(ref_logprobs: Sequence[float], lengths: Sequence[float]) -> float:
-    """``exp(-sum(ref_logprobs) / sum(lengths))``: how odd the reference finds the texts.
+    """``exp(-sum(ref_logprobs) / sum(lengths))``: how unlikely the texts are under the reference.
 
-    One sum of log-probabilities (nats) and one number of tokens a text. Where the sampler masked end-of-text or cut to
-    top-k, the reference is under the same restriction.
+    One sum of log-probabilities (nats) and one number of tokens per text. Where the sampler masked end-of-text or cut
+    to top-k, the reference is under the same restriction.
 
     >>> perplexity([math.log(0.5) + math.log(0.25), math.log(0.125)], [2, 1])
     4.0
@@ -103,9 +103,9 @@ def evaluate_cell(
         seed: Of prompts and sampling.
 
     Returns:
-        Means over episodes: score, gold, kl (nats a sequence), response_length, ended_by_eos; over all texts together:
-        perplexity, distinct_1 to distinct_3, and self_bleu of the first `SELF_BLEU_TEXTS`. Texts are response tokens,
-        end-of-text included. And the first `KEPT_SAMPLES` episodes, with ``gold`` among their facts.
+        Means over episodes: score, gold, kl (nats per sequence), response_length, ended_by_eos; over all texts
+        together: perplexity, distinct_1 to distinct_3, and self_bleu of the first `SELF_BLEU_TEXTS`. Texts are response
+        tokens, end-of-text included. And the first `KEPT_SAMPLES` episodes, with ``gold`` among their facts.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: sacrebleu is missing.

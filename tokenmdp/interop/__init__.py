@@ -1,1 +1,1 @@
-"""Adapters that let other libraries learn from the token rewards; each sub-module imports its library, this none."""
+"""Adapters that let other libraries learn from the token rewards; each sub-module imports its own library."""

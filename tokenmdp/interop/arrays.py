@@ -26,7 +26,7 @@ __all__ = ["mark_token_rewards_read", "relabel"]
 def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | None = None) -> None:
     """``rewards[t-k+1 : t+1, i] = token_rewards[i, n-k : n]`` for each row i whose n-token episode ended in step t.
 
-    ``k = min(n, t + 1)``: an episode that began before this rollout has only its last k tokens here. Call it once a
+    ``k = min(n, t + 1)``: an episode that began before this rollout has only its last k tokens here. Call it once per
     step, in order, after ``rewards[t]`` was filled.
 
     Some rows of a rollout have no token reward, and ``known`` tells them apart: it ends up True exactly where a token
@@ -35,7 +35,7 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
     "Disabled" waits. Leave those rows out of the minibatches. GAE may run over them: all of them lie behind a terminal
     step or at the end of the rollout, so nothing of theirs flows into a known row.
 
-    Start no episode with a ``response_prefix``: it has more tokens than steps, and how many more the infos do not tell.
+    Start no episode with a ``response_prefix``: it has more tokens than steps, and the infos do not say how many more.
     ``known`` shows when its tokens would reach into the rows of the episode before, which is refused.
 
     Args:

@@ -1,4 +1,4 @@
-"""What pytest does not look into for doctests where an optional library is missing, in an installed package too."""
+"""Files that pytest skips for doctests where an optional library is missing, also in an installed package."""
 
 from importlib.util import find_spec
 

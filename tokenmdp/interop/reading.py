@@ -1,4 +1,4 @@
-"""What every adapter does first: see that token rewards will come, and say that somebody learns from them."""
+"""What every adapter does first: check that token rewards will arrive, and declare that something learns from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIME_LIMIT = (
 
 @singledispatch
 def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> None:
-    """Say that a learner reads ``info["token_rewards"]`` of ``env``, so that no wrapper warns of unread ones.
+    """Declare that a learner reads ``info["token_rewards"]`` of ``env``, so that no wrapper warns about unread ones.
 
     Takes a TextGen environment, single or vector, under a credit wrapper; or many single ones, in Gymnasium's
     SyncVectorEnv or AsyncVectorEnv or, with `tokenmdp.interop.sb3` imported, in a VecEnv of Stable-Baselines3. The
@@ -30,7 +30,7 @@ def mark_token_rewards_read(env: gym.Env | gym.vector.VectorEnv | VecEnv) -> Non
 
     Raises:
         gymnasium.error.Error: no credit wrapper, a TimeLimit, or scores that come later than the end of their row.
-        TypeError: it is no TextGen environment.
+        TypeError: it is not a TextGen environment.
     """
     base: Any = env.unwrapped
     if isinstance(base, gym.vector.SyncVectorEnv):

@@ -51,8 +51,8 @@ def make_env(
             left out). ``ParallelEnv(4, functools.partial(make_env, ID, SparseReward))`` runs four in processes; use the
             ``tokenmdp:`` form of the id there.
         credit: a wrapper class of `tokenmdp.wrappers`, or of `tokenmdp.wrappers.vector` with ``num_envs``.
-        num_envs: rows of the native vector environment; None makes a single one.
-        **arguments: of ``gym.make`` or ``gym.make_vec``. Without ``num_envs`` and with a function: none.
+        num_envs: rows of the native vector environment; default: a single one.
+        **arguments: of ``gym.make`` or ``gym.make_vec``. None may be given with a function but no ``num_envs``.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: torchrl is missing or too old.
@@ -165,8 +165,8 @@ def relabel(batch: TensorDictBase) -> TensorDictBase:
 def actor_critic(policy: CausalLMPolicy) -> tuple[ProbabilisticActor, TensorDictModule]:
     """The policy as TorchRL's losses want it: an actor (writes ``action``) and a critic (writes ``state_value``).
 
-    Both train ``policy`` in place and share its transformer. While no gradient is asked for (a collector), the actor
-    keeps a key-value cache and reads one token a step. HF models do not run under vmap, so give `GAE`
+    Both train ``policy`` in place and share its transformer. Without gradients (in a collector), the actor
+    keeps a key-value cache and reads one token per step. HF models do not run under vmap, so give `GAE`
     ``deactivate_vmap=True``.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The language model: loading, tokens, scoring and decoding, adapters, the attention rows it gives away."""
+"""The language model: loading, tokens, scoring and decoding, adapters, and its attention rows."""

@@ -2,7 +2,7 @@
 
 transformers gives attention weights only in its eager implementation, which holds (N, heads, T, T). Here a model runs
 an implementation of our own: sdpa, which inside `capture_rows` also computes the rows that were asked for, each one
-softmax over T numbers a head. After the forward the latest are the last layer's.
+softmax over T numbers per head. After the forward the latest are the last layer's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class RowCapture:
     """The rows of the latest attention call, or of every call; see `capture_rows`.
 
     They are computed as the call is made. Keeping its keys for later would keep more: in GPT-2 they are a view of one
-    tensor with queries and values, (N, T, 3 heads D), which would stay while the layer's widest activations are there.
+    tensor with queries and values, (N, T, 3 heads D), which would stay in memory while the layer's widest activations
+    are there.
     """
 
     def __init__(self, index: torch.Tensor, every_layer: bool) -> None:

@@ -62,7 +62,7 @@ class RoomyLayer(DynamicLayer):
 class _Room:
     """A buffer of columns of which the first ``filled`` are written; copies of a layer share it.
 
-    Whoever appends moves ``filled`` on, so another owner, whose columns end before it, will find that out and copy.
+    Appending advances ``filled``, so another owner, whose columns end before it, detects that and copies.
     """
 
     def __init__(self, written: torch.Tensor, added: int) -> None:

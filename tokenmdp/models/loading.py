@@ -37,13 +37,13 @@ ALIASES: dict[str, dict[Kind, Path]] = {
     },
     "imdb-plain": {"reward_model": ASSETS / "reward_model_plain"},  # before its attention row was trained
     "imdb-uniform": {"reward_model": ASSETS / "reward_model_uniform"},  # the same scores, a row that says nothing
-    "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, no policy's teacher
+    "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, never used to train a policy
 }
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
 PATH_STARTS = ("/", "./", "../", "~")
 HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
-_THREADS_AT_IMPORT = torch.get_num_threads()  # another number later: somebody has called torch.set_num_threads
+_THREADS_AT_IMPORT = torch.get_num_threads()  # if the number differs later, torch.set_num_threads has been called
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of an alias ("imdb-tiny", "toy"), a directory or a hub repository; one object a process.
+    """The tokenizer of an alias ("imdb-tiny", "toy"), a directory or a hub repository; one object per process.
 
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
@@ -169,7 +169,7 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
 
 
 def use_one_thread_in_workers() -> None:
-    """In a daemonic child process, give PyTorch one thread, unless somebody has chosen a number.
+    """In a daemonic child process, give PyTorch one thread, unless a number was chosen.
 
     Gymnasium's AsyncVectorEnv and Stable-Baselines3's SubprocVecEnv start such a process for every environment. With
     PyTorch's default, a thread for each core, 64 workers would run 64 times as many threads as there are cores. A

@@ -171,7 +171,7 @@ class CausalLMPolicy(nn.Module):
     def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
         """What learns, as two groups of an optimizer: the language model (or its adapters), then the value head.
 
-        The head is new and the language model is not: at the rate that keeps a pretrained model whole, a head that
+        The head is new and the language model is not: at the rate that keeps a pretrained model intact, a head that
         starts at zero explains next to nothing of the returns for many updates.
 
         Args:
@@ -195,7 +195,7 @@ class CausalLMPolicy(nn.Module):
         return super().train(False)
 
     def autocast(self) -> torch.autocast:
-        """The precision of the forwards. Entered around a whole loop it casts each weight once, not once a forward."""
+        """The precision of the forwards. Entered around a whole loop, it casts each weight only once."""
         return torch.autocast(self.lm.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     @contextlib.contextmanager
@@ -239,7 +239,7 @@ class CausalLMPolicy(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose response token ``state.step``: (token int64, logprob float32, value float32), each (N,).
 
-        Token c is drawn where ``CDF[c-1] <= uniform < CDF[c]``: one random number a row, so what a row draws does not
+        Token c is drawn where ``CDF[c-1] <= uniform < CDF[c]``: one random number per row, so what a row draws does not
         depend on which other rows are there.
 
         Args:
@@ -280,7 +280,7 @@ class CausalLMPolicy(nn.Module):
         mask = attention_mask.long()
         again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
         with self.autocast(), again:
-            # The last token predicts nothing, so nobody reads it.
+            # The last token predicts nothing, so it is not read.
             hidden = self._backbone(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
             hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t
             raw_logits = self.lm.get_output_embeddings()(hidden)  # only at response rows: V is the wide axis

@@ -18,7 +18,7 @@ from tokenmdp.types import Outcome
 
 
 class SampledAttention:
-    """The rows of N episodes in progress, one a decoding step; `tokenmdp.rollouts.collect` attaches it.
+    """The rows of N episodes in progress, one per decoding step; `tokenmdp.rollouts.collect` attaches it.
 
     Args:
         policy: the one that samples; its attention is switched to an implementation that can keep rows.

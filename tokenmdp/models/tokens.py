@@ -16,7 +16,7 @@ TOY_WORDS = [
 
 
 class VocabularyMismatch(ValueError):
-    """A model would read other words than the policy wrote."""
+    """A model would read different words than the policy wrote."""
 
 
 def token_pieces(

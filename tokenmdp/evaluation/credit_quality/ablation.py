@@ -16,7 +16,7 @@ CURVE_STEPS = 8
 
 
 class AblatedScores:
-    """``scores(keep)[n, k]``: the score of text n with only the response tokens ``keep[n, k]``; each asked once.
+    """``scores(keep)[n, k]``: the score of text n with only the response tokens ``keep[n, k]``; each computed once.
 
     The others are left out, as if they had never been there; the prompt stays. With no token kept it is the score of
     the prompt alone.

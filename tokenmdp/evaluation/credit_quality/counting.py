@@ -20,7 +20,7 @@ from tokenmdp.types import Credit, Episode, Outcome, RewardOutput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BACKWARD = 2  # forwards that a backward pass counts as: it does about twice a forward's arithmetic
+BACKWARD = 2  # a backward pass counts as this many forwards: it does about twice a forward's arithmetic
 
 
 class CountingRewardModel(RewardModel):
@@ -39,7 +39,7 @@ class CountingRewardModel(RewardModel):
         self.forwards = 0
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
-        """What ``model`` says."""
+        """The output of ``model``."""
         self.forwards += len(episodes.input_ids)
         return self.model.evaluate(episodes, needs)
 
@@ -58,7 +58,7 @@ class CountingRewardModel(RewardModel):
         return texts._replace(score=score)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Ask ``model``."""
+        """Call ``model``."""
         self.model.check_tokenizer(tokenizer)
 
     def _count_backward(self, rows: int) -> None:
@@ -110,7 +110,7 @@ class PolicyCounter:
 
 
 class Lent(NamedTuple):
-    """The policies that credit methods may read; None: there is none here, and methods that need it say so."""
+    """The policies that credit methods may read; None: not available, and methods that need it say so."""
 
     policy: CausalLMPolicy | None = None  # whose attention counts as the live policy's
     load_policy: Callable[[str], CausalLMPolicy] | None = None
@@ -121,11 +121,11 @@ NOTHING_LENT = Lent()
 
 
 class Counted(NamedTuple):
-    """What one method said about N episodes, and what it cost in all."""
+    """One method's credit for N episodes, and its total cost."""
 
     credit: Credit
     score: torch.Tensor  # (N,)
-    reward_forwards: int  # the forward that scores included
+    reward_forwards: int  # including the forward that scores
     policy_forwards: int
 
 
@@ -142,7 +142,8 @@ def run_counted(
         lent: the policies; the attention is computed by one more forward of it.
 
     Raises:
-        ValueError: the method needs what is not here (`MissingResource`, or the reward model does not provide it).
+        ValueError: the method needs something that is missing (`MissingResource`, or the reward model does not provide
+            it).
     """
     models, policies = [CountingRewardModel(model)], PolicyCounter()
 

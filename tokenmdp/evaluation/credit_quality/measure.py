@@ -38,9 +38,9 @@ class MethodQuality:
     name: str
     needs: list[str]
     unavailable: str | None = None  # the reason
-    stopped: str | None = None  # why it covers fewer texts than there are, if it does
+    stopped: str | None = None  # if it covers fewer texts than there are: the reason
     texts: int = 0
-    reward_forwards: float = 0.0  # a text, the forward that scores included
+    reward_forwards: float = 0.0  # per text, including the forward that scores
     policy_forwards: float = 0.0  # a text
     metrics: dict[str, Estimate] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class WorldQuality:
 
 
 class _Tally:
-    """What one method has given so far."""
+    """One method's results so far."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
@@ -108,14 +108,14 @@ def measure(
     The credit is taken as the method delivers it, with what it adds to the last token so that the sum is the score.
     Costs are counted, not estimated, see `run_counted`; the forwards that measure are not among them. A method
     stops after the batch of texts in which it has spent ``max_forwards``, so an expensive one is measured on the first
-    texts only, and so does one that refuses a text; `MethodQuality.stopped` says why. A method that needs what is not
-    here is reported with its reason.
+    texts only; it also stops at a text that it refuses; `MethodQuality.stopped` says why. A method that needs something
+    that is missing is reported with the reason.
 
     Args:
         world: texts, reward model and reference.
         methods: name -> method.
         lent: the policies that methods may read.
-        max_forwards: of the reward model, a method.
+        max_forwards: of the reward model, per method.
         seed: of the resampling, the random control and the order of equal credit.
         progress: called with the number of texts done.
     """
@@ -185,7 +185,7 @@ class _RowStatistics:
             return
         mask = episodes.response_mask
         row = model(episodes, needs=frozenset({"attention"})).attention
-        assert row is not None  # the model says that it provides it
+        assert row is not None  # the model declares that it provides it
         alpha, mass, fell_back = attention_weights(row, mask)
         correlation = rank_correlation(alpha, importance.abs(), mask)
         self.columns.append(torch.stack([correlation, row_entropy(alpha, mask), mass, fell_back.double()], dim=-1))

@@ -1,4 +1,4 @@
-"""How well credit agrees with a reference, one number a text. Trailing axes: credit, reference and mask are (..., T).
+"""How well credit agrees with a reference, one number per text. Trailing axes: credit, reference and mask are (..., T).
 
 Everything is float64. NaN marks a text on which a number is not defined; means leave it out.
 """

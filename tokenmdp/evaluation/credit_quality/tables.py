@@ -15,7 +15,7 @@ from tokenmdp.evaluation.credit_quality.measure import CONTROLS
 from tokenmdp.report.comparison import refusals
 
 FORMAT = "tokenmdp-credit-quality-1"  # of `record`
-ONE_LINE, ONE_TABLE = 165, 125  # columns of a terminal that hold all with intervals beside or below their means
+ONE_LINE, ONE_TABLE = 165, 125  # terminal columns needed to show everything, with intervals beside or below their means
 HEADINGS = {
     "spearman": "Spearman",
     "spearman_abs": "Spearman, abs.",
@@ -40,7 +40,7 @@ LEGEND = (
 
 
 def cost_of(reward_forwards: float, policy_forwards: float) -> str:
-    """Forwards a text.
+    """Forwards per text.
 
     >>> cost_of(1, 1), cost_of(96.5, 0), cost_of(0, 0)
     ('1 + 1 policy', '96.5', '-')
@@ -50,12 +50,12 @@ def cost_of(reward_forwards: float, policy_forwards: float) -> str:
 
 
 def cost(method: MethodQuality) -> str:
-    """Forwards a text, on average."""
+    """Forwards per text, on average."""
     return cost_of(method.reward_forwards, method.policy_forwards)
 
 
 def label(name: str, options: Mapping[str, Any]) -> str:
-    """The method with the options that were given.
+    """The method's name with the options that were given.
 
     >>> label("shapley", {"budget": 128}), label("red", {})
     ('shapley (budget=128)', 'red')
@@ -64,7 +64,7 @@ def label(name: str, options: Mapping[str, Any]) -> str:
 
 
 def quality_tables(result: WorldQuality, labels: Mapping[str, str], width: int) -> list[Table]:
-    """One world for a terminal of ``width`` columns: one table, or two that share its columns out."""
+    """One world for a terminal of ``width`` columns: one table, or two that divide the columns between them."""
     if width >= ONE_LINE:
         return [_table(result, labels, METRICS, " ", _title(result))]
     if width >= ONE_TABLE:
@@ -148,7 +148,7 @@ def record(results: Sequence[WorldQuality], arguments: Mapping[str, Any]) -> dic
 
 
 def _texts(method: MethodQuality, result: WorldQuality, between: str) -> str:
-    """On how many texts the row's means are."""
+    """The number of texts that the row's means are taken over."""
     every = len(result.world.episodes.input_ids)
     return str(method.texts) if method.texts == every else f"{method.texts}{between}of {every}"
 

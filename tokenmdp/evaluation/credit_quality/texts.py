@@ -25,7 +25,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "") -> T
         ValueError: the text has no tokens.
     """
     joined = text if not prompt or text[:1].isspace() or prompt[-1:].isspace() else f" {text}"
-    # Not verbose: a text beyond the reward model's positions is refused where it is scored.
+    # Not verbose: a text beyond the reward model's positions is refused when it is scored.
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False, verbose=False) if prompt else []
     ids = tokenizer.encode(joined, add_special_tokens=False, verbose=False)
     if not ids:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tokenmdp.credit.weights import NEARLY_UNIFORM
 from tokenmdp.intervals import Estimate
 
-# Of the mean Spearman correlation with |leave-one-out|. Small models trained from scratch have means of .0 to .2 by
-# themselves; a model whose row was trained to follow leave-one-out reaches .57.
+# Of the mean Spearman correlation with |leave-one-out|. Small models trained from scratch have means of .0 to .2
+# without further training; a model whose row was trained to follow leave-one-out reaches .57.
 WEAK, INFORMATIVE = 0.1, 0.3
 LITTLE_MASS = 0.1
 
@@ -17,7 +17,7 @@ LITTLE_MASS = 0.1
 class AttentionVerdict:
     """What the attention rows of N texts looked like, over the response."""
 
-    spearman: Estimate  # of the row with |leave-one-out|, a text
+    spearman: Estimate  # of the row with |leave-one-out|, per text
     entropy: float  # of the renormalised row, as a share of its maximum; mean
     mass: float  # the row's share on the response, before renormalising; mean
     below_floor: float  # share of texts whose mass is too small to use

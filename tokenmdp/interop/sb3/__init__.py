@@ -8,8 +8,8 @@ Off-policy (DQN, QRDQN)::
 
     DQN("MultiInputPolicy", envs, replay_buffer_class=TokenRewardReplayBuffer)
 
-Each environment of a `DummyVecEnv` or `SubprocVecEnv` wears a wrapper of `tokenmdp.wrappers`; the batched environment
-wears one of `tokenmdp.wrappers.vector` and goes into `GymVectorToSB3`.
+Each environment of a `DummyVecEnv` or `SubprocVecEnv` has a wrapper of `tokenmdp.wrappers`; the batched environment has
+one of `tokenmdp.wrappers.vector` and goes into `GymVectorToSB3`.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ CutOff = Literal["complete", "drop"]
 
 
 class TokenRewardCallback(BaseCallback):
-    """Write ``info["token_rewards"]`` over the rewards in the rollout buffer and compute the advantages anew.
+    """Write ``info["token_rewards"]`` over the rewards in the rollout buffer and recompute the advantages.
 
     For PPO, A2C, TRPO, MaskablePPO and RecurrentPPO. An episode's token rewards are known when it ends. The rows of an
     episode that the rollout's end cuts off are dealt with as ``mode`` says:
@@ -180,13 +180,13 @@ class TokenRewardCallback(BaseCallback):
         """
         model: Any = self.model
         envs, obs, starts = self.training_env, model._last_obs, model._last_episode_starts
-        model._last_obs = None  # SB3 resets where it finds none: after an interruption in here nothing else fits
+        model._last_obs = None  # SB3 resets if it finds none, as it must after an interruption in here
         state = None
         if self._recurrent:
             state = tuple(layer.cpu().numpy() for layer in model._last_lstm_states.pi)
         waiting, steps, before = cut_off.copy(), 0, {}
         while waiting.any():
-            # A local variable of MaskablePPO alone, whose learn() has the switch.
+            # Only in a local variable of MaskablePPO, whose learn() has the switch.
             masked = self.locals.get("use_masking", False)
             masks = {"action_masks": np.stack(envs.env_method("action_masks"))} if masked else {}
             actions, state = model.predict(obs, state=state, episode_start=starts, **masks)

@@ -1,4 +1,4 @@
-"""What an SB3 environment must be like for token rewards, what it is told, and what it must deliver."""
+"""Checks that an SB3 environment is fit for token rewards, what it is told, and what it must deliver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenmdp.interop.reading import TIME_LIMIT, mark_token_rewards_read
 from tokenmdp.interop.sb3.vec_env import GymVectorToSB3
 from tokenmdp.wrappers.base import CreditWrapper
 
-# What environments in other processes said of `token_rewards_read` before a learn() that has not ended yet.
+# The value of `token_rewards_read` in environments of other processes before a learn() that has not ended yet.
 _BEFORE_LEARNING: WeakKeyDictionary[VecEnv, list[bool]] = WeakKeyDictionary()
 
 
@@ -30,7 +30,7 @@ def check_token_rewards(envs: VecEnv) -> None:
             check_normalization(layer)
     if any(envs.env_is_wrapped(TimeLimit)):
         raise ValueError(TIME_LIMIT)
-    # SB3 asks with isinstance, so a mixin will do although the annotation wants a gym.Wrapper.
+    # SB3 asks with isinstance, so a mixin works although the annotation asks for a gym.Wrapper.
     without = [row for row, found in enumerate(envs.env_is_wrapped(CreditWrapper)) if not found]  # type: ignore[arg-type]
     if without:
         raise ValueError(
@@ -52,7 +52,7 @@ def check_normalization(normalizer: VecNormalize) -> None:
 def _(envs: VecEnv) -> None:
     """Tell every environment, also in other processes, that its token rewards are read: they will not warn.
 
-    `TokenRewardCallback` sees to it for as long as it learns. `TokenRewardReplayBuffer` cannot reach into the workers
+    `TokenRewardCallback` does this while it learns. `TokenRewardReplayBuffer` cannot reach into the workers
     of a SubprocVecEnv: call this once before learning off-policy from one.
     """
     _BEFORE_LEARNING.pop(envs.unwrapped, None)
@@ -85,7 +85,7 @@ def end_reading(envs: VecEnv, logger: Logger) -> None:
 
 
 def earned(info: dict[str, Any], row: int) -> np.ndarray:
-    """The token rewards (T,) float32 of the episode that has just ended in ``row``, one a response token.
+    """The token rewards (T,) float32 of the episode that has just ended in ``row``, one per response token.
 
     Raises:
         ValueError: the info has none, or a time limit has cut the episode off.

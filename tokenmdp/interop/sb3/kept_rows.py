@@ -11,10 +11,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 
 class KeptRows:
-    """What takes the place of a rollout buffer's `get`: minibatches of the kept rows only.
+    """Replaces a rollout buffer's `get`: minibatches of the kept rows only.
 
-    It serves one rollout. In the next one, which begins with `reset`, it makes way for the class's `get`; pickles and
-    copies of the buffer have that one, too. So nothing is left of it where training was interrupted.
+    It serves one rollout. In the next one, which begins with `reset`, the class's own `get` is back; pickles and copies
+    of the buffer have that one, too. So nothing of it remains after an interrupted training.
 
     Args:
         buffer: a full buffer, plain, maskable or recurrent.
@@ -29,7 +29,7 @@ class KeptRows:
     def __call__(self, batch_size: int | None = None) -> Iterator[Any]:
         """Each kept row once, in random order (recurrent: in order from a random row on).
 
-        A last minibatch of one row is left out: its advantage would be divided by a standard deviation of nothing.
+        A last minibatch of one row is left out: its advantage would be divided by a standard deviation of 0.
         """
         buffer: Any = self._buffer
         if buffer.rewards is not self._rewards:

@@ -4,7 +4,7 @@
     MaskablePPO(MaskableCausalLMActorCriticPolicy, env, policy_kwargs={"model": "imdb-tiny"})
 
 Both hold a `tokenmdp.models.policy.CausalLMPolicy`, so logits, positions, precision and value head are those of this
-package's own agent. One forward gives the policy and the value. During collection a step costs one token a row
+package's own agent. One forward gives the policy and the value. During collection a step costs one token per row
 (`tokenmdp.models.state_reader`); `evaluate_actions` always reads the whole texts.
 """
 
@@ -46,7 +46,7 @@ def causal_lm_kwargs(model: str, task: TextGenTask, **options: Any) -> dict[str,
     Needed where ``min_new_tokens > 0`` and the algorithm takes no action masks; elsewhere ``{"model": model}`` does.
 
     Raises:
-        VocabularyMismatch: the model's tokenizer is another one.
+        VocabularyMismatch: the model's tokenizer is a different one.
 
     >>> import gymnasium as gym
     >>> causal_lm_kwargs("imdb-tiny", gym.make("tokenmdp:TextGen-IMDb-v0", min_new_tokens=4).unwrapped.task)
@@ -150,7 +150,7 @@ class CausalLMMixin(BasePolicy):
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False, action_masks: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose one token a row: (action (N,) int64, value (N, 1), log-probability (N,))."""
+        """Choose one token per row: (action (N,) int64, value (N, 1), log-probability (N,))."""
         logits, values = self._read(obs, reuse=True)
         distribution = self._distribution(logits, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)

@@ -40,7 +40,7 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
     ``sum_{i < n} gamma^i token_rewards[t + i]``, cut at the episode's end, its next observation the one after those
     steps, and its discount ``gamma^n``. The rows in the buffer keep their own token rewards.
 
-    While it is in use, the environments of its process do not warn that nobody reads their token rewards; for those of
+    While it is in use, the environments of its process do not warn that their token rewards are not read; for those of
     a SubprocVecEnv call `mark_token_rewards_read`.
 
     Args:
@@ -48,7 +48,7 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
         observation_space: of a TextGen environment.
         action_space: of a TextGen environment.
         device: where samples go.
-        n_envs: SB3 passes it; the steps that come in say themselves how many environments there are.
+        n_envs: SB3 passes it; the number of environments is taken from the incoming steps.
         optimize_memory_usage: SB3 passes it, and refuses True for Dict observations.
         handle_timeout_termination: SB3 passes it; episodes have no timeouts.
         n_steps: steps of the return; 1 is the token's own reward.

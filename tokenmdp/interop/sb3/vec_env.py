@@ -12,11 +12,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
-ROW_BY_ROW = frozenset({"render", "get_rng_state"})  # methods whose lists and tuples have an entry a row
+ROW_BY_ROW = frozenset({"render", "get_rng_state"})  # methods whose lists and tuples have one entry per row
 
 
 class GymVectorToSB3(VecEnv):
-    """A batched environment as the VecEnv that SB3 learns from: one reward-model call a step for all rows that end.
+    """A batched environment as the VecEnv that SB3 learns from: one reward-model call per step for all rows that end.
 
     Row by row it does what a `DummyVecEnv` of the single environments does with equal seeds. The infos of ended rows
     hold what `Monitor` adds, ``info["episode"]`` with the return ``r``, the length ``l`` and the seconds since
@@ -77,7 +77,7 @@ class GymVectorToSB3(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Step all rows: observations, rewards (N,) float32, dones (N,) bool and one info dict a row."""
+        """Step all rows: observations, rewards (N,) float32, dones (N,) bool and one info dict per row."""
         obs, rewards, terminations, truncations, infos = self.envs.step(self._actions)
         rewards, dones = rewards.astype(np.float32), terminations | truncations
         self._returns += rewards
@@ -138,7 +138,7 @@ class GymVectorToSB3(VecEnv):
         return [found] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """One frame a row, with ``render_mode="rgb_array"``."""
+        """One frame per row, with ``render_mode="rgb_array"``."""
         if self.render_mode != "rgb_array":
             warnings.warn(f"render_mode is {self.render_mode!r}; images need 'rgb_array'", stacklevel=2)
             return [None] * self.num_envs
@@ -150,7 +150,7 @@ class GymVectorToSB3(VecEnv):
         return {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": seconds}
 
     def _batch_options(self) -> dict[str, Any] | None:
-        """SB3's one dict a row as the one dict of the batch: a list of N prompts."""
+        """SB3's one dict per row as the one dict of the batch: a list of N prompts."""
         unknown = sorted({key for options in self._options for key in options} - {"prompt"})
         if unknown:
             raise ValueError(f"option {unknown[0]!r} cannot be given row by row; set_options takes 'prompt'")

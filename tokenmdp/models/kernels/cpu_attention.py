@@ -7,11 +7,11 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-MOST_WEIGHTS = 1 << 22  # N * heads * S * T; beyond, keeping them for the backward takes more memory than speed is worth
+MOST_WEIGHTS = 1 << 22  # N * heads * S * T; beyond, the memory to keep them costs more than the speed is worth
 
 
 def attends(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `attend` is for these."""
+    """Whether `attend` applies to these tensors."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return False
     return query.shape[2] == 1 or math.prod(query.shape[:3]) * key.shape[2] <= MOST_WEIGHTS

@@ -1,6 +1,6 @@
 """Float32 products of a model's layers through oneDNN, where PyTorch's own are slow.
 
-PyTorch multiplies float32 matrices with MKL. On x86 processors of other makers than Intel MKL leaves the widest vector
+PyTorch multiplies float32 matrices with MKL. On x86 processors not made by Intel, MKL leaves the widest vector
 instructions unused; oneDNN, which PyTorch has for its other dtypes, uses them. `benchmarks/speed.py changes` measures
 the difference on a machine.
 """
@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``inputs @ weight.T + bias``: (..., K), (N, K), (N,) or None -> (..., N), float32; differentiable any times."""
+    """``inputs @ weight.T + bias``: (..., K), (N, K), (N,) or None -> (..., N), float32; differentiable repeatedly."""
     return _Product.apply(inputs.reshape(-1, inputs.shape[-1]), weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
 

@@ -27,7 +27,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[None]:
     """Until the exit, ``nn.Linear`` and ``Conv1D`` layers of ``model`` multiply by rearranged copies of their weights.
 
-    A decoding step has one row a text. With so few, a product spends its time on fetching and rearranging the weights
+    A decoding step has one row per text. With so few, a product spends its time on fetching and rearranging the weights
     again at each token; here that is done once. The copies take the memory of the weights in ``dtype``, know nothing of
     later changes to the weights, and have no gradient.
 

@@ -1,4 +1,4 @@
-"""Cheaper equals of what transformers and PyTorch compute step by step; tests compare each with the plain path."""
+"""Cheaper equivalents of what transformers and PyTorch compute step by step; tests compare each with the plain path."""
 
 from __future__ import annotations
 
