@@ -13,7 +13,7 @@ Index t means *response token t* in every per-token array:
     token_rewards[t]  the reward of token t
     response_mask[t]  token t was generated (the end-of-text token included); ``token_mask`` in an info dict
 
-`response_rows` owns the shift by one; nobody else slices.
+`response_rows` alone does the shift by one; no other code slices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 
 class TokenSpace(Protocol):
-    """What a policy needs to know of a task: the tokens it writes, and how many. The environments' task is one."""
+    """What a policy needs to know about a task: the tokens it writes, and how many. The environments' task is one."""
 
     @property
     def tokenizer(self) -> Any:

@@ -1,10 +1,10 @@
-"""Words for what people read."""
+"""Wording for messages and reports."""
 
 from __future__ import annotations
 
 
 def count(number: int, thing: str) -> str:
-    """A number of things.
+    """A number with its noun, in the plural where needed.
 
     >>> count(1, "thread"), count(2, "thread")
     ('1 thread', '2 threads')
@@ -13,7 +13,7 @@ def count(number: int, thing: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds.
+    """A duration as minutes and seconds.
 
     >>> clock(75.4)
     '1:15'

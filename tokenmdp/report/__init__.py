@@ -1,1 +1,1 @@
-"""What a run looks like: learning curves, credit heat maps (terminal and HTML) and samples."""
+"""Pictures of a run: learning curves, credit heat maps (terminal and HTML) and samples."""

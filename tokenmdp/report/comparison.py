@@ -1,7 +1,7 @@
 """One self-contained HTML page that compares credit methods token by token.
 
-A grid a text: a row a method, a column a token, the colour and the number of each cell the credit. Orange rewards and
-blue penalises, as in `tokenmdp.report.heatmap`, and every cell shows its number, so nothing hangs on colour alone.
+One grid per text: a row per method, a column per token; colour and number of each cell show the credit. Orange rewards
+and blue penalises, as in `tokenmdp.report.heatmap`, and every cell shows its number, so nothing depends on colour.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Comparison:
     score: float
     rows: list[MethodRow]
     heading: str = ""
-    missing: Mapping[str, str] = field(default_factory=dict)  # method -> why it could not run
+    missing: Mapping[str, str] = field(default_factory=dict)  # method -> the reason why it could not run
 
 
 def html(texts: Sequence[Comparison], path: str | Path, *, title: str = "Credit methods", note: str = "") -> Path:
@@ -139,7 +139,7 @@ def html(texts: Sequence[Comparison], path: str | Path, *, title: str = "Credit 
 
 
 def refusals(missing: Mapping[str, str]) -> list[str]:
-    """One line a reason, with the methods that could not run for it.
+    """One line per reason, with the methods that could not run because of it.
 
     >>> refusals({"abc-d": "no policy", "rto": "no option", "abc-d2": "no policy"})
     ['abc-d, abc-d2: not available: no policy', 'rto: not available: no option']

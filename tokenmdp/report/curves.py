@@ -24,7 +24,7 @@ _LABELS = {
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, one a line; a last line cut short by a crash is left out.
+    """The records of a ``metrics.jsonl``, one per line; a last line cut short by a crash is left out.
 
     Raises:
         ValueError: a line other than the last is not a JSON object, so the file is not ours.
@@ -82,10 +82,10 @@ def plot_learning_curves(
     window: int = 1,
     title: str = "",
 ) -> Path:
-    """Draw ``metric`` against updates, one colour a label, and write a PNG.
+    """Draw ``metric`` against updates, one colour per label, and write a PNG.
 
     Args:
-        runs: label -> one list of metric records a seed, as ``PPO.history`` and `read_metrics` give them.
+        runs: label -> one list of metric records per seed, as ``PPO.history`` and `read_metrics` give them.
         path: the PNG to write; its folder is made.
         metric: a key of the records, or several: one panel each, below one another.
         window: updates in the moving average of the thick line; above 1 a single run is shown unsmoothed behind it.

@@ -1,4 +1,4 @@
-"""What the study's figures share: a colour a method, direct labels, files, and figures inside a page of two themes."""
+"""Shared by the study's figures: a colour per method, direct labels, files, and figures in a page of two themes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Look:
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look a method: the known ones have their own, others get what is left.
+    """One look per method: the known ones have their own, others get what is left.
 
     >>> looks(["red", "mine"])["red"] == looks(["red"])["red"]
     True
@@ -73,7 +73,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def lay_out(figure: Figure) -> None:
-    """Give the axes their places, by which labels are set apart."""
+    """Fix the positions of the axes, which the labels' spacing depends on."""
     if (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)
 
@@ -150,7 +150,7 @@ def finite(*numbers: float) -> bool:
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> str:
-    """Write ``name.png`` and ``name.svg``, which need nothing of this page, and return the SVG's text."""
+    """Write ``name.png`` and ``name.svg``, which do not depend on the page, and return the SVG's text."""
     import matplotlib as mpl
 
     png, svg = io.BytesIO(), io.StringIO()

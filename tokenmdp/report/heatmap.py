@@ -66,7 +66,7 @@ def terminal(tokens: Sequence[str], credits: Sequence[float], *, prompt: str = "
 
     Args:
         tokens: text pieces in order, as `token_pieces` gives them.
-        credits: one number a token, in the units of the score.
+        credits: one number per token, in the units of the score.
         prompt: text shown before them.
         scale: the credit that gets the full colour; default the largest ``|credit|``. Pass `credit_scale` of all
             rows to compare several lines.

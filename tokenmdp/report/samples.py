@@ -1,4 +1,4 @@
-"""A finished episode as readable text: one record a sample, one piece of text a token."""
+"""A finished episode as readable text: one record per sample, one piece of text per token."""
 
 from __future__ import annotations
 

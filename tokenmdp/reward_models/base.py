@@ -1,4 +1,4 @@
-"""What a reward model is: finished episodes in, one score a row out, with the checks that all of them share."""
+"""What a reward model is: finished episodes in, one score per row out, with the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EmbeddedTexts(NamedTuple):
     # embeddings (M, L, C) in the places of texts index (M,) int64 -> scores (M,), differentiable. An index, because
     # attribution methods ask about many versions of each text in one batch.
     score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    to_slots: Callable[[torch.Tensor], torch.Tensor]  # one number a position (N, L) -> a response slot (N, H)
+    to_slots: Callable[[torch.Tensor], torch.Tensor]  # one number per position (N, L) -> one per response slot (N, H)
     average: Callable[[], torch.Tensor] | None = None  # the mean embedding (C,) of all tokens; None: there is none
 
 
@@ -225,7 +225,7 @@ class RewardModel(ABC):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewardModel:
-        """The model itself: Gymnasium copies keyword arguments once a wrapper, and weights must not multiply."""
+        """The model itself: Gymnasium copies keyword arguments for every wrapper, and weights must not multiply."""
         return self
 
     def __repr__(self) -> str:
@@ -236,7 +236,7 @@ class RewardModel(ABC):
 def _first_difference(
     tokenizer: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, size: int, our_size: int
 ) -> tuple[int, str, str] | None:
-    """The lowest id that names another token in ``ours``, with both tokens; the sizes only tell grown ones apart."""
+    """The lowest id of another token in ``ours``, with both tokens; sizes reveal only vocabularies that grew."""
     known = ours.get_vocab()
     differing = [(index, token) for token, index in tokenizer.get_vocab().items() if known.get(token) != index]
     if not differing:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
-PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than this; more is another vocabulary
+PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than this; with more it is another vocabulary
 IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
 SLOTS_AT_ONCE = {"cpu": 1 << 12}  # texts times length in a forward
 OTHER_SLOTS_AT_ONCE = 1 << 17
@@ -125,12 +125,12 @@ class HFRewardModel(RewardModel):
         provides = {"gradients"}
         if can_capture and (self.head is not None or pooled_first) and self._captures():
             provides |= {"attention", "attention_layers"}
-        if self.head is not None:  # an encoder's first token has read the whole text: it knows no prefixes
+        if self.head is not None:  # an encoder's first token has read the whole text: there are no prefix scores
             provides |= {"prefix_scores"}
         self.provides = frozenset(provides)
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
-        """Scores (N,) and, from the same forward, what is asked: the pooled token's rows, the scores of all prefixes.
+        """Scores (N,) and, from the same forward, the pooled token's rows and the scores of all prefixes, if asked.
 
         The rows are those of `RewardOutput`; prefix scores are the head's answer at every position of a causal model.
         Many texts are read a part at a time, so that memory does not grow with their number.
@@ -282,7 +282,7 @@ class HFRewardModel(RewardModel):
             )
 
     def _captures(self) -> bool:
-        """Whether attention calls of this architecture reach our implementation: try two tokens."""
+        """Whether attention calls of this architecture reach our implementation; tested on two tokens."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2)[None])
         with torch.no_grad(), capture_rows(torch.zeros_like(rows.last)[:, None]) as capture:
@@ -350,8 +350,8 @@ def _positions(model: PreTrainedModel) -> int | None:
 def _last_token_head(model: PreTrainedModel) -> nn.Module | None:
     """The head of a causal classifier that pools the last token; None for every other model.
 
-    transformers' causal classifiers all call their linear head ``score``. That the backbone is causal is tried, not
-    believed: the first token's hidden state must not change with the second token.
+    transformers' causal classifiers all call their linear head ``score``. Whether the backbone is causal is tested, not
+    assumed: the first token's hidden state must not change with the second token.
     """
     head = dict(model.named_children()).get("score")
     if not isinstance(head, nn.Linear):

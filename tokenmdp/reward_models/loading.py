@@ -1,4 +1,4 @@
-"""Reward models by name, each loaded once a process."""
+"""Reward models by name, each loaded once per process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _reload(name: str, options: dict[str, Any]) -> RewardModel:
 
 
 def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32", device: str = "cpu") -> RewardModel:
-    """The reward model of this name; loaded once a process, so that 64 environments share one.
+    """The reward model of this name; loaded once per process, so that 64 environments share one.
 
     Names: the aliases "imdb-tiny", "imdb-plain", "imdb-uniform" and "imdb-gold"; "lexicon" (sentiment words
     read with the bundled tokenizer), "lexicon:TOKENIZER" (the same words with another tokenizer), "toy-lexicon"; a
@@ -39,7 +39,7 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     path = resolve("reward_model", name)
     if Path(path).is_dir() and name not in ALIASES:
         name = path  # absolute: a pickle may be opened from another working directory
-    word_list = names_word_list(name)  # score, dtype and device mean nothing
+    word_list = names_word_list(name)  # score, dtype and device have no meaning
     key = (name,) if word_list else (name, fingerprint(path), score, dtype, device)
     with _lock:
         if key not in _loaded:

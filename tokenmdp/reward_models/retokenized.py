@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PLAIN = "{prompt}{response}"
 MOVABLE = frozenset({"attention", "attention_layers", "prefix_scores", "gradients"})
-TEXTS_AT_ONCE = 256  # prefixes in one forward: a batch of episodes has one text a token
+TEXTS_AT_ONCE = 256  # prefixes in one forward: a batch of episodes has one text per token
 
 
 class _Row(NamedTuple):
@@ -57,8 +57,8 @@ class RetokenizedRewardModel(RewardModel):
     response. ``inner`` reads the text as its tokenizer encodes it: with [CLS] and [SEP] where that has a cls token,
     with nothing added otherwise. Special tokens that the template spells, or the response, are read as such.
 
-    ``prefix_scores[t]`` is the score of the template filled with the first t response tokens. That costs a forward a
-    token: their ends are no ends of ``inner``'s tokens, so its one forward does not know them.
+    ``prefix_scores[t]`` is the score of the template filled with the first t response tokens. That costs one forward
+    per token: prefixes do not end at the ends of ``inner``'s tokens, so a single forward does not give their scores.
 
     Args:
         inner: a reward model with a fast tokenizer.
@@ -100,7 +100,7 @@ class RetokenizedRewardModel(RewardModel):
         self._special = added | set(tokenizer.all_special_ids)
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
-        """Scores (N,) and what is asked for: one forward of ``inner``, and for prefix scores one more a token."""
+        """Scores (N,) and what is asked for: one forward of ``inner``, and for prefix scores one more per token."""
         rows = self._rows(episodes)
         texts = [self._fill(row) for row in rows]
         reading = self._encode(texts)
@@ -207,7 +207,7 @@ class RetokenizedRewardModel(RewardModel):
         return _Reading(lay_out(heads, tails), theirs, silent)
 
     def _ask(self, reading: _Reading, needs: frozenset[str] = frozenset()) -> RewardOutput:
-        """What ``inner`` says; a text without any token scores 0."""
+        """The output of ``inner``; a text without any token scores 0."""
         output = self.inner(reading.episodes, needs=needs, empty_responses=True)
         return output._replace(score=output.score.masked_fill(reading.silent, 0.0))
 

@@ -66,10 +66,10 @@ def collect(
 
     Args:
         envs: Vector environment without autoreset, under a credit wrapper. All rows are reset.
-        policy: Samples through its KV cache; one transfer to the host a step.
+        policy: Samples through its KV cache; one transfer to the host per step.
         reference: Scores the same tokens, on the same support.
         generator: Sampling noise, on the policy's device.
-        seed: Of the first row (of the first process); None goes on with the environment's random numbers.
+        seed: Of the first row (of the first process); default: continue with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
@@ -127,7 +127,7 @@ def _play(
         input_ids=torch.as_tensor(observation["input_ids"][:, seen], device=device),
         attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
         response_mask=mask,
-        logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have sampled on in vain
+        logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have gone on sampling, which is ignored
         ref_logprobs=torch.zeros(mask.shape, device=device),
         values=values[:, :length] * mask,
         token_rewards=torch.as_tensor(last_infos["token_rewards"][:, :length], dtype=torch.float32, device=device),
@@ -139,7 +139,7 @@ def _play(
 
 @contextlib.contextmanager
 def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Reading]:
-    """Lend the environment the policy's attention for one rollout, if its credit needs it.
+    """Give the environment the policy's attention for one rollout, if its credit needs it.
 
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
     finished rollout must not credit the next episode.

@@ -1,4 +1,4 @@
-"""What a prefix is worth, by playing it to the end many times."""
+"""The value of a prefix, estimated by playing it to the end many times."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def monte_carlo_values(
     """``values[t] = mean over num_rollouts continuations of y[<t] of their score``, sampled through the environment.
 
     For every state of the rollout the environment is reset to its prompt, prefix and horizon, and the policy plays on.
-    That is ``num_rollouts`` episodes a response token, all of one t together: T reward-model calls on up to
+    That is ``num_rollouts`` episodes per response token, all of one t together: T reward-model calls on up to
     ``N * num_rollouts`` texts each. The rows of ``envs`` are left alone; the reward model is shared.
 
     Source: Kazemnejad et al., "VinePPO: Refining Credit Assignment in RL Training of LLMs", 2024.
 
     Args:
-        envs: the environments that the rollout was collected in, since when they were not reset.
+        envs: the environments that the rollout was collected in, not reset since then.
         policy: continues the prefixes; for an advantage, the one that sampled the rollout.
         rollout: N episodes.
         num_rollouts: continuations of each prefix, at least 1.
@@ -77,7 +77,7 @@ def monte_carlo_values(
             )
             continuations.reset(options=options)
             state = policy.prefill(ids[branches, seen], mask[branches, seen], step=t)
-            (last,) = deque(decode(continuations, policy, state, uniforms[:, own]), maxlen=1)  # it brings all scores
+            (last,) = deque(decode(continuations, policy, state, uniforms[:, own]), maxlen=1)  # it gives all scores
             scores = torch.as_tensor(last.rewards, dtype=torch.float32, device=values.device)
             values[rows, t] = scores.view(num_rollouts, -1).mean(0)
     return processes.mean(values) * processes.size  # every other process left these rows at 0

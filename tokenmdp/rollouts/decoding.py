@@ -13,7 +13,8 @@ from gymnasium.vector import VectorEnv
 
 from tokenmdp.models.policy import CausalLMPolicy, DecodeState
 
-# Of the batch that decodes. Leaving rows out copies the cache of the others, so it waits until that pays.
+# A share of the batch being decoded. Leaving rows out copies the cache of the others, so it is done only when that
+# pays.
 SHARE_ENDED = 0.125
 
 
@@ -55,7 +56,7 @@ def decode(
 
     Args:
         envs: N rows without autoreset, all running.
-        policy: samples through its cache; one transfer to the host a step.
+        policy: samples through its cache; one transfer to the host per step.
         state: of the N rows, before the next token; used up.
         uniforms: (H, N), see `uniforms_for`.
         reading: entered around the `append` of the rows it is given.

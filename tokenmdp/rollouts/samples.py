@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def samples_from_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """One `Sample` an episode, with ``kl = sum_t (logprobs[t] - ref_logprobs[t])`` in nats among its facts."""
+    """One `Sample` per episode, with ``kl = sum_t (logprobs[t] - ref_logprobs[t])`` in nats among its facts."""
     prompt_slots = rollout.prompt_slots
     kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.response_mask).sum(-1)
     samples = []

@@ -29,7 +29,7 @@ def credit_method(name: str, options: Mapping[str, Any]) -> CreditMethod:
     """The method called ``name``; ``options`` hold what JSON can: the parts of fine-grained credit are dicts.
 
     Raises:
-        ValueError: no such method, no such option, or one that the method needs is not here.
+        ValueError: no such method, no such option, or a required option is missing.
     """
     if name in CREDIT_METHODS and (missing := _missing(name, options)):
         raise ValueError(f"{name} credit has no default for {missing[0]}; pass --credit-option {_example(missing[0])}")
@@ -63,7 +63,7 @@ def default_beta(name: str) -> float:
 
 
 def grouped_options(options: Mapping[str, Any], flag: str) -> dict[str, dict[str, Any]]:
-    """``method.option`` keys, given by ``flag``, as one dict a method.
+    """``method.option`` keys, given by ``flag``, as one dict per method.
 
     >>> grouped_options({"rto.tuned": "runs/dpo", "shapley.budget": 64}, "--option")
     {'rto': {'tuned': 'runs/dpo'}, 'shapley': {'budget': 64}}
@@ -83,7 +83,7 @@ def grouped_options(options: Mapping[str, Any], flag: str) -> dict[str, dict[str
 def credit_methods(
     names: Sequence[str], options: Mapping[str, Mapping[str, Any]], credit_beta: float, flag: str
 ) -> tuple[dict[str, CreditMethod], dict[str, str]]:
-    """The methods that their options suffice for, and why the others cannot be made; ``flag`` gives options."""
+    """The methods whose options are complete, and why the others cannot be made; ``flag`` sets options."""
     methods, refused = {}, {}
     for name in names:
         given = options.get(name, {})
@@ -109,7 +109,7 @@ def lend(
     try:
         task = make_task(
             tokenizer=tokenizer,
-            reward_model=LexiconRewardModel(tokenizer, {}),  # a task has one; nobody asks it
+            reward_model=LexiconRewardModel(tokenizer, {}),  # a task needs one; it is not used
             prompts=[[0]],
             max_prompt_tokens=prompt_slots,
             max_new_tokens=horizon,
@@ -140,7 +140,7 @@ def _example(option: str) -> str:
 
 
 def declared(name: str, cost: str) -> tuple[str, ...]:
-    """What a method says about itself and what it costs, in a few words each; nothing for what is no method.
+    """What a method says about itself and what it costs, in a few words each; empty for what is not a method.
 
     >>> declared("red", "1"), declared("reference", "-")
     (('sums to the score', 'causal', 'potential-based', 'cost 1'), ())

@@ -1,7 +1,7 @@
-"""One training run on disk: what it is, its metrics, its checkpoint; safe to interrupt and to come back to.
+"""One training run on disk: settings, metrics and checkpoint; safe to interrupt and to resume.
 
-run.json            the settings that make the run what it is
-metrics.jsonl       one record an update
+run.json            the settings that define the run
+metrics.jsonl       one record per update
 tensorboard/        the same numbers
 before.json         scores and samples of the policy before training
 checkpoint/         the policy as `from_pretrained` reads it, with all state needed to go on
@@ -69,13 +69,13 @@ class RunDirectory:
         """Keep other processes from training here until the block ends; the directory is made if it is not there.
 
         Raises:
-            RunError: one does so already, or the path cannot be written.
+            RunError: another process trains here, or the path cannot be written.
         """
         self._probe()
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.path, wait=False))
-            except (BusyError, FileNotFoundError) as error:  # or one that has just failed to begin, and removed it
+            except (BusyError, FileNotFoundError) as error:  # or one that has just failed to start and removed it
                 raise RunError(
                     f"another process trains in {self.path}; wait for it, or choose another --out"
                 ) from error

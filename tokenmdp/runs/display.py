@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenmdp.wording import clock
 
 LOG_SECONDS = 10.0  # at most one line in this time where the output is a file
-ECHO_SECONDS = 2.0  # in which a signal may be the first one again, passed on by a launcher
+ECHO_SECONDS = 2.0  # within this time a second signal may be the first one, passed on by a launcher
 
 
 def make_console() -> Console:
@@ -23,12 +23,12 @@ def make_console() -> Console:
     A bare ``TERM=xterm``, usual in containers, counts as 16 colours, which would leave no shades in a heat map;
     terminals that call themselves so have shown 256 for twenty years.
     """
-    console = Console(markup=False)  # paths and names are no markup: it would swallow "[b]"
+    console = Console(markup=False)  # paths and names are not markup, which would swallow "[b]"
     return Console(markup=False, color_system="256") if console.color_system == "standard" else console
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The numbers worth watching; EV is the explained variance of the critic.
+    """The numbers to watch; EV is the explained variance of the critic.
 
     >>> summary(
     ...     {"score_mean": 1, "kl": -0.0001, "entropy": 2.25, "explained_variance": 0.618, "tokens_per_second": 812.4}
@@ -85,10 +85,10 @@ class TrainingDisplay:
 
 
 class Interruption:
-    """Turns the first Ctrl-C (or a termination request) into a wish to stop after the update under way.
+    """Turns the first Ctrl-C (or a termination request) into a request to stop after the current update.
 
     Stopping in the middle of an update would leave weights and optimizer half changed. A second Ctrl-C does stop at
-    once; the last checkpoint is then where the run goes on.
+    once; the run then resumes from the last checkpoint.
 
     Args:
         console: says what happens.

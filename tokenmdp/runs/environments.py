@@ -29,7 +29,7 @@ class PromptSplit(NamedTuple):
 
     training: str | list[Any] | None
     held_out: str | list[Any] | None
-    label: str  # what the evaluation prompts are, for headings
+    label: str  # a description of the evaluation prompts, for headings
     note: str  # where they come from, for the log
 
 
@@ -92,7 +92,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         f"tokenmdp:{settings.env}",
         num_envs=num_envs,
         autoreset_mode="Disabled",
-        score_when="all_done",  # one reward-model call an update
+        score_when="all_done",  # one reward-model call per update
         tokenizer=settings.tokenizer,
         reward_model=settings.reward_model,
         max_new_tokens=settings.max_new_tokens,

@@ -3,7 +3,7 @@
 By default glibc gives large tensors back to the kernel at every free, and the page faults on the next allocation can
 take up to half of a training step on a CPU; the first two variables keep the memory. The third lets PyTorch ask the
 kernel for huge pages: reading a long cache of keys and values in small ones costs a third more time. The variables must
-be there before Python starts: the ``tokenmdp`` command therefore runs itself once more with them set. A program that
+be there before Python starts: the ``tokenmdp`` command therefore re-executes itself with them set. A program that
 uses the library is never re-executed; export the variables in the shell to have them there.
 """
 
@@ -30,7 +30,7 @@ def missing_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def reexecute_with_settings() -> None:
-    """Replace this process by the same command with the settings; returns where nothing is to be changed."""
+    """Replace this process by the same command with the settings; returns if nothing needs to change."""
     missing = missing_settings(os.environ)
     if missing:
         sys.stdout.flush()

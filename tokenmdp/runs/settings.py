@@ -38,7 +38,7 @@ class RunSettings:
     horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included
     min_new_tokens: int = 0  # tokens before end-of-text becomes legal
     max_prompt_tokens: int | None = None  # None: the environment's own
-    truncate_prompt: str | None = None  # "left", "right"; None refuses a longer prompt
+    truncate_prompt: str | None = None  # "left", "right"; None: a longer prompt is refused
     num_envs: int = 64
     seed: int = 1
     device: str = "cpu"
@@ -47,7 +47,7 @@ class RunSettings:
 
 
 class Preset(NamedTuple):
-    """Settings with the pace of the job."""
+    """Settings with the number of updates and the checkpoint interval."""
 
     settings: RunSettings
     updates: int
@@ -66,7 +66,7 @@ PRESETS = {
             max_new_tokens=16,
             credit="red",
             credit_beta=1.0,
-            # Two epochs take three fifths of the time of PPOConfig's four, and larger steps make up for it.
+            # Two epochs take three fifths of the time of PPOConfig's four, and larger steps compensate.
             ppo={"learning_rate": 6e-5, "kl_coef": 0.37, "update_epochs": 2},
         ),
         updates=40,

@@ -1,4 +1,4 @@
-"""``tokenmdp train``: one resumable PPO run, and the report of what it changed."""
+"""``tokenmdp train``: one resumable PPO run, and the report on what changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stop(Exception):
 
 
 def train(settings: RunSettings, out: Path, updates: int, checkpoint_every: int, *, resume: bool = True) -> int:
-    """Train in the run directory ``out``, or go on there, then report; the exit status.
+    """Train in the run directory ``out``, or resume there, then report; returns the exit status.
 
     Args:
         settings: Of the run.
@@ -55,7 +55,7 @@ def train(settings: RunSettings, out: Path, updates: int, checkpoint_every: int,
         checkpoint_every: Updates between checkpoints.
         resume: Go on from the directory's checkpoint if it has one.
     """
-    logging.disable_progress_bar()  # transformers draws one for every checkpoint
+    logging.disable_progress_bar()  # transformers draws a progress bar for every checkpoint
     accelerator = launched(settings.device)
     try:
         return _train(settings, out, updates, checkpoint_every, resume, accelerator)
@@ -88,7 +88,7 @@ def _train(
         before: Evaluation | None = None
         with processes.together(), processes.whole_weights(agent.policy, agent.reference):
             if not processes.rank:
-                run.claim(settings_record(settings))  # only now: a failed set-up leaves no half-made run behind
+                run.claim(settings_record(settings))  # only now, so that a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
         if learn(run, agent, updates, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
@@ -186,7 +186,7 @@ def describe(agent: PPO) -> str:
 def evaluate_before(
     run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, console: Console
 ) -> Evaluation:
-    """The evaluation of the policy as it started; made once a run, from the frozen reference."""
+    """The evaluation of the policy as it started; made once per run, from the frozen reference."""
     if run.before.exists():
         return load_evaluation(run.before)
     with console.status("evaluating the policy before training"):
@@ -200,7 +200,7 @@ def evaluate_before(
 def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, console: Console) -> bool:
     """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date.
 
-    Of several processes all learn and the first writes.
+    With several processes, all learn and the first one writes.
     """
     from torch.utils.tensorboard import SummaryWriter
 

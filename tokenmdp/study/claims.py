@@ -1,4 +1,4 @@
-"""What a verdict is: a claim, the interval that decides it, and the cells that it is decided on."""
+"""Verdicts: a claim, the interval that decides it, and the cells that it is based on."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ class Verdict:
 
     @property
     def own(self) -> bool:
-        """Whether it is a question of ours, and no claim of the paper."""
+        """Whether it is a question of our own, not a claim of the paper."""
         return self.paper.startswith(NO_FIGURE)
 
 
 class Place(NamedTuple):
-    """What a verdict is decided on."""
+    """The data that a verdict is based on."""
 
     text: str  # grid, setting, number of seeds, and what is missing
-    crashed: int  # runs of the compared methods: seldom the good ones, so the others may not stand for all
+    crashed: int  # runs of the compared methods: rarely the good ones, so the others may not represent all
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said, with the paper's figure."""
+    """The claim, with the paper's figure."""
 
     says: str
     paper: str
 
     def missing(self, why: str) -> Verdict:
-        """The verdict on a claim that the study says nothing about."""
+        """The verdict on a claim that the study has no data on."""
         return Verdict(self.says, self.paper, "", "", NOT_MEASURED, why)
 
     def decide(
@@ -75,7 +75,7 @@ class Claim:
         """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``.
 
         Nothing is decided on fewer than ``fewest`` seeds, nor where runs crashed. ``when`` says in words when the claim
-        is reproduced, where more than this interval takes part.
+        is reproduced, where it takes more than this interval.
         """
         side = estimate.side(threshold) * (-1 if below else 1)
         verdict = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)[side + 1]
@@ -96,7 +96,7 @@ def undecided(verdict: Verdict, why: str) -> Verdict:
 
 
 def multiplicity(decided: Sequence[Verdict]) -> str:
-    """What a reader of many claims must know of their intervals.
+    """The note on multiple comparisons for a reader of many claims.
 
     >>> multiplicity([Verdict("a", "", "1", "[0, 2]", INCONCLUSIVE, "")] * 12)[:50]
     'Each of the 12 claims with an interval has its own'
@@ -184,7 +184,7 @@ def plain_method(cell: Cell) -> str | None:
 def families(study: Study, grid: str, methods: Sequence[str], varied: Sequence[str]) -> list[list[list[CellResult]]]:
     """The cells of the methods at the settings of a grid that differ in nothing but ``varied``.
 
-    One entry a setting, in the grid's order; in it one list a method. If there are several families, the largest.
+    One entry per setting, in the grid's order; in it one list per method. If there are several families, the largest.
     """
     found = outcomes.family(with_methods(study, grid, methods), varied)
     return [[list(groups[method]) for method in methods] for groups in found.values()]
@@ -216,6 +216,6 @@ def place_of(study: Study, grid: str, setting: str, seeds: int, compared: Collec
 
 
 def needs(methods: Sequence[str]) -> str:
-    """What a comparison of the methods lacks, and the command that makes it."""
+    """What a comparison of the methods lacks, and the command that supplies it."""
     names = ", ".join(NAMES[method] for method in methods)
     return f"needs finished cells of {names} under one seed: tokenmdp ablate --preset imdb"

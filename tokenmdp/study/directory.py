@@ -1,4 +1,4 @@
-"""A study on disk: grids, their cells, and what the cells left.
+"""A study on disk: grids, their cells, and the cells' results.
 
 study.json             the grids: their arguments, their cells and what these are called; all cells as settings
 cells/ID.json          a finished cell
@@ -6,7 +6,7 @@ cells/ID.progress      how far a running one is
 cells/ID.error.txt     why one crashed
 quality/NAME.json      credit quality of every method on a reward model
 learning_rates.json    what the grid "tune" found
-notice.txt             what a reader of the report must know first, where somebody has written it
+notice.txt             what a reader of the report must know first, if it was written
 report/                written from the rest at any time
 """
 
@@ -223,7 +223,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def quality_file(path: str | Path, reward_model: str) -> Path:
-    """Where the study at ``path`` keeps a reward model's credit quality.
+    """The file in which the study at ``path`` keeps a reward model's credit quality.
 
     A name that has to be changed for it has a hash added, so that no two names share a file.
 
@@ -236,7 +236,7 @@ def quality_file(path: str | Path, reward_model: str) -> Path:
 
 
 def _study_text(record: Mapping[str, Any]) -> str:
-    """One line a grid and a cell: readable, and easy to compare."""
+    """One line per grid and per cell: readable, and easy to compare."""
 
     def lines(entries: Mapping[str, Any]) -> str:
         inner = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())

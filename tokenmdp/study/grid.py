@@ -40,7 +40,7 @@ def parse_method(specification: str) -> Method:
     Method(label='attention credit_beta=0.4', credit='attention', credit_beta=0.4, options={})
 
     Raises:
-        StudyError: no such method, or a credit_beta that is no number.
+        StudyError: no such method, or a credit_beta that is not a number.
         ValueError: an option without a value.
     """
     name, _, text = specification.partition(":")
@@ -114,7 +114,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
 
     Raises:
         StudyError: nothing to run, or two methods with one label, or a method without a learning rate in ``rates``.
-        ValueError: settings that no run can have.
+        ValueError: invalid settings for a run.
     """
     for name in ("methods", "seeds", "lengths"):
         if not getattr(plan, name):
@@ -211,7 +211,7 @@ def shard_of(cells: list[Cell], shard: str) -> list[Cell]:
 
 
 def load_cost(cell: Cell) -> float:
-    """Tokens that a cell trains on and evaluates, to share out the time that is left."""
+    """Tokens that a cell trains on and evaluates, to distribute the remaining time."""
     settings: RunSettings = cell.settings
     longest = settings.max_new_tokens
     tokens = (longest + (settings.horizon_range or (longest,))[0]) / 2
@@ -228,7 +228,7 @@ def _working_directory_on_path() -> Iterator[None]:
 
 
 def _with_betas(methods: list[Method], betas: tuple[float, ...]) -> list[Method]:
-    """Every method that has a credit_beta with each of ``betas``; the others once."""
+    """Each method that has a credit_beta with every one of ``betas``; the others once."""
     found: dict[str, Method] = {}
     for method in methods:
         known = {field.name for field in fields(CREDIT_METHODS[method.credit])}

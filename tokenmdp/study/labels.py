@@ -1,4 +1,4 @@
-"""Names in files, tables and figures that show no directory of one machine."""
+"""Names in files, tables and figures, without the directories of the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {  # of methods in the paper
 
 
 def name_of(method: str) -> str:
-    """What figures call a method: the paper's name, with its options.
+    """The name of a method in figures: the paper's name, with its options.
 
     >>> name_of("attention credit_beta=0.4"), name_of("vine")
     ('ABC credit_beta=0.4', 'vine')
@@ -35,7 +35,7 @@ def slug(label: str) -> str:
 
 
 def model_name(name: str) -> str:
-    """What tables, figures and labels call a model: its name, of an absolute path only the last part.
+    """The name of a model in tables, figures and labels; of an absolute path only the last part.
 
     >>> model_name("lvwerra/gpt2-imdb"), model_name("/home/me/models/reward"), model_name("lexicon:/home/me/policy")
     ('lvwerra/gpt2-imdb', 'reward', 'lexicon:policy')

@@ -1,4 +1,4 @@
-"""One number a finished cell, and cells side by side: what tables, verdicts and figures are computed from."""
+"""One number per finished cell, and cells side by side: the basis of tables, verdicts and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenmdp.study.directory import Study
 from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import Values, trailing_mean
 
-BASELINE = "sparse"  # what every method is compared with
+BASELINE = "sparse"  # the baseline that every method is compared with
 WINDOW = 5  # updates in a trailing mean, before a level is looked for
 TENTH = 10
 KEPT = 0.5  # a run that ends with less of its gain than this has collapsed
@@ -22,7 +22,7 @@ LEAST_GAIN = 5.0  # standard errors of a trailing mean, since the highest of man
 LENGTH = ("horizon_range", "min_new_tokens", "max_new_tokens")  # what a family of lengths differs in
 KL_COEF = ("kl_coef",)
 REWARD_MODEL = ("reward_model",)
-LEAST_SHARED = 0.25  # of the KL that two methods cover between them; over less a lead is that of a corner
+LEAST_SHARED = 0.25  # of the KL that two methods cover between them; over less, a lead holds only in a corner
 Groups: TypeAlias = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 
@@ -108,7 +108,7 @@ def by_seed(results: Sequence[CellResult]) -> dict[int, CellResult]:
 
 
 def paired(*groups: Sequence[CellResult]) -> list[tuple[CellResult, ...]]:
-    """The cells of the seeds that all groups have, one tuple a seed, by seed."""
+    """The cells of the seeds that all groups have, one tuple per seed, by seed."""
     columns = [by_seed(group) for group in groups]
     seeds = sorted(set(columns[0]).intersection(*columns[1:]))
     return [tuple(column[seed] for column in columns) for seed in seeds]
@@ -153,7 +153,7 @@ def alike(cells: Mapping[str, Cell], varied: Sequence[str]) -> list[str]:
 
 
 def apart_from(cell: Cell, names: Sequence[str]) -> str:
-    """All that a cell computes but its seed and the named settings or PPO options, to be compared with another's."""
+    """A cell's settings without its seed and the named settings or PPO options, to be compared with another's."""
     left_out = {"seed", *names}
     record = settings_record(cell.settings)
     ppo = {key: value for key, value in record["ppo"].items() if key not in left_out}
@@ -164,7 +164,7 @@ def apart_from(cell: Cell, names: Sequence[str]) -> str:
 class EqualKL(NamedTuple):
     """The lead of one method over another over the KL that every seed of both covers."""
 
-    differences: np.ndarray  # (R,), a seed; none if less than `LEAST_SHARED` is shared
+    differences: np.ndarray  # (R,), one per seed; none if less than `LEAST_SHARED` is shared
     shared: float  # that KL as a share of all that any of these seeds covers
     seeds: int  # with all cells of both methods; R or more
     collapsed: int  # cells that were left out
@@ -174,8 +174,8 @@ def equal_kl(own: Sequence[Sequence[CellResult]], baseline: Sequence[Sequence[Ce
     """Compare two methods whose cells differ in the KL coefficient.
 
     A point is the KL and the score of a cell's last tenth; a seed's points are joined by straight lines, and compared
-    over the KL that is common to all seeds, so that each seed counts the same. A collapsed cell is no point of a line
-    through healthy ones and is left out, and so is a seed with one point left.
+    over the KL that is common to all seeds, so that each seed counts the same. A collapsed cell does not belong on a
+    line through healthy ones and is left out, and so is a seed with one point left.
 
     Args:
         own: for each coefficient, the method's seeds.

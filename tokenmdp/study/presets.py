@@ -1,6 +1,6 @@
 """The grids that have a name: the paper's experiments on the bundled models, and what the paper left open.
 
-The protocol is Chan et al. (ICML 2024), section 5.1: 16 episodes an update, 4 epochs, gamma 1, lambda .95, clip .2,
+The protocol is Chan et al. (ICML 2024), section 5.1: 16 episodes per update, 4 epochs, gamma 1, lambda .95, clip .2,
 vf_coef .1, an adaptive KL coefficient from .2 towards 6 nats, credit_beta .8, lengths 8 to 15 with no end of text
 before the eighth token. It leaves the number of minibatches open; here every epoch is one step on all episodes, which
 takes three fifths of the time of four minibatches and stays closer to the reference. Learning rates are the bundled

@@ -1,4 +1,4 @@
-"""Where a run of many cells is, and how that is shown: a live table on a terminal, lines in a file."""
+"""The progress of a run of many cells, and its display: a live table on a terminal, lines in a file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Worker:
 
 @dataclass
 class Progress:
-    """Where a run of many cells is."""
+    """The progress of a run of many cells."""
 
     path: Path
     jobs: int
@@ -66,7 +66,7 @@ class Progress:
     waiting: list[Cell]
     running: list[Worker] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
-    rates: dict[str, list[float]] = field(default_factory=dict)  # credit method -> seconds a unit of cost
+    rates: dict[str, list[float]] = field(default_factory=dict)  # credit method -> seconds per unit of cost
     done: int = 0
 
     @classmethod
@@ -89,7 +89,7 @@ class Progress:
         self.rates.setdefault(cell.settings.credit, []).append(seconds / load_cost(cell))
 
     def seconds_left(self) -> float | None:
-        """An estimate; None while there is nothing to go by.
+        """An estimate; None while there is nothing to base it on.
 
         Waiting cells are taken to be as fast as finished ones, those of the same method first, and so are running ones
         until their own pace can be told.
@@ -118,13 +118,13 @@ class Progress:
 
 
 class TableDisplay:
-    """A line a running cell, live."""
+    """One line per running cell, live."""
 
     def __init__(self, progress: Progress, live: Live) -> None:
         self.progress, self.live = progress, live
 
     def show(self) -> None:
-        """Draw anew."""
+        """Redraw."""
         table = Table(caption=str(self.progress), box=None, padding=(0, 2, 0, 0))
         for heading in ("cell", "seed", "update", "score", "KL", "time"):
             table.add_column(heading, justify="left" if heading == "cell" else "right", no_wrap=heading != "cell")
@@ -142,13 +142,13 @@ class TableDisplay:
 
 
 class LineDisplay:
-    """A line for each cell that ends and, now and then, one about those that run."""
+    """One line for each cell that ends and, now and then, one about those that are running."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress, self.console, self.said = progress, console, time.monotonic()
 
     def show(self) -> None:
-        """Say where the running cells are, if nothing was said for a while."""
+        """Report the progress of the running cells, if nothing was printed for a while."""
         if time.monotonic() - self.said < LINE_SECONDS:
             return
         running = ", ".join(
@@ -158,7 +158,7 @@ class LineDisplay:
         self._say(f"running: {running} ({self.progress})")
 
     def ended(self, cell: Cell) -> None:
-        """Say how a cell ended."""
+        """Report how a cell ended."""
         failed = self.progress.errors.get(cell.id)
         self._say(
             f"{_name(cell)} finished ({self.progress})"

@@ -32,10 +32,10 @@ class StudyError(ValueError):
 class Cell:
     """One training run of a grid."""
 
-    method: str  # what figures and tables call it: "attention", "attention credit_beta=0.4"
+    method: str  # its name in figures and tables: "attention", "attention credit_beta=0.4"
     seed: int
-    setting: str  # what they call all that is neither method nor seed: "8-16 tokens, kl_coef=0.1"
-    settings: RunSettings  # the truth behind both labels
+    setting: str  # their name for everything that is neither method nor seed: "8-16 tokens, kl_coef=0.1"
+    settings: RunSettings  # what both labels stand for
     updates: int
     gold: str | None  # a second reward model, never seen by the policy
     eval_every: int  # updates between evaluations
@@ -52,11 +52,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a finished cell leaves."""
+    """The result of a finished cell."""
 
     cell: Cell
-    metrics: dict[str, list[float]]  # column -> one value an update
-    evaluations: dict[str, list[float]]  # column -> one value an evaluation on held-out prompts; "update" is one
+    metrics: dict[str, list[float]]  # column -> one value per update
+    evaluations: dict[str, list[float]]  # column -> one value per evaluation on held-out prompts; "update" is one
     samples: list[Sample]  # of the last evaluation, with credits
     seconds: float
     versions: dict[str, str]
@@ -79,7 +79,7 @@ def cell_from_record(record: Mapping[str, Any]) -> Cell:
 
 
 def rounded(value: float) -> float:
-    """To the digits that files keep.
+    """Round to the digits that files keep.
 
     >>> rounded(1234.56789), rounded(0.000123456789)
     (1234.57, 0.000123457)
@@ -88,7 +88,7 @@ def rounded(value: float) -> float:
 
 
 def write_result(path: str | Path, result: CellResult) -> Path:
-    """Write a finished cell into the study at ``path``, atomically; its progress and an earlier error go."""
+    """Write a finished cell into the study at ``path``, atomically; remove its progress and an earlier error."""
     place = cell_file(path, result.cell.id)
     columns = {
         name: {key: [rounded(value) for value in column] for key, column in getattr(result, name).items()}
@@ -144,7 +144,7 @@ def read_result(path: str | Path, id: str) -> CellResult:
 
 
 def cell_file(path: str | Path, id: str, suffix: str = ".json") -> Path:
-    """Where the study at ``path`` keeps something of a cell."""
+    """The file in which the study at ``path`` keeps something about a cell."""
     return Path(path) / "cells" / f"{id}{suffix}"
 
 

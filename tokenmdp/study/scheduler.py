@@ -1,4 +1,4 @@
-"""Cells in processes side by side: each crash stays its own, and what is finished is never run again."""
+"""Cells in processes side by side: a crash affects only its own cell, and what is finished is never run again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tokenmdp.study.results import Cell, StudyError, cell_file, read_result
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 5.0  # for a worker that is asked to end
-STALE_SECONDS = 600.0  # a half-written file as old as this has no writer any more
+STALE_SECONDS = 600.0  # a half-written file as old as this no longer has a writer
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def default_jobs(device: str) -> int:
-    """A process a GPU, or a process a core that this one may use.
+    """One process per GPU, or one per core that this process may use.
 
     Raises:
         StudyError: there is no such GPU.
@@ -60,7 +60,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
     Args:
         path: The study, whose ``study.json`` declares the cells.
         cells: In the order in which they start.
-        jobs: Processes at a time. GPUs are shared out among them.
+        jobs: Processes at a time. GPUs are distributed among them.
         device: "cpu", "cuda" for all GPUs, or one such as "cuda:1".
         console: Where progress is shown: a live table on a terminal, lines in a file.
 
@@ -199,7 +199,7 @@ def _record(progress: Progress, worker: Worker) -> None:
 
 
 def _ending(status: int) -> str:
-    """What an exit status says.
+    """The meaning of an exit status, in words.
 
     >>> _ending(-9)
     'killed by SIGKILL, which is how Linux ends a process when memory runs out'
@@ -211,7 +211,7 @@ def _ending(status: int) -> str:
 
 
 def _end(path: Path, workers: Sequence[Worker]) -> None:
-    """End processes that still run; their cells start again another time."""
+    """End processes that are still running; their cells start again next time."""
     for worker in workers:
         worker.process.terminate()
     for worker in workers:

@@ -50,7 +50,7 @@ def stratified_bootstrap(
     """``statistic`` of all values with its percentile interval; seeds are resampled within each stratum.
 
     Args:
-        strata: one list of values, a value a seed, for each setting. They may differ in length.
+        strata: one list of values, one per seed, for each setting. They may differ in length.
         statistic: reduces the last axis of (..., N), N values in all.
         seed: of the resampling; the same sizes and seed give the same resamples.
         resamples: how many.
@@ -71,7 +71,7 @@ def stratified_bootstrap(
 
 
 def mean_over_seeds(values: Values) -> Estimate:
-    """Mean of one number a seed, such as a difference, with its t interval; a single seed has an infinite one.
+    """Mean of one number per seed, such as a difference, with its t interval; a single seed has an infinite one.
 
     >>> print(mean_over_seeds([1.0, 2.0, 3.0]))
     2.00 [-0.48, 4.48]
@@ -103,12 +103,12 @@ def level(values: Values) -> Estimate:
 
 
 def mean_difference(values: Values) -> Estimate:
-    """`mean_over_seeds` of one difference a seed, without an interval below `FEWEST_DECIDING` seeds."""
+    """`mean_over_seeds` of one difference per seed, without an interval below `FEWEST_DECIDING` seeds."""
     return mean_over_seeds(values) if len(values) >= FEWEST_DECIDING else without_interval(float(np.mean(values)))
 
 
 def without_interval(value: float) -> Estimate:
-    """A number of which nobody knows how sure it is."""
+    """An estimate without an interval."""
     return Estimate(value, -math.inf, math.inf)
 
 
@@ -139,12 +139,12 @@ def paired_difference(values: Values, baseline: Values) -> Estimate:
 
 
 def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """A statistic of seeds that is no mean of theirs, such as a ratio of means, with a t interval.
+    """A statistic of seeds that is not their mean, such as a ratio of means, with a t interval.
 
     ``pseudo_i = n * statistic(rows) - (n - 1) * statistic(rows without i)``; their mean is the estimate (Tukey 1958).
 
     Args:
-        rows: (n, ...), a row a seed.
+        rows: (n, ...), one row per seed.
         statistic: (m, ...) -> a number, for m = n and n - 1.
 
     >>> jackknife(np.array([1.0, 2.0, 6.0]), np.mean) == mean_over_seeds([1.0, 2.0, 6.0])
@@ -158,7 +158,7 @@ def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Est
 
 
 def share_of_runs(number: int, runs: int) -> Estimate:
-    """``number / runs`` with Clopper and Pearson's exact interval: a rare event among few runs is no rare chance.
+    """``number / runs`` with Clopper and Pearson's exact interval: what is rare among few runs may still be likely.
 
     >>> print(share_of_runs(2, 10))
     0.20 [0.03, 0.56]
@@ -273,7 +273,7 @@ def censored_median(steps: np.ndarray, reached: np.ndarray) -> np.ndarray:
     order = np.lexsort((~reached, steps), axis=-1)  # among equal steps the events come first
     times, events = np.take_along_axis(steps, order, -1), np.take_along_axis(reached, order, -1)
     at_risk = np.arange(steps.shape[-1], 0, -1)
-    survival = np.cumprod(1 - events / at_risk, axis=-1)  # one factor an event: tied ones multiply to the same
+    survival = np.cumprod(1 - events / at_risk, axis=-1)  # one factor per event: tied ones multiply to the same
     halved = survival <= 0.5 + 1e-12
     first = np.take_along_axis(times, halved.argmax(-1)[..., None], -1)[..., 0]
     return np.where(halved.any(-1), first, np.inf)
@@ -319,7 +319,7 @@ def overtaking(
     methods' together since they are pairs, and finds level and steps anew each time.
 
     Args:
-        curves: (R, K), a row a seed.
+        curves: (R, K), one row per seed.
         baseline: (R, K), the same seeds.
         updates: (K,), the number of each update.
         window: updates in a trailing mean.

@@ -30,8 +30,8 @@ from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
 from tokenmdp.wording import count
 
-COLLAPSE_TOKENS = 90  # from this length on the paper sees it
-RARE = 0.025  # two of ten runs are more, by their interval; a single run never is
+COLLAPSE_TOKENS = 90  # the length from which on the paper sees it
+RARE = 0.025  # two of ten runs are more than this, by their interval; a single run never is
 PAPER_SHARE = 0.2  # two of ten
 LENGTH_GRIDS = ("length", "custom", "gpt2")  # where several lengths may be, the best first
 SAME_SCORES = {"imdb-tiny", "imdb-uniform"}  # bundled models that differ in nothing but their attention row

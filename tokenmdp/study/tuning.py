@@ -1,4 +1,4 @@
-"""What the grid "tune" found: for each method the rate with the best area under its learning curve that a bound allows.
+"""The result of the grid "tune": per method the rate with the best area under its learning curve within a bound.
 
 Reward alone would choose the rate at which the policy soonest writes one and the same text that the reward model likes:
 on the bundled models every method's area is highest, or nearly so, where the KL is beyond 20 nats and one bigram in
@@ -21,12 +21,12 @@ from tokenmdp.study.outcomes import area, last_tenth
 from tokenmdp.study.results import Cell, rounded
 
 SEARCH = "tune"  # the grid that searches for learning rates
-MOST_KL = 20.0  # nats a response over the last tenth of the updates; the paper's policies end at 14.2 to 18.7
+MOST_KL = 20.0  # nats per response over the last tenth of the updates; the paper's policies end at 14.2 to 18.7
 OTHER_BOUNDS = (18.7, 25.0)  # as defensible
 
 
 class Run(NamedTuple):
-    """What a method's learning rates are compared on."""
+    """The settings on which a method's learning rates are compared."""
 
     setting: str  # without the rate
     seed: int
@@ -44,7 +44,7 @@ def chosen_rates(study: Study, grid: str = SEARCH) -> dict[str, Any]:
 
     ``learning_rates``: method -> the rate whose area under the learning curve (`area`) is the highest on average over
     settings and seeds, of those whose mean KL at the end is at most `MOST_KL`. Only rates that finished under every
-    setting and seed are ranked: a run that crashed is seldom a good one, and without it the rate would look better than
+    setting and seed are ranked: a run that crashed is rarely a good one, and without it the rate would look better than
     it is. Of equal ones the lower wins. A method without such a rate is left out.
     ``at_the_edge_of_the_search``: methods whose rate is the lowest or the highest of several that were tried.
     ``limited_by_kl``: methods of which a rate with more KL has a better area than the chosen one.
@@ -112,7 +112,7 @@ def rates_of(cells: Sequence[Cell]) -> dict[float, list[str]]:
 
 
 def edge_note(record: Mapping[str, Any]) -> str:
-    """Sentences on where the choice hangs on the edge of the search or on the bound on the KL; empty if nowhere.
+    """Sentences on where the choice depends on the edge of the search or on the bound on the KL; empty if nowhere.
 
     A record of an earlier version says nothing about the bound.
 

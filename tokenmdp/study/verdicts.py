@@ -41,7 +41,7 @@ FIRST_STEPS = "steps 0 to 100 of its 151"  # that the paper's means are over
 
 
 def verdicts(study: Study) -> list[Verdict]:
-    """Every claim, decided or with what it lacks."""
+    """Every claim, decided or with what is missing."""
     above = "paired by seed, t interval of {} - {} in mean score over all updates"
     pairs = [
         (

@@ -1,7 +1,7 @@
 """One cell in a process of its own: ``python -m tokenmdp.study.worker OUT ID``.
 
-On a CPU it computes on one thread, so that the same cell gives the same numbers whatever runs beside it, and cells
-share the cores without getting into each other's way. A cell that is killed starts again from its first update.
+On a CPU it computes on one thread, so that the same cell gives the same numbers whatever else is running, and cells
+share the cores without getting in each other's way. A cell that is killed starts again from its first update.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESULT_BYTES = 30_000  # more than a finished cell of 150 updates takes
 
 
 class Orphaned(RuntimeError):
-    """Nobody waits for the cell: the process that started this one is gone, or the study is."""
+    """The cell is no longer wanted: the process that started this one is gone, or the study is."""
 
 
 def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None] | None = None) -> CellResult:
@@ -93,7 +93,7 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
 
 
 def costs_of(agent: PPO) -> dict[str, float]:
-    """What training took: medians over the updates, the first of which warms up, and the peak of the whole process."""
+    """Training costs: medians over the updates, the first of which warms up, and the peak of the whole process."""
     return {
         "update_seconds": statistics.median(record["seconds"] for record in agent.history),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in agent.history),  # of responses
@@ -116,14 +116,14 @@ class ProgressFile:
         """
         if sys.platform != "win32" and os.getppid() != self.parent:  # a launcher stands between them on Windows
             raise Orphaned(f"process {self.parent} is gone")
-        if not (self.out / "study.json").exists():  # to write would make a directory that is no study
+        if not (self.out / "study.json").exists():  # writing would make a directory that is not a study
             raise Orphaned(f"{self.out} is gone")
 
     def begin(self) -> None:
         """Write as much as the result will take.
 
         Raises:
-            OSError: a full disk, say, which had better be known before the cell has cost its time.
+            OSError: a full disk, for example, which should be noticed before the cell has used its time.
         """
         self.check()
         write_text(self.path, "{}" + " " * RESULT_BYTES)

@@ -1,4 +1,4 @@
-"""Does a credit method keep what it declares? Every property is checked by enumeration, or refuted with numbers.
+"""Does a credit method do what it declares? Every property is checked by enumeration, or refuted with numbers.
 
 from tokenmdp.testing import check_credit_method
 
@@ -31,8 +31,8 @@ def check_credit_method(
 ) -> None:
     """Credit all responses of small token MDPs and check what ``method`` declares about itself.
 
-    Always: token rewards of the right shape and dtype, finite, zero outside the response; a report of one number a row;
-    needs that exist; and no influence of the other rows, their order or the prompt's padding. As declared:
+    Always: token rewards of the right shape and dtype, finite, zero outside the response; a report of one number per
+    row; needs that exist; and no influence of the other rows, their order or the prompt's padding. As declared:
     ``conserves_return`` (sums are scores), ``causal`` (responses that begin alike are credited alike, except on their
     last token) and ``potential_based`` (the exact reward-to-go gradient of a random policy is the true gradient).
 

@@ -1,4 +1,4 @@
-"""What policy-gradient estimators are in expectation, by enumeration: no sampling, no network, float64.
+"""Policy-gradient estimators in expectation, by enumeration: no sampling, no network, float64.
 
 The policy is the tabular softmax policy of a `ToyMDP`, so a gradient is a table (num_prefixes, V) as its logits are.
 """
@@ -71,7 +71,7 @@ class ActionValues(NamedTuple):
 def action_values(mdp: ToyMDP, logits: torch.Tensor, token_rewards: torch.Tensor) -> ActionValues:
     """Exact Q and V of the policy with ``logits`` (num_prefixes, V) under ``token_rewards`` (M, H).
 
-    Token rewards that depend on the finished text are no function of state and action; Q is then their conditional
+    Token rewards that depend on the finished text are not a function of state and action; Q is then their conditional
     expectation under this policy.
 
     >>> mdp = ToyMDP.random(vocab_size=2, horizon=1)

@@ -81,7 +81,7 @@ class TableRewardModel(RewardModel):
         return EmbeddedTexts(one_hot.float(), occupied, score, to_slots, average=lambda: average)
 
     def check_tokenizer(self, tokenizer: object) -> None:
-        """A table knows ids only."""
+        """Accept any tokenizer: a table only has ids."""
 
     def _multilinear(self, embeddings: torch.Tensor) -> torch.Tensor:
         """``sum_y score(y) * prod_t embeddings[t, y[t]]`` over the texts y of this length; (N, T, V) -> (N,)."""

@@ -1,4 +1,4 @@
-"""Episodes of like length together, so that a forward spends little on padding."""
+"""Episodes of similar length together, so that a forward spends little on padding."""
 
 from __future__ import annotations
 

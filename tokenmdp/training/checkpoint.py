@@ -1,4 +1,4 @@
-"""What an agent's ``save`` writes and its ``load`` reads, whatever the algorithm.
+"""Checkpoints: what an agent's ``save`` writes and its ``load`` reads, for any algorithm.
 
 config.json, model.safetensors, tokenizer files     the policy, adapters merged in
 value_head.safetensors, ALGORITHM_config.json
@@ -77,7 +77,7 @@ class Checkpoint(NamedTuple):
     path: Path
     config: dict[str, Any]  # of the agent
     trainer: dict[str, Any]
-    rng_states: list[Any]  # one a row of all processes
+    rng_states: list[Any]  # one per row of all processes
     history: list[dict[str, float]]
 
     @property
@@ -150,7 +150,7 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
     """What `save` wrote, apart from the weights; every process calls this.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another program.
+        CheckpointError: the checkpoint is missing, damaged or from another program.
     """
     path, config_file = Path(directory), Path(directory) / form.config_file
     with processes.together():
@@ -179,7 +179,7 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
 
 
 def restore(agent: Agent, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[str, Any]:
-    """Put everything but the weights of policy and reference into a new agent; with LoRA, its adapters too.
+    """Restore everything but the weights of policy and reference into a new agent; with LoRA, its adapters too.
 
     Args:
         agent: Made from ``checkpoint.config``.

@@ -1,4 +1,4 @@
-"""One run in one process or in several: what every process plays, what they tell each other, who writes files.
+"""One run in one process or in several: what every process plays, what they exchange, which one writes files.
 
 Every process plays N / W of an update's N episodes. All draw the random numbers of all N episodes and use their own,
 and all get the whole rollout before the first advantage is computed. So W processes learn what one process with N
@@ -93,7 +93,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around work in which processes do not talk to each other: an error in one is an error in all.
+        """Around work in which processes do not communicate: an error in one becomes an error in all.
 
         Without it the others would wait for the failed one until a time limit.
         """

@@ -24,7 +24,7 @@ EVALUATIONS = (  # modules whose functions play episodes and learn nothing
     "sb3_contrib.common.maskable.evaluation",
 )
 
-ROWS_JUDGED = 64  # responses whose attention is looked at before a word about it
+ROWS_JUDGED = 64  # responses whose attention is looked at before a warning about it
 LEAST_DISTINCT_JUDGED = 4  # tokens: rows over fewer are uneven or even by chance
 LEAST_SHARE_DISTINCT = 0.25  # of a response's tokens
 MOST_DISTINCT_NEEDED = 16  # tokens: long responses and small vocabularies never reach the share
@@ -35,7 +35,7 @@ class UninformativeAttention(UserWarning):
 
 
 class UnreadTokenRewards(UserWarning):
-    """Episodes end, and nothing has said that it learns from their token rewards."""
+    """Warning: episodes end, and nothing has declared that it learns from their token rewards."""
 
 
 @runtime_checkable
@@ -56,7 +56,7 @@ class CreditWrapper:
     credit: CreditMethod
     readers: ClassVar[WeakSet[Any]] = WeakSet()
     env: Any
-    _warned: ClassVar[bool] = False  # of unread episodes, once a process: a batch has many wrappers
+    _warned: ClassVar[bool] = False  # of unread episodes, once per process: a batch has many wrappers
     _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
 
     def _check_form(self, env: Any) -> None:
@@ -183,7 +183,7 @@ class CreditWrapper:
             )
 
     def _watch_readers(self, base: TokenEpisodes, ended: int) -> None:
-        """Warn once if Stable-Baselines3 is in use and nobody reads: it would train on `reward` alone.
+        """Warn once if Stable-Baselines3 is in use and token rewards are not read: it would train on `reward` alone.
 
         An evaluation in this process does not count. A worker process does not see who steps it.
         """

@@ -8,7 +8,7 @@ from tokenmdp.envs.single import TokenEpisodes
 
 
 class PrefixLedger:
-    """What N episodes in progress have been paid: ``credit_beta * (score of y[<=t] - score of y[<t])`` for token t.
+    """The rewards of N episodes in progress: ``credit_beta * (score of y[<=t] - score of y[<t])`` for token t.
 
     Args:
         base: the unwrapped environment.

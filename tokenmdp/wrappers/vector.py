@@ -97,8 +97,8 @@ class AttentionCreditReward(CreditReward):
 class OnlinePrefixReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArgs):
     """``reward[t] = credit_beta * (score of y[<=t] - score of y[<t])`` in the step of token t; the rest at the end.
 
-    See `tokenmdp.wrappers.OnlinePrefixReward`. One forward a step covers all rows that go on, and one more those that
-    start. It needs the scores when rows end: ``score_when="all_done"`` is refused.
+    See `tokenmdp.wrappers.OnlinePrefixReward`. One forward per step covers all rows that continue, and one more those
+    that start. It needs the scores when rows end: ``score_when="all_done"`` is refused.
     """
 
     def __init__(self, env: gym.vector.VectorEnv, credit_beta: float = 1.0) -> None:

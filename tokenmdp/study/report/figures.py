@@ -66,7 +66,7 @@ def learning_curves(groups: Groups, *, title: str = "") -> tuple[Figure, list[st
 def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> list[str]:
     """A dotted line at the baseline's maximum, where others pass it, and an arrow from one step to the other.
 
-    Returns what a caption has to say of them.
+    Returns remarks on them for the caption.
     """
     found, fewer = {}, False
     for method, results in groups.items():
@@ -156,7 +156,7 @@ def beta_sweep(groups: Groups) -> tuple[Figure, list[str]]:
 
 
 def length_study(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
-    """Curves a length, the mean score over training against length, and the lead over sparse of the same seed.
+    """Curves per length, the mean score over training against length, and the lead over sparse of the same seed.
 
     Returns:
         The figure, and remarks for its caption.
@@ -214,7 +214,7 @@ def lead(groups: Groups, method: str) -> Estimate | None:
 
 
 def diagnostics(groups: Groups) -> tuple[Figure, list[str]]:
-    """What training looked like from inside: a panel a metric of `DIAGNOSTICS`, with the methods that record it.
+    """Diagnostics of training: a panel per metric of `DIAGNOSTICS`, with the methods that record it.
 
     Returns:
         The figure, and remarks for its caption.

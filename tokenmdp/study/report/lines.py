@@ -1,4 +1,4 @@
-"""What the figures of a study are drawn with: curves with bands, points with intervals, rows."""
+"""Drawing for the figures of a study: curves with bands, points with intervals, rows."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def scale_to(axes: Axes, means: Sequence[float]) -> None:
-    """Limits by the means: the band of a few seeds of which one collapsed would flatten everything."""
+    """Limits by the means: the band of a few seeds, one of them collapsed, would flatten everything."""
     low, high = min(means, default=0.0), max(means, default=1.0)
     room = 0.12 * (high - low or 1)
     axes.set_ylim(low - room, high + room)

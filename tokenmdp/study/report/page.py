@@ -30,8 +30,8 @@ from tokenmdp.study.tuning import SEARCH
 from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count
 
-SHOWN_SAMPLES = 3  # a method
-OWN_GRIDS = {"custom", "smoke", SEARCH}  # a study of these alone asks a question of its reader's own
+SHOWN_SAMPLES = 3  # per method
+OWN_GRIDS = {"custom", "smoke", SEARCH}  # a study of only these asks its reader's own question
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
 ANSWERS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: NOT_MEASURED}
 CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
@@ -127,7 +127,7 @@ def _summary(study: Study, decided: Sequence[Verdict]) -> str:
 
 
 def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
-    """Of a study that asks its own question."""
+    """The text for a study that asks its own question."""
     methods = dict.fromkeys(name_of(cell.method) for grid in study.grids for cell in study.declared(grid))
     return (
         f"<p>How a policy learns when the score of a text is spread over its tokens in different ways: "
@@ -215,7 +215,7 @@ def _samples(study: Study) -> str:
     for grid in main_grids(study):
         for setting, groups in by_setting(study, grid).items():
             seeds = Counter(result.cell.seed for results in groups.values() for result in results)
-            seed, columns = min(seeds, key=lambda seed: (-seeds[seed], seed)), ""  # the one that most methods have
+            seed, columns = min(seeds, key=lambda seed: (-seeds[seed], seed)), ""  # the setting that most methods have
             found = {cell.cell.method: cell.samples for results in groups.values() for cell in results
                      if cell.cell.seed == seed}  # fmt: skip
             for method, samples in ((method, kept[:SHOWN_SAMPLES]) for method, kept in found.items()):

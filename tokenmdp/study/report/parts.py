@@ -1,4 +1,4 @@
-"""What the sections of a study's page are made of and have in common: captions, numbers, the grids that they show."""
+"""The parts that the sections of a study's page have in common: captions, numbers, the grids that they show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Picture:
 
     name: str  # of its files
     figure: Figure
-    title: str  # what it shows, in a line
+    title: str  # what it shows, in one line
     caption: str
 
 

@@ -1,4 +1,4 @@
-"""How a study was made, for its page: commands, versions, settings, learning rates and the search for them."""
+"""The section on how a study was made: commands, versions, settings, learning rates and the search for them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _listed(versions: Mapping[str, str]) -> str:
 
 
 def _rates(study: Study) -> str:
-    """A row a grid: which methods learn at which rate."""
+    """One row per grid: which methods learn at which rate."""
     rows = ""
     for grid in study.grids:
         rates = rates_of(study.declared(grid)) if grid != SEARCH else {}
@@ -64,7 +64,7 @@ def _rates(study: Study) -> str:
 
 
 def search_record(study: Study) -> dict[str, Any] | None:
-    """What the search for learning rates found: in this study, else in its ``learning_rates.json``; None without one.
+    """The result of the search for learning rates: this study's, else from its ``learning_rates.json``; or None.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -77,7 +77,7 @@ def search_record(study: Study) -> dict[str, Any] | None:
 
 
 def _search(study: Study) -> str:
-    """A row a method and a column a rate, with what was chosen and what lies at the edge."""
+    """A row per method and a column per rate, with the chosen rate and those at the edge marked."""
     record = search_record(study)
     if record is None:
         return ""

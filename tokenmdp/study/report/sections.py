@@ -70,7 +70,7 @@ def _curves(study: Study) -> Section:
 
 
 def _lost(groups: Groups) -> list[str]:
-    """Which methods have runs that a mean curve hides in itself."""
+    """Which methods have runs that a mean curve hides."""
     lost = {method: sum(map(collapsed, results)) for method, results in groups.items()}
     told = [f"{number} of {len(groups[method])} of {name_of(method)}'s" for method, number in lost.items() if number]
     return [f"Runs that lost more than half of what they had gained: {', '.join(told)}"] if told else []

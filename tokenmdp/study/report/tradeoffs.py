@@ -1,4 +1,4 @@
-"""What a score cost: KL, a second reward model's opinion, diversity; and whether the gain follows credit quality."""
+"""Score against its costs: KL, a second reward model, diversity; and whether the gain follows credit quality."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]
     """Where training ended, at several KL coefficients: score against KL with its Pareto front, and at equal KL.
 
     Args:
-        settings: setting (one a KL coefficient) -> method -> seeds.
+        settings: setting (one per KL coefficient) -> method -> seeds.
 
     Returns:
         The figure, and remarks for its caption.
@@ -126,7 +126,7 @@ def _cross(axes: Axes, across: Estimate, up: Estimate, look: Look) -> None:
 def _draw_equal_kl(
     axes: Axes, settings: Sequence[Groups], methods: Sequence[str], styles: Mapping[str, Look]
 ) -> list[str]:
-    """A row a method: its lead over the baseline where both spend the same; what is left out, in words."""
+    """A row per method: its lead over the baseline where both spend the same; what is left out, in words."""
     shown: list[str] = []
     remarks: list[str] = []
     for method in methods:
@@ -185,7 +185,7 @@ def gold_against_proxy(groups: Groups) -> Figure:
 def faithful_study(
     settings: Mapping[str, Groups], quality: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Figure, list[str]]:
-    """A row a reward model: its learning curves, and how far each method's credit agrees with leave-one-out.
+    """A row per reward model: its learning curves, and how far each method's credit agrees with leave-one-out.
 
     Args:
         settings: reward model -> method -> seeds.

@@ -1,6 +1,6 @@
-"""Prose of a study's page: words that it uses and what a reader must know of the bundled models."""
+"""Prose of a study's page: terms that it uses and what a reader must know about the bundled models."""
 
-ABOUT = {  # a bundled model -> what its results hang on
+ABOUT = {  # a bundled model -> what its results depend on
     "imdb-tiny": "The reward model imdb-tiny was trained, after its scores, to attend to the tokens that the score "
     "hangs on (leave-one-out). imdb-plain is the same model before that.",
 }
