@@ -1,4 +1,4 @@
-"""What ``import tokenmdp`` costs beside ``import gymnasium``: the best of several fresh interpreters each.
+"""The cost of ``import tokenmdp`` beside ``import gymnasium``: the best of several fresh interpreters each.
 
 python benchmarks/import_time.py
 """

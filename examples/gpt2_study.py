@@ -33,7 +33,7 @@ from tokenmdp.study.directory import Study, load_study
 HEAD_WIDTH = 64  # of GPT-2 in every size
 GPT2 = GPT2Config()  # its defaults are those of GPT-2 124M
 TRIAL = ["--prompts", "imdb-tiny", "--methods", "sparse", "attention", "--seeds", "1", "--updates", "3"]
-TRIAL += ["--quality-texts", "0"]  # untrained attention follows nothing
+TRIAL += ["--quality-texts", "0"]  # untrained attention carries no information
 
 parser = argparse.ArgumentParser(
     description=__doc__.splitlines()[0],
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.random_weights:
         out = args.out or Path("runs/gpt2_trial")
         study, models = out / "study", make_models(out / "models", args.layers, args.width)
-        chosen = [*models, *TRIAL]  # what comes later on the command line counts
+        chosen = [*models, *TRIAL]  # later arguments on the command line win
     else:
         study, chosen = args.out or Path("runs/gpt2"), []
     status = cli.main(["ablate", "--preset", "gpt2", *chosen, "--out", str(study), *options])
@@ -111,7 +111,7 @@ def wide_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def costs_table(study: Study) -> Table:
-    """A row a method and setting: medians over runs, and the highest peak of any."""
+    """One row per method and setting: medians over runs, and the highest peak of any."""
     table = Table(box=None, padding=(0, 2, 0, 0), caption_justify="left")
     for heading in ("setting", "method", "runs", "s/update", "response tokens/s", "peak memory"):
         table.add_column(heading, justify="left" if heading in ("setting", "method") else "right")

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     # The reward was 0 until the end, because the score is known only for a finished text. What each token deserves of
-    # it is known only then too, so it comes afterwards, in the last info, as a vector with one entry a token.
+    # it is known only then too, so it comes afterwards, in the last info, as a vector with one entry per token.
     n_tokens = info["n_tokens"]
     console.print(f"\nThe score of the finished text is {info['score']:+.2f}. Who earned it?")
     wrappers = (SparseReward, UniformReward, AttentionCreditReward)

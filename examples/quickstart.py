@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
 
-    # A native vector environment: 32 texts at once, one reward-model call for those that end together. Own agents want
-    # autoreset off, so that one update is exactly one episode a row.
+    # A native vector environment: 32 texts at once, one reward-model call for those that end together. The library's
+    # own agents want autoreset off, so that one update is exactly one episode per row.
     envs = gym.make_vec(args.env, num_envs=args.num_envs, autoreset_mode="Disabled")
     envs = vector.AttentionCreditReward(envs, credit_beta=0.8)
     agent = PPO(args.policy, envs, PPOConfig(seed=1))

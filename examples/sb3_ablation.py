@@ -38,7 +38,7 @@ parser.add_argument("--out", type=Path, default=Path("runs/sb3_ablation.png"))
 
 
 class Curve(BaseCallback):
-    """One record a rollout: the mean score of its episodes, and their KL to the model as it was at the start."""
+    """One record per rollout: the mean score of its episodes, and their KL to the model as it was at the start."""
 
     def _on_training_start(self) -> None:
         self.reference, self.records = copy.deepcopy(self.model.policy), []

@@ -4,7 +4,7 @@ python examples/sb3_ppo.py
 python examples/sb3_ppo.py --env TextGen-IMDb-v0 --policy imdb-tiny --steps 8192
 
 Without --policy a small new network learns the toy task. With it, PPO fine-tunes that pretrained language model, for
-which SB3's default learning rate is far too high. SB3 knows no reference model: nothing holds a long run near it.
+which SB3's default learning rate is far too high. SB3 has no reference model: nothing keeps a long run near it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ parser.add_argument("--seed", type=int, default=1)
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
-    # One batched environment calls the reward model once a step. make_vec_env, as in sb3_maskable.py, works as well.
+    # One batched environment calls the reward model once per step. make_vec_env, as in sb3_maskable.py, works as well.
     envs = gym.make_vec(args.env, num_envs=args.num_envs, autoreset_mode="SameStep")
     eval_envs = gym.make_vec(args.env, num_envs=args.num_envs)
     if args.policy is None:

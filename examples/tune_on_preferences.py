@@ -1,7 +1,7 @@
 """A preference-tuned policy (DPO) for implicit-reward credit. Offline; minutes on two cores.
 
-Two responses a prompt are sampled from the policy, a reward model says which is better, and the policy learns to prefer
-it, staying near where it began. The directory that is written is a policy for any agent, and for RTO:
+Two responses per prompt are sampled from the policy, a reward model says which is better, and the policy learns to
+prefer it, staying near where it began. The directory that is written is a policy for any agent, and for RTO:
 
 python examples/tune_on_preferences.py --out runs/tuned --pairs 4096 --steps 200
 tokenmdp.credit.make_credit("rto", tuned="runs/tuned", rto_beta=0.1)      # the dpo_beta of the tuning
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     policy = CausalLMPolicy.for_task(args.policy, task, compute_dtype=dtype)
     generator = torch.Generator().manual_seed(args.seed)
 
-    # The same seed draws the same prompts, and the generator has moved on: two responses a prompt.
+    # The same seed draws the same prompts, and the generator has moved on: two responses per prompt.
     batches, scores = [], []
     for seed in range(args.seed, args.seed + args.pairs - num_envs + 1, num_envs):
         first, second = (collect(envs, policy, policy, generator, seed=seed)[0] for _ in range(2))

@@ -1,4 +1,4 @@
-"""What becomes of the tests where an optional library is not installed: they are skipped, and say what they need."""
+"""Tests that need an optional library are skipped where it is not installed, and say what they need."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ collect_ignore = ["sb3_ledger.py"] if "sb3" in MISSING else []
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """Skip a test in which this package has refused to work without an extra, as its error messages name it."""
+    """Skip a test in which this package refuses to work without an extra that its error message names."""
     report = yield
     named = set(re.findall(r"tokenmdp\[(\w+)\]", _messages(call.excinfo.value))) if report.failed else set()
     for extra in sorted(MISSING & named):
@@ -30,5 +30,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 
 def _messages(error: BaseException | None) -> str:
-    """An exception's message, and those of what was being handled when it was raised."""
+    """The messages of an exception and of the exceptions being handled when it was raised."""
     return "" if error is None else f"{error}\n{_messages(error.__cause__ or error.__context__)}"

@@ -60,7 +60,7 @@ def record(agent):
 
 
 def in_two_processes(directory):
-    """Play all that `_process` does; files appear in ``directory``."""
+    """Play everything that `_process` does; files appear in ``directory``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

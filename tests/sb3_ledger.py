@@ -1,4 +1,4 @@
-"""What truly happened in an SB3 environment, written down beside the learner and credited anew from the texts."""
+"""The true course of an SB3 environment, recorded beside the learner and credited again from the texts."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ class Ledger(VecEnvWrapper):
 
 @dataclass
 class Snapshot:
-    """One rollout as the learner will train on it, and what it bootstraps from."""
+    """One rollout as the learner will train on it, and the values it bootstraps from."""
 
     first_step: int
     last_values: np.ndarray | None = None

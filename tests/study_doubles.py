@@ -32,7 +32,7 @@ TEXT = "this film is a quiet , well acted and moving story that stays with you l
 
 @dataclass(frozen=True)
 class Course:
-    """How one run goes: the score rises from start to end and covers half the way in half updates."""
+    """The course of one run: the score rises from start to end and covers half the distance in half updates."""
 
     start: float = 1.0
     end: float = 9.5
@@ -123,7 +123,7 @@ def grid_cells(grid: str, seeds: int, updates: int) -> list[Cell]:
 
 
 def make_result(cell: Cell, course: Course) -> CellResult:
-    """What a cell with this course leaves; cells that compute the same have the same noise."""
+    """The result of a cell with this course; cells that compute the same have the same noise."""
     settings = cell.settings
     of = (settings.credit, settings.credit_beta, settings.horizon_range, settings.reward_model, settings.ppo, cell.seed)
     rng = np.random.default_rng(zlib.crc32(repr(of).encode()))
@@ -233,7 +233,7 @@ def synthetic_study(
         course: how each cell goes.
         keep: False for a cell that is declared but not finished.
         crashed: True for a cell that left an error instead.
-        quality: reward models whose credit quality is there.
+        quality: reward models whose credit quality was measured.
         change: applied to every result before it is written.
     """
     path = Path(path)

@@ -30,7 +30,7 @@ def byte_level(vocab_size):
 
 
 def byte_fallback():
-    """Characters, and for those it does not know a token a byte, as Llama's tokenizer has them."""
+    """Characters, and for those it does not know, one token per byte, as in Llama's tokenizer."""
     pieces = {
         piece: index for index, piece in enumerate([*"▁abcdefghilmnoprstuvwy", *(f"<0x{b:02X}>" for b in range(256))])
     }

@@ -1,4 +1,4 @@
-"""Integrated gradients and DeepLIFT: completeness, a linear model by hand, and what must not matter."""
+"""Integrated gradients and DeepLIFT: completeness, a linear model by hand, and what must make no difference."""
 
 import subprocess
 import sys

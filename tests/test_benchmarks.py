@@ -69,7 +69,7 @@ def test_each_part_finds_something_and_writes_it(part, tmp_path):
     assert [finding["value"] for finding in written["findings"]] == [finding.interval.value for finding in findings]
     assert {finding.part for finding in findings} == {part}
     assert all(math.isfinite(finding.interval.value) and finding.interval.value > 0 for finding in findings)
-    assert {finding.mark for finding in findings} == {""}  # those are for the sizes measured in earnest
+    assert {finding.mark for finding in findings} == {""}  # marks apply only to the sizes of a full measurement
     assert written["machine"]["torch"] == torch.__version__
     assert written["machine"]["threads"] == torch.get_num_threads()
 

@@ -1,4 +1,4 @@
-"""The page that compares credit methods: its numbers, and what a real browser makes of it."""
+"""The page that compares credit methods: its numbers, and how a real browser shows it."""
 
 import html as markup
 import json
@@ -146,7 +146,7 @@ def test_a_browser_shows_it(tmp_path, scheme, width):
     assert facts["dark"] == (scheme == DARK)
     assert facts["cells"] == 2 * 24 + 2
     assert facts["painted"] == facts["cells"] - 3  # those that show 0
-    assert facts["tabStops"] == 3  # one a grid; the arrow keys do the rest
+    assert facts["tabStops"] == 3  # one per grid; the arrow keys do the rest
     assert facts["scroll"] <= facts["width"] == width  # the body does not scroll sideways
     assert (facts["inner"] > 0) == (width == 400)  # the grids do, where they must
     assert facts["contrast"] >= 4.5

@@ -1,4 +1,4 @@
-"""The checks for third-party credit methods: they pass what keeps its word and name what does not."""
+"""The checks for third-party credit methods: they pass methods that keep their promises and name what others break."""
 
 import dataclasses
 

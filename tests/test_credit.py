@@ -173,13 +173,13 @@ def test_policy_attention_on_the_first_token_credits_the_first_token(method):
     first[:, :, 0] = 1.0
     credit = method(finished, Resources(policy_attention=lambda _: first))
     assert credit.token_rewards.tolist() == [[score, 0, 0, 0, 0, 0] for score in (1.0, 2.0, 3.0)]
-    assert credit.report["credit_fallback"].tolist() == [True, False, False]  # one token: nobody ever read it
+    assert credit.report["credit_fallback"].tolist() == [True, False, False]  # one token: it was never read
 
 
 def test_policy_attention_by_hand():
     finished, _ = outcome([4], [10.0])
     attention = torch.tensor([[[0.4, 0, 0, 0], [0.2, 0.2, 0, 0], [0.3, 0.0, 0.1, 0], [9.0, 9, 9, 9]]])
-    attention = torch.nn.functional.pad(attention.double(), (0, 2, 0, 2), value=7.0)  # what padding holds is nothing
+    attention = torch.nn.functional.pad(attention.double(), (0, 2, 0, 2), value=7.0)  # padding does not matter
     resources = Resources(policy_attention=lambda _: attention)
     columns = torch.tensor([(0.4 + 0.2 + 0.3) / 3, (0.2 + 0.0) / 2, 0.1, 0.0, 0, 0], dtype=torch.float64)
     ours = PolicyAttentionCredit(1.0)(finished, resources).token_rewards[0]

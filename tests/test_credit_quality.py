@@ -1,4 +1,4 @@
-"""Metrics against brute force and scipy, worlds against their rules, costs against what was asked."""
+"""Metrics against brute force and scipy, worlds against their rules, costs against counted calls."""
 
 import itertools
 
@@ -291,7 +291,7 @@ def test_a_model_with_another_vocabulary_or_without_attention_is_measured_too():
     episodes = episodes_of([encode(tokenizer, line) for line in lines])
     result = measure(model_world(load_lexicon("lexicon:toy"), tokenizer, episodes, "lines"),
                      {"red": make_credit("red")})  # fmt: skip
-    assert by_name(result)["red"].reward_forwards > 1  # prefixes in another vocabulary cost a forward each
+    assert by_name(result)["red"].reward_forwards > 1  # with another vocabulary each prefix costs a forward
     toy = episodes_of([Text([], words("great but dull")), Text([], words("bad film"))])
     result = measure(model_world(ScoreOnly(), load_tokenizer("toy"), toy, "words"), {"sparse": make_credit("sparse")})
     assert result.attention is None
@@ -379,7 +379,7 @@ class FailsAtLength(SparseCredit):
 
 
 class Lost(SparseCredit):
-    """Needs what nobody attached."""
+    """Needs something that is not attached."""
 
     def __call__(self, outcome, resources):
         raise MissingResource("nobody is here")

@@ -1,4 +1,4 @@
-"""When a credit wrapper warns: nobody reads its token rewards, or the attention that it follows says nothing."""
+"""When a credit wrapper warns: its token rewards are not read, or the attention that it follows is uninformative."""
 
 import sys
 import warnings
@@ -49,7 +49,7 @@ def test_no_warning_where_stable_baselines3_is_not_in_use(monkeypatch):
 
 
 def play_rows(envs, count, tokens=(3, 4, 5, 6, 7)):
-    """``count`` episodes a row of these tokens and end-of-text; returns the warnings about attention."""
+    """``count`` episodes per row of these tokens and end-of-text; returns the warnings about attention."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(count):

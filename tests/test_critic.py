@@ -1,4 +1,4 @@
-"""The critic learns: at a rate and under a norm of its own, and somebody says so when it does not."""
+"""The critic learns: with its own learning rate and gradient norm, and a warning says so when it does not."""
 
 import logging
 
@@ -58,7 +58,7 @@ def test_every_learning_weight_is_in_one_group_and_the_second_is_the_head(lora_r
 
 
 def test_a_wrong_value_does_not_shrink_the_step_of_the_policy():
-    """Scores far off make a huge gradient of the head; under one norm the policy's step would vanish."""
+    """Scores far off give the head a huge gradient; under one norm the policy's step would vanish."""
     clip = 0.5
     agent = make_agent(num_minibatches=1, update_epochs=1, max_grad_norm=clip, clip_coef_value=None)
     torch.nn.init.constant_(agent.policy.value_head.bias, 1e3)

@@ -1,4 +1,4 @@
-"""The plan of the house: folders on floors, imports that go down only, and no circle. Read from the files, not run."""
+"""The layers of the package: folders on floors, imports that only go down, no cycle. Read from the files, not run."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -100,7 +100,7 @@ def test_imports_go_down():
 
 @pytest.mark.parametrize("graph", [GRAPH, between_rooms(GRAPH)], ids=["files", "rooms"])
 def test_nothing_imports_itself_by_a_detour(graph):
-    tuple(TopologicalSorter(graph).static_order())  # the error names the circle
+    tuple(TopologicalSorter(graph).static_order())  # the error names the cycle
     with pytest.raises(CycleError):
         tuple(TopologicalSorter({**graph, "types": {"wrappers"}}).static_order())
 

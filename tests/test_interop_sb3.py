@@ -43,7 +43,7 @@ def nobody_was_warned(monkeypatch):
 
 
 def train(algorithm, kind, mode="complete", look=None, normalize=None, n_envs=N_ENVS, **arguments):
-    """A trained model, its ledger and a snapshot a rollout."""
+    """A trained model, its ledger and a snapshot per rollout."""
     masked = algorithm is MaskablePPO
     ledger = vec_env(kind, n_envs, min_new_tokens=2 if masked else 0, **arguments)
     envs = ledger if normalize is None else VecNormalize(ledger, **normalize)

@@ -1,4 +1,4 @@
-"""The callback around its work: what it refuses, what it tells the environments, and what an interruption leaves."""
+"""The callback beyond relabelling: what it refuses, what it tells the environments, what an interruption leaves."""
 
 import copy
 import itertools
@@ -59,7 +59,7 @@ def interrupt(model):
 
 
 def said(envs):
-    """What the environments say of `token_rewards_read`."""
+    """The environments' values of `token_rewards_read`."""
     return envs.get_attr("token_rewards_read")
 
 
@@ -97,7 +97,7 @@ def test_environments_in_other_processes_say_again_what_they_said_before():
     with pytest.raises(KeyboardInterrupt):
         model.learn(64, callback=[TokenRewardCallback(), At(interrupt)])
     assert said(envs) == [True, True]  # nothing tells them
-    model.learn(64, callback=TokenRewardCallback())  # but the next run knows that this was not their own word
+    model.learn(64, callback=TokenRewardCallback())  # but the next run knows that they did not set this themselves
     assert said(envs) == [False, False]
     envs.env_method("set_wrapper_attr", "token_rewards_read", True, indices=1)
     model.learn(64, callback=TokenRewardCallback())
@@ -123,7 +123,7 @@ def interrupted():
 
 @pytest.mark.parametrize("callback", [None, TokenRewardCallback()], ids=["none", "complete"])
 def test_the_run_after_an_interrupted_one_trains_on_every_row(interrupted, callback, monkeypatch):
-    monkeypatch.setattr(CreditWrapper, "_warned", True)  # of what is none of the buffer's business
+    monkeypatch.setattr(CreditWrapper, "_warned", True)  # about what does not concern the buffer
     buffer, drawn = interrupted.rollout_buffer, []
     draw = type(buffer)._get_samples
     monkeypatch.setattr(type(buffer), "_get_samples", lambda self, rows: drawn.append(len(rows)) or draw(self, rows))
@@ -192,7 +192,7 @@ def test_one_that_would_not_be_told_of_the_end_of_a_rollout_is_refused():
 
 
 class Scripted(gym.ActionWrapper):
-    """Texts of 1 token and of 8 tokens in turn, whatever the policy says."""
+    """Texts of 1 token and of 8 tokens in turn, whatever the policy chooses."""
 
     def __init__(self, env):
         super().__init__(env)

@@ -152,7 +152,7 @@ def test_collection_through_the_cache_equals_whole_texts(directory, kind):
     expected, ended = [], torch.ones(5, dtype=torch.bool)
     for obs, *_, done in rows:
         if not ended.all():
-            expected.append(5)  # one token a row, also where the answer is then replaced
+            expected.append(5)  # one token per row, also where the answer is then replaced
         if ended.any():
             expected.append(int(ended.sum() * obs["attention_mask"][ended].sum(1).max()))
         ended = done
@@ -190,7 +190,7 @@ def test_any_succession_of_texts_is_read_right(directory, kind):
         for texts in steps:
             ids, mask = texts.clamp(min=0), texts >= 0
             state, whole = reader.read(ids, mask), read_states(policy, ids, mask)
-            assert state.attention_mask.shape[1] <= SLOTS  # columns that nobody needs any more are dropped
+            assert state.attention_mask.shape[1] <= SLOTS  # columns that are no longer needed are dropped
             torch.testing.assert_close(state.logits, whole.logits, rtol=0, atol=1e-4)
             torch.testing.assert_close(state.value, whole.value, rtol=0, atol=1e-4)
 

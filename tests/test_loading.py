@@ -1,4 +1,4 @@
-"""Names, caches and the errors of a name that leads nowhere."""
+"""Names, caches and the errors for a name that resolves to nothing."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def policy_dir(tmp_path):
 
 @pytest.fixture
 def noise(monkeypatch):
-    """What transformers says of its own accord about weights."""
+    """What transformers itself says about weights."""
     records = []
     monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "callHandlers", records.append)
     return records
@@ -241,7 +241,7 @@ def test_code_of_a_repository_is_refused_and_never_asked_about(policy_dir, monke
     config = {"model_type": "no-such-type", "auto_map": {"AutoConfig": "custom.Custom"}}
     (policy_dir / "config.json").write_text(json.dumps(config))
     (policy_dir / "custom.py").write_text(f"open({str(policy_dir / 'ran')!r}, 'w')\nclass Custom: pass\n")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers' question, were it asked
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the question that transformers would ask
     with pytest.raises(CheckpointError, match="custom code"):
         from_pretrained(AutoConfig.from_pretrained, "reward_model", str(policy_dir))
     assert not (policy_dir / "ran").exists()

@@ -1,4 +1,4 @@
-"""A directory that one process at a time holds."""
+"""A directory that only one process at a time can hold."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The teaching notebook runs from top to bottom and still says what its text says."""
+"""The teaching notebook runs from top to bottom, and its outputs still agree with its text."""
 
 from pathlib import Path
 

@@ -41,7 +41,7 @@ def prompts():
 
 @torch.no_grad()
 def sample(policy, ids, mask, seed=0, deterministic=False):
-    """Sample H tokens a row through the cache: ids, mask, logprobs, values and supports."""
+    """Sample H tokens per row through the cache: ids, mask, logprobs, values and supports."""
     generator = torch.Generator(ids.device).manual_seed(seed)
     state, logprobs, values, supports = policy.prefill(ids, mask), [], [], []
     for t in range(H):

@@ -36,7 +36,7 @@ def run(capsys, monkeypatch):
 
 
 def rows(output):
-    """Cells of every table row that a method or token begins."""
+    """Cells of every table row that begins with a method or token."""
     lines = [line for line in output.splitlines() if "│" in line]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
@@ -146,7 +146,7 @@ def test_score_all_has_a_column_a_method_and_a_reason_for_the_others(run, tmp_pa
     for place, name in enumerate(heading):
         if name and name not in ("#", "token"):
             total = sum(float(row[place]) for row in table)
-            assert total == pytest.approx(score, abs=0.021), name  # two decimals a token
+            assert total == pytest.approx(score, abs=0.021), name  # two decimals per token
     assert "rto: not available: it has no default for tuned; pass --credit-option rto.tuned=DIR" in output
     ran = len(CREDIT_METHODS) - 2
     assert page.read_text(encoding="utf-8").count('<th scope="row"') == ran
@@ -195,7 +195,7 @@ def test_score_all_with_another_vocabulary_says_what_is_missing(run):
 def test_score_by_the_policys_attention_and_by_a_tuned_policy(run):
     output = run(*TEXT, "--credit", "abc-d", *CPU)
     assert "= sum of the credits" in output
-    assert re.search(r"attention mass on the text: 0\.\d+\n", output)  # the mean of columns is no share of a row
+    assert re.search(r"attention mass on the text: 0\.\d+\n", output)  # the mean of columns is not a share of a row
     output = run(*TEXT, "--credit", "rto", "--credit-option", "tuned=imdb-tiny", *CPU)
     assert "; the credits sum to" in output
 

@@ -19,7 +19,7 @@ from tokenmdp.types import Rollout
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    """One token a byte, so that every accent and emoji is spread over several tokens."""
+    """One token per byte, so that every accent and emoji is spread over several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -66,7 +66,7 @@ def test_vector_rows_are_the_single_episodes(mode):
     singles = [gym.make(TOY, reward_model=HashRewardModel()) for _ in range(3)]
     batch, _ = envs.reset(seed=7, options={"response_prefix": prefixes})
     for row, (env, prefix) in enumerate(zip(singles, prefixes, strict=True)):
-        obs, _ = env.reset(seed=7 + row, options={"response_prefix": prefix})  # the prompts are drawn as ever
+        obs, _ = env.reset(seed=7 + row, options={"response_prefix": prefix})  # the prompts are drawn as before
         assert same({key: rows[row] for key, rows in batch.items()}, obs)
     _, rewards, ended, _, infos = envs.step(np.full(3, envs.eos_token_id))
     assert ended.all()
@@ -132,7 +132,7 @@ def test_a_refused_reset_leaves_the_running_episode(options, error, message):
         envs.reset(seed=4, options={name: [None, None, value] for name, value in options.items()})
     assert same(env.step(30), twin.step(30))
     assert same(envs.step(np.full(3, 30)), twins.step(np.full(3, 30)))
-    assert same(env.reset(), twin.reset())  # nor were random numbers drawn or seeded
+    assert same(env.reset(), twin.reset())  # and no random numbers were drawn or seeded
     assert same(envs.reset(), twins.reset())
 
 

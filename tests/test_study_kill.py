@@ -36,7 +36,7 @@ def workers_of(pid):
 
 
 def alive(pid):
-    """Whether the process runs: one that ended stays in /proc until somebody asks how."""
+    """Whether the process runs: one that ended stays in /proc until its parent asks how."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

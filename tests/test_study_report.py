@@ -1,4 +1,4 @@
-"""The report of a study: what the page holds and leaves out, its figures, and what a real browser makes of it."""
+"""The report of a study: what the page holds and leaves out, its figures, and how a real browser shows it."""
 
 import html as markup
 import json

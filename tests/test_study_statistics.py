@@ -60,7 +60,7 @@ def test_strata_are_resampled_within_themselves():
     assert ours.value == pytest.approx(8.0)
     assert ours[1:] == pytest.approx(tuple(np.quantile(every, [0.025, 0.975], method="inverted_cdf")), abs=0.21)
     between = stratified_bootstrap([[0.0, 0.0], [10.0, 10.0]], fewest=2)
-    assert between == Estimate(5.0, 5.0, 5.0)  # the strata differ, which is no uncertainty
+    assert between == Estimate(5.0, 5.0, 5.0)  # the strata differ, which is not uncertainty
 
 
 def test_the_bootstrap_is_seeded():

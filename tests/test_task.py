@@ -1,4 +1,4 @@
-"""What a task loads for credit methods: where it is put, and with which options."""
+"""The models that a task loads for credit methods: on which device, and with which options."""
 
 import gymnasium as gym
 import pytest
@@ -25,7 +25,7 @@ def classifier(tmp_path_factory):
 def test_a_loaded_policy_is_where_the_reward_model_is(tmp_path, classifier):
     toy_policy(0).save_pretrained(tmp_path)
     load_tokenizer("toy").save_pretrained(tmp_path)
-    named = gym.make(TOY, reward_device="meta").unwrapped.task  # a word list, which is on no device
+    named = gym.make(TOY, reward_device="meta").unwrapped.task  # a word list, which has no device
     assert named.load_policy(str(tmp_path)).lm.device.type == "meta"
     model = HFRewardModel(GPT2ForSequenceClassification.from_pretrained(classifier), load_tokenizer("toy"), score=0)
     built = gym.make(TOY, reward_model=model).unwrapped.task

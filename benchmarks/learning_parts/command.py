@@ -130,7 +130,7 @@ def protocol_from(arguments: argparse.Namespace) -> Protocol:
 
 
 def prepare(engines: Sequence[Engine], arguments: argparse.Namespace, console: Console) -> None:
-    """What can fail, before anything is run: the fields of ours and TRL's virtual environment."""
+    """Check what can fail before anything is run: our fields and TRL's virtual environment."""
     for engine in engines:
         engine.config(protocol_from(arguments), seed=1)
     if any(engine.is_trl for engine in engines):

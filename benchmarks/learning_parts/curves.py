@@ -1,4 +1,4 @@
-"""``curves``: every run a process of its own, some side by side; what is finished is not run again."""
+"""``curves``: every run in a process of its own, some side by side; what is finished is not run again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLL_SECONDS = 1.0
 
 
 def run_all(runs: Sequence[Run], out: Path, jobs: int, trl_venv: Path, console: Console) -> list[str]:
-    """Make those of ``runs`` that are not finished, ``jobs`` at a time; the names of those that failed.
+    """Run those of ``runs`` that are not finished, ``jobs`` at a time; the names of those that failed.
 
     A run that was interrupted starts again from its first update. What a failed run printed stays in its ``.log``.
     """

@@ -1,4 +1,4 @@
-"""TRL and our agent behind one call: make the next update, say what it was like."""
+"""TRL and our agent behind one call: make the next update and report its numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def opened(run: Run, trl_venv: Path) -> Iterator[tuple[Update, dict[str, str]]]:
 
 
 def run_settings(run: Run) -> RunSettings:
-    """What ``tokenmdp train`` would be told."""
+    """The settings that ``tokenmdp train`` would be given."""
     return replace(
         PRESETS["quick"].settings,
         num_envs=run.protocol.episodes,
@@ -96,7 +96,7 @@ def our_update(agent: PPO, protocol: Protocol) -> Record:
 
 
 def trl_record(answer: dict[str, Any], number: int, protocol: Protocol) -> Record:
-    """The same of an answer of TRL's process."""
+    """The same record from an answer of TRL's process."""
     numbers = {key: answer[key] for key in ("kl", "explained_variance", "entropy", "seconds")}
     count = len(answer["scores"])
     numbers |= {"update": number, "response_length": answer["tokens"] / count}
@@ -113,7 +113,7 @@ def record(protocol: Protocol, score: float, numbers: Record) -> Record:
 
 
 def check_scores(process: TRLProcess, answer: dict[str, Any], reward_model: RewardModel) -> None:
-    """Refuse a TRL side that scores the same token ids otherwise than our environment.
+    """Refuse a TRL side that scores the same token ids differently from our environment.
 
     The texts are those of its first update, and the same with an end-of-text token after them.
 
@@ -134,7 +134,7 @@ def check_scores(process: TRLProcess, answer: dict[str, Any], reward_model: Rewa
 
 
 def our_scores(texts: Sequence[Sequence[int]], reward_model: RewardModel) -> torch.Tensor:
-    """What our environment's reward model says of whole texts, token ids each; (N,)."""
+    """Scores of whole texts (token ids each) by our environment's reward model; (N,)."""
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     mask = torch.arange(rows.shape[1]) < torch.tensor([[len(text)] for text in texts])
     return reward_model(Episode(rows, mask, mask[:, 1:]), needs=frozenset()).score

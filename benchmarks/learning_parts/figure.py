@@ -23,7 +23,7 @@ LOWEST_EXPLAINED = -0.5  # an untrained value function can be far worse than non
 
 
 def caption(curves: Curves) -> str:
-    """What the lines and bands are.
+    """A description of the lines and bands.
 
     >>> caption({"trl": {1: []}, "ours": {1: []}})
     'Mean over 1 seed; moving average over 5 updates.'

@@ -21,7 +21,7 @@ WINDOW = 10  # consecutive updates whose mean score must reach the target
 
 
 class Reached(NamedTuple):
-    """When a side reached a target."""
+    """The update and the time at which a side reached a target."""
 
     update: int  # the last of the updates whose mean reached it
     seconds: float  # of all updates up to it

@@ -19,7 +19,7 @@ class ResultError(RuntimeError):
 
 @dataclass
 class CurveResult:
-    """What a run of ``curves`` learned so far."""
+    """The records of a run of ``curves`` so far."""
 
     run: Run
     machine: dict[str, Any]
@@ -38,7 +38,7 @@ class CurveResult:
 
 @dataclass
 class RaceResult:
-    """What the sides of ``time`` did with one seed.
+    """The records of the sides of ``time`` for one seed.
 
     Attributes:
         runs: side -> its run; all have the same protocol and seed.
@@ -63,12 +63,12 @@ class RaceResult:
 
 
 def curve_file(out: Path, run: Run) -> Path:
-    """Where a run of ``curves`` is kept."""
+    """The file of a run of ``curves``."""
     return out / "curves" / f"{run.name}.json"
 
 
 def race_file(out: Path, seed: int) -> Path:
-    """Where a seed of ``time`` is kept."""
+    """The file of a seed of ``time``."""
     return out / "time" / f"seed{seed}.json"
 
 

@@ -18,7 +18,7 @@ DEFAULT_MARKS = {"4x256": 1.5, "gpt2": 2.5}
 
 
 def measure(shape: Shape, device: torch.device, repetitions: int) -> list[Finding]:
-    """Response tokens a second. Ours also does what PPO needs: log-probabilities, values, environments, a free score.
+    """Response tokens per second. Ours also does what PPO needs: log-probabilities, values, environments, a free score.
 
     The reference forward of `collect` is timed in the same call and taken off: ``generate`` has none.
     """

@@ -86,7 +86,7 @@ def clocked(process: TRLProcess) -> Side:
 
 
 def mark(shape: Shape, dtype: str, device: torch.device) -> float | None:
-    """What the ratio must be; a float32 run on a CPU has a mark of its own."""
+    """The required ratio; a float32 run on a CPU has its own mark."""
     if device.type == "cuda":
         return CUDA_MARKS.get(shape.name) if dtype == dtype_name("auto", device) else None
     if shape.name not in DEFAULT_MARKS:

@@ -82,7 +82,7 @@ class MatrixProduct:
         )
 
     def run(self) -> Numbers:
-        """``2 size^3`` a product, over the time of all of them."""
+        """``2 size^3`` per product, over the time of all of them."""
         products, start = 0, now(self.device)
         while True:
             self.multiply()

@@ -1,4 +1,4 @@
-"""What each change to the agent is worth: an iteration with the change undone against one as it is."""
+"""The gain from each change to the agent: an iteration with the change undone against one as it is."""
 
 from __future__ import annotations
 

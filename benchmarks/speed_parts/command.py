@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> list[Finding]:
         for name in chosen_shapes(arguments, part):
             console.print(f"measuring {part} {name}", markup=False)
             found = run_part(part, SHAPES[name], device, arguments)
-            # The marks are for the sizes that are measured in earnest.
+            # The marks apply only to the sizes of a full measurement.
             findings += [finding.without_mark() for finding in found] if arguments.smoke else found
             if arguments.out is not None:
                 write_json(arguments.out, findings, described, vars(arguments))

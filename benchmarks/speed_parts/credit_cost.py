@@ -1,4 +1,4 @@
-"""(c) What attention credit costs beside sparse credit: time of a whole iteration, and peak memory."""
+"""(c) The cost of attention credit beside sparse credit: time of a whole iteration, and peak memory."""
 
 from __future__ import annotations
 

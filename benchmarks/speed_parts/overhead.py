@@ -1,4 +1,4 @@
-"""(e) What environments and credit wrapper take of the rollout, beside the policy and the reward model."""
+"""(e) The share of environments and credit wrapper in the rollout, beside the policy and the reward model."""
 
 from __future__ import annotations
 

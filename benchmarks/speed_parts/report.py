@@ -1,4 +1,4 @@
-"""What was found, where: a table for people and JSON for programs."""
+"""The findings: a table for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def cpu_name() -> str:
 
 
 def dtype_name(dtype: str, device: torch.device) -> str:
-    """What a `PPOConfig.dtype` means here.
+    """The dtype that a `PPOConfig.dtype` means here.
 
     >>> dtype_name("float32", torch.device("cpu"))
     'float32'
@@ -130,7 +130,7 @@ def dtype_name(dtype: str, device: torch.device) -> str:
 
 
 def print_table(findings: list[Finding], described: dict[str, Any]) -> None:
-    """One line a finding, under a line about the machine."""
+    """One line per finding, under a line about the machine."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)

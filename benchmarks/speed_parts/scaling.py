@@ -1,4 +1,4 @@
-"""(d) Seconds of rollout a generated token, against the horizon and against the number of episodes."""
+"""(d) Seconds of rollout per generated token, against the horizon and against the number of episodes."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Shape:
     vocab_size: int
     episodes: int  # a rollout
     prompt_tokens: int
-    response_tokens: int  # every response has exactly so many: none may end early
+    response_tokens: int  # every response has exactly this many: none may end early
     num_minibatches: int = 4
     update_epochs: int = 4
     bundled: bool = False

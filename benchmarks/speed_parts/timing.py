@@ -94,7 +94,7 @@ class TimedReward(RewardModel):
 
 
 def alternate(sides: Mapping[str, Side], repetitions: int, warmup: int = 1) -> dict[str, list[Numbers]]:
-    """Run every side once a repetition, in turn; each second repetition turns the order around.
+    """Run every side once per repetition, in turn; every second repetition reverses the order.
 
     A machine that slows down then slows all sides alike. The first ``warmup`` repetitions are not counted.
     """
@@ -114,7 +114,7 @@ def column(records: Sequence[Numbers], key: str) -> np.ndarray:
 
 
 def rates(records: Sequence[Numbers]) -> np.ndarray:
-    """Tokens a second of every repetition, (R,)."""
+    """Tokens per second of every repetition, (R,)."""
     return column(records, "tokens") / column(records, "seconds")
 
 
@@ -122,7 +122,7 @@ def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Seque
     """``exp(mean(log(a[r] / b[r])))`` over repetitions r with its 95% interval (Student's t, on the logarithms).
 
     Repetition r of both sides ran one after the other, so the pairs share what slowed the machine. Logarithms, so that
-    a / b and b / a tell the same.
+    a / b and b / a agree.
 
     >>> round(ratio_interval([2.0, 8.0], [1.0, 2.0]).value, 3)
     2.828

@@ -95,11 +95,11 @@ class TRLProcess:
         return json.loads(answer)
 
     def iteration(self) -> dict[str, Any]:
-        """One PPO iteration: its seconds and response tokens, its texts with their scores, and what it was like."""
+        """One PPO iteration: its seconds and response tokens, its texts with their scores, and its statistics."""
         return self.ask({"command": "iteration"})
 
     def scores(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """What the other side's reward model says of whole texts, token ids each."""
+        """Scores of whole texts (token ids each) by the other side's reward model."""
         return self.ask({"command": "score", "texts": texts})["scores"]
 
     def __enter__(self) -> TRLProcess:

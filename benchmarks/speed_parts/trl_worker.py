@@ -58,7 +58,7 @@ class Trainer:
         self.trainer.compute_advantages = kept
 
     def iteration(self):
-        """As TRL's own examples: batched generate, scores, step; then, off the clock, what the update was like."""
+        """As TRL's own examples: batched generate, scores, step; then, untimed, the update's statistics."""
         trainer, device = self.trainer, self.trainer.accelerator.device
         queries = [query.to(device) for query in self.prompts()]
         least, most = self.order["response"]
@@ -93,7 +93,7 @@ class Trainer:
         return list(torch.randint(1, self.vocab_size, (size, order["prompt_tokens"]), generator=self.generator))
 
     def scores(self, texts):
-        """What the reward model says of whole texts (a list of token ids each), at each text's last token; (N,)."""
+        """The reward model's scores of whole texts (a list of token ids each), at each text's last token; (N,)."""
         torch = self.torch
         if self.reward_model is None:
             return torch.rand(len(texts), generator=self.generator)
@@ -109,7 +109,7 @@ class Trainer:
     def explained_variance(self):
         """``1 - Var(returns - values) / Var(returns)`` over response tokens, as they were before the update.
 
-        TRL's own number is of the values that the update's minibatches see while they are learning the same returns.
+        TRL's own number uses the values during the update, while its minibatches are learning the same returns.
         """
         mask = self.before_update["mask"]
         values, returns = self.before_update["values"][mask], self.before_update["returns"][mask]

@@ -59,7 +59,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[in
 
 
 def language_model_rows(reviews: list[list[int]], eos: int, positions: int, rng: random.Random) -> list[list[int]]:
-    """One row a review, ending in eos; longer ones continue in further rows.
+    """One row per review, ending in eos; longer ones continue in further rows.
 
     Three rows in ten start with eos, so that the model can open a review from nothing; the others start with the
     review's own first token, as every prompt of the environment does.

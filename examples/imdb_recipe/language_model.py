@@ -15,7 +15,7 @@ from tokenmdp.files import load_state, save_state
 
 from .corpus import token_batches
 
-BLOCKS = r"\.(h|layers)\.\d"  # what GPT-2 and Llama call them
+BLOCKS = r"\.(h|layers)\.\d"  # their names in GPT-2 and Llama
 
 
 def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2Config:

@@ -30,7 +30,7 @@ def bits_per_byte(model, tokenizer, texts: list[str], device: torch.device, slot
     """``sum of -log2 p(token | text so far) / bytes`` over whole reviews.
 
     A review is preceded by one end-of-text token, so that its first token is predicted too, and its own end-of-text
-    token counts in the sum but adds no byte. Reviews beyond 1,022 tokens go on in a further row that sees one token of
+    token counts in the sum but adds no byte. Reviews beyond 1,022 tokens continue in another row that sees one token of
     overlap.
     """
     model.to(device).eval()

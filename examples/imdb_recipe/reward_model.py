@@ -147,7 +147,7 @@ def classify(model, reviews, labels, *, steps: int, size: int, width: int, learn
 def leave_one_out(
     model, texts: list[list[int]], device: torch.device, slots: int = 32768, bf16: bool = True
 ) -> list[torch.Tensor]:
-    """``|score(text) - score(text without token t)|`` for every t: one (len(text),) tensor a text."""
+    """``|score(text) - score(text without token t)|`` for every t: one (len(text),) tensor per text."""
     importance, group, size = [], [], 0
 
     def flush() -> None:
