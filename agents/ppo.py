@@ -387,7 +387,7 @@ CRITIC_LEAST = 0.1  # explained variance
 
 
 def critic_warning(history: list[Metrics], config: PPOConfig) -> str | None:
-    """What to say after update `CRITIC_DUE` if the critic explains less than `CRITIC_LEAST` of returns that vary.
+    """A warning after update `CRITIC_DUE` if the critic explains less than `CRITIC_LEAST` of returns that vary.
 
     A method that gives rewards early needs a critic less, so with such a critic a comparison of credit methods
     measures the critic. With ``estimator="vine"`` the critic sees only the KL penalty, and no warning is given.

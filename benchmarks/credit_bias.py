@@ -121,7 +121,7 @@ def bundled_instance(seed: int, vocab_size: int, horizon: int) -> dict[str, Reco
 
 
 def markdown(title: str, instances: list[dict[str, Record]]) -> str:
-    """A table with one line a method: means with intervals."""
+    """A table with one line per method: means with intervals."""
     lines = [f"### {title}", "", f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
     for name in instances[0]:
         columns = {key: np.array([one[name][key] for one in instances]) for key in instances[0][name]}

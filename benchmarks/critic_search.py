@@ -147,7 +147,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run(task: str, credit: str, variant: str, seed: int, updates: int) -> dict[str, Any]:
-    """One run; its history and what it took."""
+    """Train one run; returns its history and costs."""
     torch.set_num_threads(1)
     env, config = TASKS[task]
     options = VARIANTS[variant]
@@ -292,7 +292,7 @@ def first_edition(cells: Path) -> list[dict[str, Any]]:
 
 
 def cell_path(out: Path, task: str, credit: str, variant: str, seed: int, updates: int) -> Path:
-    """Where a run's record lies."""
+    """The file of a run's record."""
     return out / f"{task}-{credit}-{variant.replace(', ', '_').replace(' ', '-')}-{updates}-{seed}.json"
 
 

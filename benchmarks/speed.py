@@ -4,7 +4,7 @@
     python benchmarks/speed.py generate flops --shapes 4x256 --threads 2  # some parts, one shape
 
 README.md beside this file says what each part measures. Ratios come from runs that alternate in one call. A ratio that
-misses its mark is reported as such and is no error.
+misses its mark is reported as such and is not an error.
 """
 
 from __future__ import annotations

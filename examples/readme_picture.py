@@ -137,7 +137,7 @@ def draw_token(axes, x, y, piece, credit, scale, letter, height, font) -> None:
 
 
 def draw_key(axes, left, scale, note, letter, height, size) -> None:
-    """What the tints mean."""
+    """The key to the tints."""
     y, width, steps = 1.3 * height, 12 * letter, 256
     shares = np.linspace(-1, 1, steps)
     colours = [[*to_rgb(tint(np.sign(share))), abs(share)] for share in shares]

@@ -53,7 +53,7 @@ def resume(directory, name, accelerator=None):
 
 
 def record(agent):
-    """What two runs must have in common; the weights in the first process alone if they are sharded."""
+    """The results that two runs must share; the weights in the first process alone if they are sharded."""
     history = [{key: value for key, value in metrics.items() if key not in UNTIMED} for metrics in agent.history]
     weights = agent.processes.policy_state(agent.policy)
     return {"history": history, "weights": {name: weight.clone() for name, weight in weights.items()}}

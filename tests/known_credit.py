@@ -14,7 +14,7 @@ TOY, PROMPT_SLOTS, EOS = "tokenmdp:TextGen-Toy-v0", 4, 30
 
 
 def true_reward(token, position):
-    """Of response token number ``position``; never zero, so that a row without a reward cannot pass for one."""
+    """The reward of response token number ``position``; never zero, so that a missing reward is noticed."""
     return ((token * 31 + position * 17) % 101 + 1) / 16
 
 

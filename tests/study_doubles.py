@@ -192,7 +192,7 @@ def make_samples(cell: Cell, score: float) -> list[Sample]:
 
 
 def quality_record(model: str, methods: Sequence[str] = METHODS) -> dict:
-    """The record of a reward model whose row is faithful, or, for imdb-plain, unrelated to what the score hangs on."""
+    """The record of a reward model whose row is faithful, or, for imdb-plain, unrelated to the score's causes."""
     faithful = model != "imdb-plain"
     row = 0.57 if faithful else 0.05
     values = {"reference": 1.0, "random": 0.0, "sparse": 0.1, "uniform": 0.0, "attention": row, "abc-d": 0.12,

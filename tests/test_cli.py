@@ -282,7 +282,7 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
     assert "no tokenizer" in message
     assert "no such directory" in message
     assert not out.exists()
-    out.mkdir()  # by somebody else
+    out.mkdir()  # by another program
     error("train", *SMALL, "--out", out, "--policy", tmp_path / "no such model")
     assert list(out.iterdir()) == []
 

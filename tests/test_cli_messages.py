@@ -1,4 +1,4 @@
-"""What the `tokenmdp` command says when something is not as it should be, and the options that its messages name."""
+"""Messages of the `tokenmdp` command when something is wrong, and the options that they name."""
 
 import io
 import re

@@ -90,7 +90,7 @@ def test_each_fault_is_named_with_numbers(fault, message):
 
 
 def test_any_causal_conserving_credit_is_a_potential():
-    """What a prefix is paid is a function of it, and the end settles the rest: shaping, whatever the payments."""
+    """The payment for a prefix is a function of it, and the end settles the rest: shaping, whatever the payments."""
     check_credit_method(Faulty(fault="shifted"))
 
 

@@ -1,4 +1,4 @@
-"""What holds for every method of the registry: single == vector, zero outside the response, sums as declared."""
+"""Properties of every method of the registry: single == vector, zero outside the response, sums as declared."""
 
 import copy
 
@@ -105,7 +105,7 @@ def test_single_equals_vector_and_sums_are_as_declared(name, policy, tuned):
 
 @pytest.mark.parametrize("name", [name for name, method in CREDIT_METHODS.items() if method.causal])
 def test_causal_methods_do_not_look_ahead(name, policy, tuned):
-    """The same first tokens get the same rewards whatever follows."""
+    """The same first tokens get the same rewards, whatever follows."""
     method = make(name, tuned)
     env = CreditReward(gym.make(IMDB), method)
     env.unwrapped.policy_attention = ForwardAttention(policy)

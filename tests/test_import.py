@@ -81,7 +81,7 @@ def place(parts):
 
 
 def test_other_libraries_are_imported_where_they_belong():
-    """What imports what of this package is in test_house.py."""
+    """Imports between the modules of this package are checked in test_house.py."""
     found = set(imports())
     assert {module for module, *_ in found} >= {"types", "losses", "agents.ppo", "runs.training", "wrappers.vector"}
     wrong = set()

@@ -97,7 +97,7 @@ def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
 def test_gae_over_the_rollout_is_gae_of_each_episode(mode):
-    """What unfinished episodes and idle steps hold flows into no row that is learned from."""
+    """The contents of unfinished episodes and idle steps do not flow into any row that is learned from."""
     loop, compared = Loop(native(mode), mode, patient=mode == "Disabled"), 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):

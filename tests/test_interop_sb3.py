@@ -106,7 +106,7 @@ KINDS = [(algorithm, kind) for algorithm in ALGORITHMS for kind in ("dummy", "fo
 
 @pytest.mark.parametrize(("algorithm", "kind"), [*KINDS, (PPO, "spawn")])
 def test_every_row_is_exact_and_the_advantages_follow(algorithm, kind):
-    n_envs = 2 if kind == "spawn" else N_ENVS  # each imports everything anew
+    n_envs = 2 if kind == "spawn" else N_ENVS  # each imports everything again
     _, ledger, snapshots = train(algorithm, kind, n_envs=n_envs)
     check_complete(ledger, snapshots)
 

@@ -83,7 +83,7 @@ def test_only_adapters_and_the_value_head_learn():
 
 def test_the_reference_costs_no_second_copy_of_the_weights():
     def numbers(*modules):
-        """Of every distinct storage that the modules' parameters and the optimizer use."""
+        """The count of numbers in every distinct storage that the modules' parameters and the optimizer use."""
         storages = {
             weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() // 4
             for module in modules

@@ -27,7 +27,7 @@ from tokenmdp.training.processes import Accelerated, Processes, launched
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """What the two processes leave behind."""
+    """The files that the two processes leave behind."""
     path = tmp_path_factory.mktemp("gloo")
     gloo_runs.make_agent("uniform").learn(2).save(path / "saved by one")
     gloo_runs.in_two_processes(path)

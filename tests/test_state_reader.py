@@ -76,7 +76,7 @@ def test_a_counted_write_of_one_element_and_other_memory_are_seen(policy):
 
 
 def test_a_matrix_added_beside_the_others_is_seen(policy):
-    """As an adapter's two small matrices are, trained alone."""
+    """Like an adapter's two small matrices, trained alone."""
     layer = policy.lm.transformer.h[0].mlp.c_fc
     layer.low_rank = torch.nn.Parameter(torch.randn(4, layer.nf))
     layer.register_forward_hook(lambda module, inputs, output: output + inputs[0][..., :4] @ module.low_rank)

@@ -189,7 +189,7 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path, change, messag
 
 
 def test_a_study_that_keeps_one_command_a_grid_is_read_and_added_to(tmp_path):
-    """As versions before the list wrote it."""
+    """A record as written by versions before the list."""
     declare(tmp_path, "imdb", [make_cell()], command("one"))
     record = json.loads((tmp_path / "study.json").read_text())
     del record["grids"]["imdb"]["commands"]

@@ -28,7 +28,7 @@ def runs(method, ends):
 
 
 def fallen(result):
-    """The same run, whose score is back at the start in the end."""
+    """The same run, with a score that ends back at the start."""
     scores = result.metrics["score_mean"]
     return replace(result, metrics=result.metrics | {"score_mean": [*scores[:10], *[0.0] * 10]})
 

@@ -192,7 +192,7 @@ def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_p
 
 
 def moved(study, folder):
-    """The same study with every model in a directory of this machine."""
+    """The same study, with every model in a directory of this machine."""
 
     def move(cell):
         there = replace(cell.settings, reward_model=f"{folder}/{cell.settings.reward_model}", policy=f"{folder}/mine")

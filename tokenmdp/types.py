@@ -29,7 +29,7 @@ class TokenSpace(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Of prompts and responses."""
+        """The tokenizer of prompts and responses."""
 
     @property
     def vocab_size(self) -> int:
@@ -66,7 +66,7 @@ class Episode(NamedTuple):
 
 
 class RewardOutput(NamedTuple):
-    """What a reward model said about N episodes; all but the score only if asked for. float32."""
+    """A reward model's output for N episodes; everything but the score only if asked for. float32."""
 
     score: torch.Tensor  # (N,)
     attention: torch.Tensor | None = None  # (N, H): raw last-layer row of the pooled token, mean over heads
@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
 
 
 class Credit(NamedTuple):
-    """What a credit method returns."""
+    """The output of a credit method."""
 
     token_rewards: torch.Tensor  # (N, H) float32, zero outside the response
     report: dict[str, torch.Tensor]  # further (N,) tensors for info, such as attention_mass; often empty

@@ -71,7 +71,7 @@ def run_settings(run: Run) -> RunSettings:
 
 
 def trl_order(run: Run, settings: RunSettings, envs: VectorEnv) -> dict[str, Any]:
-    """What TRL's process is started with: the same models, and the token ids that our environment draws from."""
+    """The start order for TRL's process: the same models, and the token ids that our environment draws from."""
     return {
         "policy": str(Path(resolve("policy", settings.policy)).resolve()),
         "reward_model": str(Path(resolve("reward_model", settings.reward_model)).resolve()),

@@ -1,4 +1,4 @@
-"""What is run: the numbers that all engines share, and what makes one engine differ from another."""
+"""The protocol: the numbers that all engines share, and the ways in which engines differ."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def is_trl(self) -> bool:
-        """Whether TRL runs it."""
+        """Whether this is a run of TRL."""
         return self.name in (TRL, TRL_ALLOCATOR)
 
     def config(self, protocol: Protocol, seed: int) -> PPOConfig:
@@ -121,7 +121,7 @@ class Run:
         return f"{self.engine.name}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """What `run_from` reads."""
+        """The run as JSON values, for `run_from`."""
         return {"engine": asdict(self.engine), "protocol": asdict(self.protocol), "seed": self.seed}
 
 

@@ -53,7 +53,7 @@ class RaceResult:
 
     @property
     def seed(self) -> int:
-        """Of all sides."""
+        """The seed of all sides."""
         return next(iter(self.runs.values())).seed
 
     def write(self, out: Path) -> None:

@@ -59,7 +59,7 @@ class Shape:
         return GPT2Config(**self.model_arguments())
 
     def model_arguments(self) -> dict[str, Any]:
-        """Of a GPT2Config, the same for every version of transformers."""
+        """Arguments of a GPT2Config, the same for every version of transformers."""
         return {
             "n_layer": self.layers, "n_embd": self.width, "n_head": self.heads, "vocab_size": self.vocab_size,
             "n_positions": POSITIONS, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
@@ -105,7 +105,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_prompts(shape: Shape) -> list[list[int]]:
-    """Token ids, all of the shape's length: bundled prompts, or random ids of which none ends a text."""
+    """Token ids, all of the shape's length: bundled prompts, or random ids, none of which ends a text."""
     if shape.bundled:
         encode = load_tokenizer("imdb-tiny").encode
         encoded = [encode(text) for text in read_prompt_file(Path(resolve("prompts", "imdb-tiny")))]

@@ -69,12 +69,12 @@ class TimedEnvs(gym.vector.VectorWrapper):
         self.watch = watch
 
     def reset(self, **arguments: Any) -> Any:
-        """As the environments'."""
+        """As the wrapped environments, timed."""
         with self.watch:
             return self.env.reset(**arguments)
 
     def step(self, actions: Any) -> Any:
-        """As the environments'."""
+        """As the wrapped environments, timed."""
         with self.watch:
             return self.env.step(actions)
 
@@ -88,7 +88,7 @@ class TimedReward(RewardModel):
         self.provides, self.max_tokens = inner.provides, inner.max_tokens
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
-        """As the other's."""
+        """Its own evaluation, timed."""
         with self.watch:
             return self.inner.evaluate(episodes, needs)
 

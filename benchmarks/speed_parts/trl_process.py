@@ -25,7 +25,7 @@ MARK = "tokenmdp-pins.json"
 
 
 def default_directory() -> Path:
-    """Where the environment is kept for the next time: the user's cache directory."""
+    """The directory of the environment, kept for the next time: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "tokenmdp" / "trl-0.11.4"
 

@@ -8,7 +8,7 @@ it is noise. So the row of the pooled token (mean over heads) is matched to leav
 
     target[t] = |score(text) - score(text without token t)| / sum,      loss = KL(target || row),
 
-measured anew on fresh texts in every step, on the very model that is being trained: targets measured once on the phase
+measured again on fresh texts in every step, on the very model that is being trained: targets measured once on the phase
 1 model are soon those of another function (the two rank tokens with a correlation of .44 after such a training).
 Cross-entropy and distillation of the phase 1 scores hold the scores in place. The phase also teaches what the
 environment adds: a closing end-of-text token, which leaves the score alone and deserves no credit.
@@ -104,7 +104,7 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
     """The loop both phases share; resumes from ``state_file``.
 
     ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to go
-    on from, and seeds the batches anew so that a resumed run does not see its first ones again.
+    on from, and reseeds the batches so that a resumed run does not see its first ones again.
     """
     optimisation, first = Optimisation(model, learning_rate), 0
     if state := optimisation.restore(state_file):
@@ -194,7 +194,7 @@ def row_distance(row: torch.Tensor, importance: list[torch.Tensor], lengths: tor
 
 
 def uniform(model, texts: list[list[int]], device: torch.device, slots: int) -> list[torch.Tensor]:
-    """The same for every token of a text, in place of `leave_one_out`."""
+    """The same importance for every token of a text, in place of `leave_one_out`."""
     return [torch.ones(len(text), device=device) for text in texts]
 
 

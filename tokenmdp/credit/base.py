@@ -32,7 +32,7 @@ class MissingResource(ValueError):
 
 
 class Resources(NamedTuple):
-    """What an environment lends a credit method beyond the outcome. None: this environment has none.
+    """What an environment provides to a credit method beyond the outcome. None: not available in this environment.
 
     Attributes:
         reward_model: the model that gave the score, for further calls.

@@ -17,8 +17,8 @@ def scores_of_kept(
 ) -> torch.Tensor:
     """``scores[m]`` of the prompt of episode ``rows[m]`` and those of its response tokens that ``keep[m]`` keeps.
 
-    A deleted token leaves no gap: the model reads its neighbours as if it had never been there. A response of which
-    nothing is kept has the score of its prompt.
+    A deleted token leaves no gap: the model reads its neighbours as if it had never been there. A response with no
+    tokens kept has the score of its prompt.
 
     Args:
         model: shares the tokens of the episodes.

@@ -74,7 +74,7 @@ def exact_evaluations(blocks: torch.Tensor) -> int:
 
 
 def sampled_evaluations(players: int, pairs: int = 1) -> int:
-    """How many coalitions that many pairs of permutations meet at most.
+    """How many coalitions that many pairs of permutations contain at most.
 
     The empty and the full coalition are common to all; each permutation has ``players - 1`` coalitions between them.
     """

@@ -1,4 +1,4 @@
-"""What the environments show: the prompt, the response so far, and each token tinted by its credit."""
+"""The environments' views: the prompt, the response so far, and each token tinted by its credit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ansi_line(
 def image(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int], credits: Sequence[float] | None
 ) -> np.ndarray:
-    """The same as a picture: (height, width, 3) uint8."""
+    """The same text as a picture: (height, width, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

@@ -22,10 +22,10 @@ METADATA: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "ren
 
 
 class TokenEpisodes:
-    """N rows of the token MDP with their scores: all that the single and the vector environment have in common.
+    """N rows of the token MDP with their scores: the common part of the single and the vector environment.
 
     Attributes:
-        task: what the episodes are made of.
+        task: prompts, tokenizer, reward model and lengths.
         outcome: the finished episodes and their scores after a step in which rows ended, else None.
         reward_needs: what to ask of the reward model beyond the score; credit wrappers add to it.
         token_rewards_read: set by agents and adapters that learn from ``info["token_rewards"]``.
@@ -75,14 +75,14 @@ class TokenEpisodes:
         self.reward_needs |= of_the_model
 
     def resources(self) -> Resources:
-        """What a credit method may use beyond the outcome."""
+        """The resources that a credit method may use beyond the outcome."""
         task = self.task
         return Resources(
             task.reward_model, task.tokenizer, self.policy_attention, task.load_policy, task.load_reward_model
         )
 
     def episodes_so_far(self, rows: np.ndarray) -> Episode:
-        """What ``rows`` (n,) int64 have written, finished or not, as a reward model reads it; fresh tensors."""
+        """The texts of ``rows`` (n,) int64, finished or not, as a reward model reads them; fresh tensors."""
         return token_mdp.finished_episodes(self._state, rows)
 
     @property
@@ -141,7 +141,7 @@ class TokenEpisodes:
         return token_mdp.legal_tokens(self._state, task.vocab_size, task.eos_token_id, task.min_new_tokens)
 
     def _frame(self, row: int) -> str | np.ndarray:
-        """What ``row`` looks like in the current render mode."""
+        """``row`` in the current render mode."""
         from tokenmdp.envs.rendering import ansi_line, image
 
         state, n_tokens = self._state, self._state.n_tokens[row]

@@ -60,7 +60,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class _Room:
-    """A buffer of columns of which the first ``filled`` are written; copies of a layer share it.
+    """A buffer of columns, the first ``filled`` of which are written; copies of a layer share it.
 
     Appending advances ``filled``, so another owner, whose columns end before it, detects that and copies.
     """

@@ -73,7 +73,7 @@ def resolve(kind: Kind, name: str) -> str:
 
 
 def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
-    """Names and modification times of a directory's files, so that a cache notices a directory written anew."""
+    """Names and modification times of a directory's files, so that a cache notices a rewritten directory."""
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
     return tuple((file.name, file.stat().st_mtime_ns) for file in files)
 

@@ -115,7 +115,7 @@ def base_state(state: State) -> State:
 
 
 def adapter_state(state: State) -> State:
-    """What learns in an adapted policy: adapters and value head.
+    """The trained part of an adapted policy: adapters and value head.
 
     >>> sorted(adapter_state({"lm.q.base_layer.weight": 1, "lm.q.lora_A.default.weight": 2, "value_head.bias": 3}))
     ['lm.q.lora_A.default.weight', 'value_head.bias']

@@ -169,7 +169,7 @@ class CausalLMPolicy(nn.Module):
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
 
     def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
-        """What learns, as two groups of an optimizer: the language model (or its adapters), then the value head.
+        """The trained parameters in two optimizer groups: the language model (or its adapters), then the value head.
 
         The head is new and the language model is not: at the rate that keeps a pretrained model intact, a head that
         starts at zero explains next to nothing of the returns for many updates.
@@ -187,7 +187,7 @@ class CausalLMPolicy(nn.Module):
 
     @property
     def _no_split_modules(self) -> Any:
-        """Names of the classes of the layers, by which accelerate shards."""
+        """Class names of the layers, by which accelerate shards."""
         return self.lm._no_split_modules
 
     def train(self, mode: bool = True) -> CausalLMPolicy:

@@ -1,4 +1,4 @@
-"""What the policy looked at while it wrote: the providers behind ``Resources.policy_attention``.
+"""The policy's attention while it wrote: the providers behind ``Resources.policy_attention``.
 
 Both give ``attention[n, q, k]``: how much the last layer, averaged over heads, looked at response token k after reading
 token q, for the choice of token q + 1. `SampledAttention` keeps the rows that sampling with the cache computes anyway;

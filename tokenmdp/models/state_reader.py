@@ -65,10 +65,10 @@ def read_states(policy: CausalLMPolicy, input_ids: torch.Tensor, attention_mask:
 class StateReader:
     """`read_states` for successive observations of the same environments, through one key-value cache.
 
-    A row whose text is that of the last call and one more token costs that token; any other row is read anew; where no
-    text changed, the last answer stands. Changed weights and settings of the policy empty the cache, because keys and
-    values of older weights would mix two policies; `WeightSample` says which changes of the weights are seen. After any
-    other change call `forget`.
+    A row whose text is that of the last call and one more token costs that token; any other row is read again; if no
+    text changed, the last answer is returned. Changed weights and settings of the policy empty the cache, because keys
+    and values of older weights would mix two policies; `WeightSample` says which changes of the weights are seen. After
+    any other change call `forget`.
 
     Pickles and copies leave the cache behind.
     """
@@ -119,7 +119,7 @@ class StateReader:
     def _advance(
         self, state: DecodeState, input_ids: torch.Tensor, attention_mask: torch.Tensor, went_on: torch.Tensor
     ) -> DecodeState:
-        """Feed one token to the rows (N,) bool that ``went_on`` and read the others anew."""
+        """Feed one token to the rows (N,) bool that ``went_on`` and read the others from the start."""
         if not went_on.any():
             return read_states(self._policy, input_ids, attention_mask)
         state = _hide(state, ~went_on)
@@ -131,7 +131,7 @@ class StateReader:
 
 
 class WeightSample:
-    """What some weights are now, to notice later that they have changed.
+    """A sample of some weights, to notice later whether they have changed.
 
     Seen are weights in other memory, whatever PyTorch counts as written, and any change of the elements that are looked
     at: of each tensor all up to 191 and of larger ones every k-th, at least 64 (k odd, so that all columns have their
@@ -146,7 +146,7 @@ class WeightSample:
         self._elements = torch.cat(self._views)
 
     def still_that_of(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether nothing has been seen to change."""
+        """Whether no change is seen."""
         return _marks(weights) == self._marks and torch.equal(torch.cat(self._views), self._elements)
 
 

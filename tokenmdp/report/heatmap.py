@@ -125,7 +125,7 @@ def html(
 ) -> Path:
     """Write one page that needs nothing else: every section's samples on one common credit scale.
 
-    A button gives each text a scale of its own, for sections of which one has much weaker credit than the other.
+    A button gives each text a scale of its own, for sections one of which has much weaker credit than the other.
 
     Args:
         sections: heading -> samples; two sections of equal length stand side by side on a wide screen.

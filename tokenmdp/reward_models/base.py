@@ -199,7 +199,7 @@ class RewardModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; the CPU unless a subclass says otherwise."""
+        """The device it computes on; the CPU unless a subclass says otherwise."""
         return torch.device("cpu")
 
     def to_json(self) -> dict[str, Any]:

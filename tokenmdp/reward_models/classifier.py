@@ -250,7 +250,7 @@ class HFRewardModel(RewardModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     def remedy(self) -> str:

@@ -139,7 +139,7 @@ class RetokenizedRewardModel(RewardModel):
 
     @property
     def device(self) -> torch.device:
-        """Where ``inner`` computes."""
+        """The device of ``inner``."""
         return self.inner.device
 
     def remedy(self) -> str:
@@ -150,7 +150,7 @@ class RetokenizedRewardModel(RewardModel):
         return f"{type(self).__name__}({self.inner!r})"
 
     def _rows(self, episodes: Episode) -> list[_Row]:
-        """What the masks show, in order."""
+        """The tokens that the masks show, in order."""
         rows, first = [], episodes.prompt_slots
         for ids, shown in zip(episodes.input_ids.tolist(), episodes.attention_mask.bool().tolist(), strict=True):
             kept = [slot for slot in range(len(ids)) if shown[slot] and ids[slot] not in self._special]

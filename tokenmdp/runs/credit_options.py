@@ -43,7 +43,7 @@ def credit_method(name: str, options: Mapping[str, Any]) -> CreditMethod:
 
 
 def needs_of(name: str) -> list[str]:
-    """What the method with its default options needs.
+    """The needs of the method with its default options.
 
     >>> needs_of("attention")
     ['attention']
@@ -140,7 +140,7 @@ def _example(option: str) -> str:
 
 
 def declared(name: str, cost: str) -> tuple[str, ...]:
-    """What a method says about itself and what it costs, in a few words each; empty for what is not a method.
+    """A method's declarations and cost, in a few words each; empty for what is not a method.
 
     >>> declared("red", "1"), declared("reference", "-")
     (('sums to the score', 'causal', 'potential-based', 'cost 1'), ())

@@ -1,4 +1,4 @@
-"""What decides a run: the settings that ``run.json`` keeps, and the presets."""
+"""The settings that define a run, kept in ``run.json``, and the presets."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
 
 
 def settings_record(settings: RunSettings) -> dict[str, Any]:
-    """What ``run.json`` keeps: all but the device, since a run may move to another one.
+    """The record in ``run.json``: all but the device, since a run may move to another one.
 
     Later additions are left out where they are unset, so that the runs of earlier versions go on.
     """

@@ -150,7 +150,7 @@ def _extended(
 
 
 def _common(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What all runs of one setting have in common: everything but the method, its learning rate and the seed."""
+    """The settings that all runs of one setting share: everything but the method, its learning rate and the seed."""
     settings = {key: value for key, value in record["settings"].items() if key not in OF_A_METHOD}
     ppo = {key: value for key, value in settings.pop("ppo").items() if key != "learning_rate"}
     return settings | ppo | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")}

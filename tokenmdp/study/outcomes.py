@@ -121,7 +121,7 @@ def length_of(cell: Cell) -> tuple[int, int]:
 
 
 def credit_quality(study: Study, reward_model: str) -> dict[str, Any] | None:
-    """What ``quality/`` says about a reward model's attention row: its level, entropy, mass and rank correlation.
+    """The record in ``quality/`` of a reward model's attention row: its level, entropy, mass and rank correlation.
 
     None if it was not measured, or the model shows no attention.
     """

@@ -50,7 +50,7 @@ class Worker:
         return time.monotonic() - self.started
 
     def seconds_left(self, expected: float) -> float:
-        """By its own pace once that can be told, before by what the whole cell is expected to take."""
+        """Estimated from its own pace once that is known, before from the time expected for the whole cell."""
         if self.share < TELLING_SHARE:
             return max(0.0, expected - self.elapsed)
         return self.elapsed * (1 - self.share) / self.share
@@ -77,7 +77,7 @@ class Progress:
         return progress
 
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell has its result; if so, it counts."""
+        """Whether the cell has its result; if so, it is counted."""
         if not cell_file(self.path, cell.id).exists():
             return False
         self.add(cell, read_result(self.path, cell.id).seconds)

@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """What the cell computes, as a name for files: the same under any labels."""
+        """A hash of what the cell computes, as a name for files: the same under any labels."""
         lengths = self.settings.horizon_range or (self.settings.max_new_tokens,)
         words = (self.settings.credit, "to".join(map(str, lengths)), f"s{self.seed}")
         content = json.dumps({**cell_record(self), "method": "", "setting": ""}, sort_keys=True)

@@ -103,7 +103,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
 def _sweep(path: Path, cell: Cell) -> None:
     """Remove what an earlier attempt left: the trace of a crash, and of a killed process its half-written files.
 
-    Another command may be at the same cell. Its progress file is written anew within seconds, but the result that it
+    Another command may be at the same cell. Its progress file is rewritten within seconds, but the result that it
     is writing would be lost, so a half-written file has to be old.
     """
     for suffix in (".error.txt", ".progress"):

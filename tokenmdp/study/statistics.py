@@ -316,7 +316,7 @@ def overtaking(
     """In what share of its steps a method reaches the maximum of the baseline's mean curve.
 
     Both curves are trailing means over ``window`` updates of the mean over seeds. The interval resamples seeds, both
-    methods' together since they are pairs, and finds level and steps anew each time.
+    methods' together since they are pairs, and finds level and steps again each time.
 
     Args:
         curves: (R, K), one row per seed.

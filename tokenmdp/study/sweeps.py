@@ -115,7 +115,7 @@ def grows_with_length(study: Study) -> Verdict:
 
 
 def _range(length: tuple[int, int]) -> str:
-    """As the paper writes it, whose upper end is exclusive."""
+    """The length as in the paper, with an exclusive upper end."""
     low, high = length
     return str(low) if low == high else f"{low}-{high + 1}"
 
@@ -180,7 +180,7 @@ def _longest(study: Study) -> tuple[str, Cell] | None:
 
 
 class _Lost(NamedTuple):
-    """Of a method's runs in a setting."""
+    """Counts of a method's runs in a setting."""
 
     fallen: int  # collapsed
     runs: int  # finished with a gain beyond noise
@@ -188,7 +188,7 @@ class _Lost(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of collapsed and crashed ones; 0 without a run."""
+        """The share of collapsed and crashed runs; 0 without a run."""
         return (self.fallen + self.crashed) / max(self.runs + self.crashed, 1)
 
 

@@ -47,7 +47,7 @@ def chosen_rates(study: Study, grid: str = SEARCH) -> dict[str, Any]:
     setting and seed are ranked: a run that crashed is rarely a good one, and without it the rate would look better than
     it is. Of equal ones the lower wins. A method without such a rate is left out.
     ``at_the_edge_of_the_search``: methods whose rate is the lowest or the highest of several that were tried.
-    ``limited_by_kl``: methods of which a rate with more KL has a better area than the chosen one.
+    ``limited_by_kl``: methods for which a rate with more KL has a better area than the chosen one.
     ``with_other_bounds``: each of `OTHER_BOUNDS` as text -> method -> the rate that it would have chosen, where that is
     another one; None for no rate.
     ``search``: for every method, setting and rate the area of each seed, their mean, the mean KL at the end, and the
@@ -141,7 +141,7 @@ def _listed(rates: Mapping[str, float | None], methods: Iterable[str]) -> str:
 
 
 def _areas(study: Study, cells: Mapping[Run, Cell]) -> dict[Run, float]:
-    """Of the finished ones."""
+    """The areas of the finished runs."""
     return {run: rounded(area(study.results[cell.id])) for run, cell in cells.items() if cell.id in study.results}
 
 

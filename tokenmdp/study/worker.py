@@ -147,7 +147,7 @@ class ProgressFile:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cell and write its result, or why there is none; the exit status."""
+    """Run the cell and write its result, or why there is none; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tokenmdp.study.worker", description="Run one cell of a study.")
     parser.add_argument("out", type=Path)
     parser.add_argument("id")

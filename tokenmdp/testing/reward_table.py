@@ -114,7 +114,7 @@ class TablePolicyAttention:
 
 
 def toy_resources(mdp: ToyMDP, seed: int = 0) -> Resources:
-    """What an environment would lend a credit method, from tables; it has no preference-tuned policy."""
+    """The resources that an environment would give a credit method, from tables; without a preference-tuned policy."""
     model = TableRewardModel(mdp, seed)
     return Resources(model, model.tokenizer, TablePolicyAttention(mdp, seed + 1))
 

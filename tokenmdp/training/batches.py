@@ -10,7 +10,7 @@ import torch
 
 from tokenmdp.types import Rollout
 
-# What a further forward and backward costs, in slots: reading every weight once more and starting every kernel.
+# The cost of one more forward and backward, in slots: reading every weight again and launching every kernel.
 FORWARD_SLOTS = 256
 
 

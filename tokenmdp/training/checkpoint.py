@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Format(NamedTuple):
-    """What tells an algorithm's checkpoints from all others.
+    """The mark that distinguishes an algorithm's checkpoints from all others.
 
     >>> str(Format("ppo", 2)), Format("ppo", 2).config_file
     ('tokenmdp-ppo-2', 'ppo_config.json')
@@ -57,7 +57,7 @@ class Format(NamedTuple):
 
 
 class Agent(Protocol):
-    """What a checkpoint holds of an agent."""
+    """The parts of an agent that a checkpoint holds."""
 
     envs: VectorEnv
     config: Any  # a dataclass with seed and lora_rank
@@ -147,7 +147,7 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
 
 
 def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
-    """What `save` wrote, apart from the weights; every process calls this.
+    """Read what `save` wrote, apart from the weights; every process calls this.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or from another program.

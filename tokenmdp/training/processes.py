@@ -46,7 +46,7 @@ class Processes:
     size = 1
 
     def device(self, name: str) -> torch.device:
-        """Where this process computes: ``name``, or the fastest device for "auto"."""
+        """The device of this process: ``name``, or the fastest device for "auto"."""
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(fastest if name == "auto" else name)
 
@@ -295,7 +295,7 @@ class Accelerated(Processes):
 
 
 def processes_of(accelerator: Accelerator | None) -> Processes:
-    """What an agent needs of an accelerator; None is one process.
+    """The `Processes` of an accelerator; None: one process.
 
     >>> processes_of(None).size
     1

@@ -118,7 +118,7 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
     so any tool trains on it without an adapter and nothing is buffered. The rewards of an episode sum to its score:
     learn with gamma = 1 (the default of many tools is .99). Any reward model works, also an encoder; the cost is one
     more forward per step, on the text so far. With a ``response_prefix`` the first difference starts from it. The
-    terminal info holds ``token_rewards``, the same rewards once more: a learner uses one or the other.
+    terminal info holds ``token_rewards``, the same rewards again: a learner uses one or the other.
 
     Args:
         env: a TextGen environment.

@@ -1,4 +1,4 @@
-"""What the single and the vector credit wrappers share."""
+"""The common part of the single and the vector credit wrappers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CreditWrapper:
     readers: ClassVar[WeakSet[Any]] = WeakSet()
     env: Any
     _warned: ClassVar[bool] = False  # of unread episodes, once per process: a batch has many wrappers
-    _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # of which method and model, for the same reason
+    _warned_of_attention: ClassVar[set[tuple[str, str]]] = set()  # method and model, for the same reason
 
     def _check_form(self, env: Any) -> None:
         """Refuse an environment of the other form.
@@ -206,7 +206,7 @@ class CreditWrapper:
 
 
 def _is_evaluation() -> bool:
-    """Whether one of the callers evaluates. Nothing else tells an environment what it is stepped for."""
+    """Whether one of the callers evaluates. An environment has no other way to know why it is stepped."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") in EVALUATIONS:

@@ -1,4 +1,4 @@
-"""What a credit method costs, counted while it runs."""
+"""The cost of a credit method, counted while it runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CountingRewardModel(RewardModel):
         return self.model.evaluate(episodes, needs)
 
     def embedded(self, episodes: Episode) -> EmbeddedTexts:
-        """The embeddings of ``model``, whose scores count, and once more when they are differentiated."""
+        """The embeddings of ``model``; their scores count, and count again when they are differentiated."""
         texts = self.model.embedded(episodes)
 
         def score(embeddings: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Lent(NamedTuple):
 
     policy: CausalLMPolicy | None = None  # whose attention counts as the live policy's
     load_policy: Callable[[str], CausalLMPolicy] | None = None
-    refusal: str | None = None  # why there is no policy, for those that ask
+    refusal: str | None = None  # why there is no policy, for the error message
 
 
 NOTHING_LENT = Lent()

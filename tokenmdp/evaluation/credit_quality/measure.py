@@ -47,7 +47,7 @@ class MethodQuality:
 
 @dataclass
 class WorldQuality:
-    """What was measured in one world."""
+    """The measurements in one world."""
 
     world: World
     methods: list[MethodQuality]  # the controls first

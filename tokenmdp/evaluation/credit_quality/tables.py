@@ -93,7 +93,7 @@ def _table(
 
 
 def notes(result: WorldQuality) -> list[str]:
-    """Below the table: what could not run or not on all texts, and why; and the verdict on the attention."""
+    """Below the table: methods that could not run, or not on all texts, and why; and the verdict on the attention."""
     if result.attention is not None:
         verdict = str(result.attention)
     elif "attention" in result.world.model.provides:
@@ -104,7 +104,7 @@ def notes(result: WorldQuality) -> list[str]:
 
 
 def method_notes(methods: Sequence[MethodQuality]) -> list[str]:
-    """What could not run or not on all texts, and why."""
+    """Methods that could not run, or not on all texts, and why."""
     refused = refusals({method.name: method.unavailable for method in methods if method.unavailable})
     reasons = {method.name: method.stopped for method in methods if method.stopped and method.texts}
     return [*refused, *(f"{name}: the first texts only, because {reason}" for name, reason in reasons.items())]

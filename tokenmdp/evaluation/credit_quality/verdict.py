@@ -15,7 +15,7 @@ LITTLE_MASS = 0.1
 
 @dataclass(frozen=True)
 class AttentionVerdict:
-    """What the attention rows of N texts looked like, over the response."""
+    """Statistics of the attention rows of N texts over the response."""
 
     spearman: Estimate  # of the row with |leave-one-out|, per text
     entropy: float  # of the renormalised row, as a share of its maximum; mean

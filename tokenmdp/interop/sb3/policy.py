@@ -62,7 +62,7 @@ def causal_lm_kwargs(model: str, task: TextGenTask, **options: Any) -> dict[str,
 
 
 class CausalLMMixin(BasePolicy):
-    """What the two policies share; it stands before Stable-Baselines3's class in the bases.
+    """The common part of the two policies; it precedes Stable-Baselines3's class in the bases.
 
     Args:
         observation_space: Of a TextGen environment; ``horizon``, where it is in there, is not read.
@@ -145,7 +145,7 @@ class CausalLMMixin(BasePolicy):
         self.optimizer.register_step_pre_hook(self._set_vf_learning_rate)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        """Build nothing: the base class would add its own networks and initialise ours anew (``ortho_init``)."""
+        """Build nothing: the base class would add its own networks and re-initialise ours (``ortho_init``)."""
 
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False, action_masks: Any = None
@@ -270,7 +270,7 @@ def _texts(obs: Mapping[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tens
     """Ids (N, S) int64 and mask (N, S) bool: rollout buffers turn both into float32.
 
     Raises:
-        ValueError: they are no longer ids and marks, as after VecNormalize.
+        ValueError: they are not ids and marks any more, as after VecNormalize.
     """
     input_ids, attention_mask = obs["input_ids"].long(), obs["attention_mask"].bool()
     length = attention_mask.sum(1)

@@ -145,7 +145,7 @@ class GymVectorToSB3(VecEnv):
         return list(self.envs.render() or ())  # type: ignore[arg-type]  # the frames of "rgb_array" are arrays
 
     def _statistics(self, row: int) -> dict[str, Any]:
-        """What `Monitor` says about an episode."""
+        """The entry that `Monitor` adds for an episode."""
         seconds = round(time.time() - self._started, 6)
         return {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": seconds}
 

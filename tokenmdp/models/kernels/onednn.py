@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def has_onednn() -> bool:
-    """Whether this PyTorch has an oneDNN whose products can be called, and the user has not switched it off."""
+    """Whether this PyTorch has oneDNN products that can be called, and the user has not switched it off."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)

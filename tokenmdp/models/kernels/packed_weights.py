@@ -15,7 +15,7 @@ FEWEST_STEPS = 8  # the copy costs about as much as a few products with it save
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN, whose products these are, is there; PyTorch's own are the same up to rounding."""
+    """Whether oneDNN, which computes these products, is available; PyTorch's own are the same up to rounding."""
     return (
         device.type == "cpu"
         and has_onednn()

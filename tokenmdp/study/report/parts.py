@@ -53,7 +53,7 @@ def seeds_of(groups: Groups) -> str:
 
 
 def bands_of(groups: Groups) -> str:
-    """What is drawn around the means of a figure: as `draw_band` does."""
+    """A description of what `draw_band` draws around the means of a figure."""
     counts = {len(results) for results in groups.values()}
     parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_DECIDING else []
     parts += ["Faint lines: the two seeds of a method that has no more."] if 2 in counts else []

@@ -131,7 +131,7 @@ def flat_settings(cell: Cell) -> dict[str, Any]:
 
 
 def _named(value: Any) -> Any:
-    """The same with `model_name` of every text in it."""
+    """The same value with `model_name` applied to every text in it."""
     if isinstance(value, dict):
         return {key: _named(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -140,6 +140,6 @@ def _named(value: Any) -> Any:
 
 
 def shared_settings(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What is the same in the settings of all cells."""
+    """The settings that are the same in all cells."""
     records = [flat_settings(cell) for cell in cells]
     return {key: value for key, value in records[0].items() if all(record.get(key) == value for record in records)}
