@@ -357,7 +357,7 @@ class PPO:
     def load(
         cls, directory: str | Path, envs: VectorEnv, *, accelerator: Accelerator | None = None, **overrides: Any
     ) -> PPO:
-        """Go on from `save`: on the same machine in float32, ``learn(n)`` continues bit for bit.
+        """Resume from `save`: on the same machine in float32, ``learn(n)`` continues bit for bit.
 
         Args:
             directory: What `save` wrote.

@@ -16,7 +16,7 @@ from tokenmdp.runs.process_settings import reexecute_with_settings
 
 if __name__ == "__main__":
     if "--no-reexec" not in sys.argv:
-        reexecute_with_settings()  # before PyTorch is there: the allocator reads its settings at the start only
+        reexecute_with_settings()  # before PyTorch is imported: the allocator reads its settings only at the start
     from learning_parts.command import main
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception ends the processes that were started

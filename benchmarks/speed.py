@@ -15,7 +15,7 @@ from tokenmdp.runs.process_settings import reexecute_with_settings
 
 if __name__ == "__main__":
     if "--no-reexec" not in sys.argv:
-        reexecute_with_settings()  # before PyTorch is there: the allocator reads its settings at the start only
+        reexecute_with_settings()  # before PyTorch is imported: the allocator reads its settings only at the start
     from speed_parts.command import main
 
     main()

@@ -36,7 +36,7 @@ PARTS = ("policy", "reward_model", "reward_model_plain", "reward_model_uniform",
 
 
 class Build:
-    """The stages in order; each is a method that returns early when its result is there."""
+    """The stages in order; each is a method that returns early when its result exists."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.work = arguments, arguments.work
@@ -49,7 +49,7 @@ class Build:
         print(f"[{time.monotonic() - self.started:6.0f}s] {message}", flush=True)
 
     def run(self) -> None:
-        """Every stage, or those of further reward models for the bundle that is there."""
+        """Every stage, or only those of further reward models for the existing bundle."""
         if self.arguments.gold or self.arguments.uniform:
             self.further_models(self.arguments.bundle)
             return

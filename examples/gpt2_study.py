@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_models(place: Path, layers: int, width: int) -> list[str]:
-    """Write a policy and a reward model with random weights, unless they are there; the options that name them."""
+    """Write a policy and a reward model with random weights, unless they exist; returns the options that name them."""
     if layers < 1 or width < HEAD_WIDTH or width % HEAD_WIDTH:
         parser.error(f"--layers {layers} --width {width}: at least one layer, and a multiple of {HEAD_WIDTH} as width")
     options = []

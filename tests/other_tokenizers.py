@@ -15,7 +15,7 @@ from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models import HFRewardModel
 
 TOY, IMDB = load_tokenizer("toy"), load_tokenizer("imdb-tiny")
-TAIL = "Review: {prompt}{response}. {{Good}} or bad?"  # a template that goes on behind the response
+TAIL = "Review: {prompt}{response}. {{Good}} or bad?"  # a template that continues after the response
 SENTENCES = ["the movie was a brilliant story , but this actor is so very boring and the plot was dull ."] * 5
 
 

@@ -253,7 +253,7 @@ def test_a_method_does_not_depend_on_the_others(keyword):
 
 def test_attention_without_signs_loses_exactly_the_signs():
     world = negation_world(load_tokenizer("imdb-tiny"), 60, seed=2)
-    nonzero = world.known.sum(-1).abs() > 1e-6  # without a score there is nothing to share out
+    nonzero = world.known.sum(-1).abs() > 1e-6  # without a score there is nothing to distribute
     rows = by_name(measure(world, {"attention": make_credit("attention", credit_beta=1.0)}))
     assert rows["attention"].metrics["spearman_abs"].value == pytest.approx(nonzero.double().mean().item(), abs=1e-6)
     assert rows["attention"].metrics["spearman"].high < 0.8

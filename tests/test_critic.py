@@ -83,7 +83,7 @@ def test_a_critic_that_explains_nothing_is_named_once():
     said = critic_warning(records(0.05), config)
     assert "explains 0.05 of the variance" in said
     assert "raise vf_learning_rate (now 0.0001)" in said
-    assert "lower vf_learning_rate" in critic_warning(records(-0.4), config)  # it jumps to and fro
+    assert "lower vf_learning_rate" in critic_warning(records(-0.4), config)  # it jumps back and forth
     assert critic_warning(records(0.15), config) is None
     assert critic_warning(records(0.05, varies=0.0), config) is None  # nothing to explain
     assert critic_warning(records(0.05), PPOConfig(estimator="vine")) is None  # the critic of the KL

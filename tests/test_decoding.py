@@ -56,7 +56,7 @@ def test_rows_that_end_stop_costing_and_change_nothing_else(kind, credit, option
     assert set(every_row) == {24}
     assert fed == [int(mask.sum()) for mask in plain.response_mask.T[1:]]  # row by row: who has a next token
     assert fed[-1] < fed[0]
-    assert same_number == next_number  # the generator goes on alike
+    assert same_number == next_number  # the generator continues in the same state
     for name, expected, ours in zip(Rollout._fields, plain, rollout, strict=True):
         if name == "support" and ours is not None:
             expected, ours = (part[plain.response_mask] for part in (expected, ours))

@@ -79,7 +79,7 @@ def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
     for _ in range(ROLLOUTS):  # the arrays are used again, with what the last rollout left in them
         truth, whose, _ = loop.rollout(rewards, known)
         learned, used = np.asarray(rewards), np.asarray(known)
-        decided = np.isin(whose, list(loop.finished))  # its episode ended within this rollout, or else it would go on
+        decided = np.isin(whose, list(loop.finished))  # its episode ended within this rollout, else it would go on
         np.testing.assert_array_equal(used, decided)
         np.testing.assert_allclose(learned[used], truth[used], rtol=1e-6)
         assert (learned[~used] == 0).all()

@@ -166,7 +166,7 @@ def test_collection_through_the_cache_equals_whole_texts(directory, kind):
 
 @st.composite
 def observed(draw):
-    """Successive texts of three rows, each (S,) with -1 in empty slots: rows go on, stay or jump anywhere."""
+    """Successive texts of three rows, each (S,) with -1 in empty slots: rows continue, stay or jump anywhere."""
     tokens = st.lists(st.integers(0, V - 1), min_size=SLOTS, max_size=SLOTS)
     anywhere = st.tuples(tokens, st.integers(1, P), st.integers(0, H))
     rows, steps = [draw(anywhere) for _ in range(3)], []

@@ -1,4 +1,4 @@
-"""A run whose process is killed with SIGKILL goes on as if nothing had happened."""
+"""A run whose process is killed with SIGKILL resumes as if nothing had happened."""
 
 import signal
 import subprocess

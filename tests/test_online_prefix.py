@@ -115,7 +115,7 @@ def test_the_price_is_one_forward_a_step():
     envs.reset(seed=0)
     assert [len(texts) for texts, _ in model.asked] == [4]  # the prompts
     envs.step(np.array([20, 20, 20, envs.unwrapped.eos_token_id]))
-    assert sorted(len(texts) for texts, _ in model.asked[1:]) == [1, 3]  # the row that ended, and those that go on
+    assert sorted(len(texts) for texts, _ in model.asked[1:]) == [1, 3]  # the row that ended, and those that continue
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -64,7 +64,7 @@ def test_factors_get_their_shapley_value():
     inputs, reference = draw(7, 2)
     (a, b), (c, d) = inputs.unbind(-1), reference.unbind(-1)
     multipliers = rescale_multipliers(lambda x: x[:, 0] * x[:, 1], inputs, reference)
-    first = ((a * d - c * d) + (a * b - c * b)) / 2  # joining c * d alone, and joining when b is there already
+    first = ((a * d - c * d) + (a * b - c * b)) / 2  # joining c * d alone, and joining when b is already present
     torch.testing.assert_close(multipliers[:, 0] * (a - c), first)
     torch.testing.assert_close(multipliers[:, 1] * (b - d), a * b - c * d - first)
 

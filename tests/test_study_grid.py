@@ -255,7 +255,7 @@ def test_longer_cells_cost_more():
 
 
 def test_settings_without_a_range_are_recorded_as_they_were():
-    """So that runs of earlier versions go on."""
+    """So that runs of earlier versions can be resumed."""
     settings = RunSettings("TextGen-Toy-v0", "toy", "toy", "toy-lexicon", None, None, 8)
     assert not {"horizon_range", "min_new_tokens"} & settings_record(settings).keys()
     ranged = replace(settings, horizon_range=(4, 8), min_new_tokens=4)

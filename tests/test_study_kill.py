@@ -20,7 +20,7 @@ OPTIONS = [
     "--preset", "smoke", "--methods", "sparse", "attention", "uniform", "--seeds", "1", "--updates", str(UPDATES),
     "--eval-every", "12", "--jobs", "2", "--device", "cpu",
 ]  # fmt: skip
-PATIENCE = 300  # seconds, for a machine that does much else
+PATIENCE = 300  # seconds, for a busy machine
 
 
 def wait_until(condition):

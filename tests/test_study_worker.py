@@ -23,7 +23,7 @@ SMOKE = PRESETS["smoke"]
 
 @pytest.fixture(autouse=True)
 def threads():
-    """A worker computes on one thread; the other tests go on with theirs."""
+    """A worker computes on one thread; the other tests keep theirs."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

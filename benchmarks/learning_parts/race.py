@@ -74,7 +74,7 @@ def run_seeds(
     trl_venv: Path,
     console: Console,
 ) -> None:
-    """One race per seed, each written when it has ended; what is there is not run again."""
+    """One race per seed, each written when it has ended; finished races are not run again."""
     for seed in seeds:
         runs = {name: Run(engine, protocol, seed) for name, engine in engines.items()}
         if has_race(out, runs, targets, seed):

@@ -14,7 +14,7 @@ from tokenmdp.files import write_text
 
 
 class ResultError(RuntimeError):
-    """A file of results that this command cannot go on with."""
+    """A file of results that this command cannot continue with."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class CurveResult:
 
     @property
     def finished(self) -> bool:
-        """Whether the last update is there."""
+        """Whether the last update is done."""
         return len(self.records) >= self.run.protocol.updates
 
     def write(self, out: Path) -> None:

@@ -15,7 +15,7 @@ from tokenmdp.models.kernels.onednn import onednn_is_faster, product
 
 MARK = 0.5
 MARKED_SHAPES = ("gpt2", "gpt2-64")
-PRODUCT_SECONDS = 1.0  # how long a measurement of the matrix product goes on, at least
+PRODUCT_SECONDS = 1.0  # minimum duration of a measurement of the matrix product
 
 
 def forward_flops(

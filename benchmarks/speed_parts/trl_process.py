@@ -31,7 +31,7 @@ def default_directory() -> Path:
 
 
 def make_environment(directory: Path) -> Path:
-    """The environment's Python; installs ``PINS`` unless a finished installation of the same is there.
+    """The environment's Python; installs ``PINS`` unless a finished installation of them exists.
 
     pip's own settings apply: on Linux ``PIP_EXTRA_INDEX_URL`` can point to PyTorch's index of builds without CUDA.
 

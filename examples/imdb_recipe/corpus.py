@@ -72,7 +72,7 @@ def language_model_rows(reviews: list[list[int]], eos: int, positions: int, rng:
 
 
 def token_batches(rows: list[list[int]], tokens: int, pad: int, rng: random.Random) -> Iterator[torch.Tensor]:
-    """Right-padded (N, T) batches of at most ``tokens`` slots; rows of like length go together, order is random."""
+    """Right-padded (N, T) batches of at most ``tokens`` slots; rows of similar length go together, order is random."""
     order = list(range(len(rows)))
     rng.shuffle(order)
     for start in range(0, len(order), 4096):  # sort within pools, or the batches would repeat every epoch

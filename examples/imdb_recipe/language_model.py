@@ -28,7 +28,7 @@ def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2
 
 
 class Optimisation:
-    """A model's optimizers, and the state to go on from: Muon for the blocks' matrices, AdamW for all the rest."""
+    """A model's optimizers, and the state to resume from: Muon for the blocks' matrices, AdamW for all the rest."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
         self.model, self.learning_rate = model, learning_rate
@@ -86,7 +86,7 @@ def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
 
 def pretrain(model: PreTrainedModel, rows: list[list[int]], *, tokens: int, batch_tokens: int, learning_rate: float,
              seed: int, state_file: Path, device: torch.device, log) -> None:  # fmt: skip
-    """Train on ``tokens`` tokens; saves every few minutes and goes on from the last save."""
+    """Train on ``tokens`` tokens; saves every few minutes and resumes from the last save."""
     model.to(device).train()
     pad = model.config.pad_token_id
     optimisation, seen, epoch, skip = Optimisation(model, learning_rate), 0, 0, 0

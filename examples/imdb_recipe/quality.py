@@ -15,7 +15,7 @@ from .reward_model import leave_one_out, prefix_logits, scores_and_row
 
 
 def by_length(rows: list[list[int]], slots: int) -> list[list[int]]:
-    """Indices in groups of at most ``slots`` padded tokens, like lengths together."""
+    """Indices in groups of at most ``slots`` padded tokens, similar lengths together."""
     groups, current = [], []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
         if current and len(rows[index]) * (len(current) + 1) > slots:

@@ -88,7 +88,7 @@ def windows(reviews: list[list[int]], width: int, rng: random.Random) -> list[li
 
 
 def review_batches(reviews: list[list[int]], labels: list[int], size: int, width: int, rng: random.Random, pad: int):
-    """Endless (batch, lengths, labels) of windows; rows of like length go together."""
+    """Endless (batch, lengths, labels) of windows; rows of similar length go together."""
     while True:
         rows = windows(reviews, width, rng)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]) + rng.random() * 16)
@@ -103,8 +103,8 @@ def review_batches(reviews: list[list[int]], labels: list[int], size: int, width
 def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_step, log, every: int = 50) -> None:
     """The loop both phases share; resumes from ``state_file``.
 
-    ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to go
-    on from, and reseeds the batches so that a resumed run does not see its first ones again.
+    ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to
+    resume from, and reseeds the batches so that a resumed run does not see its first ones again.
     """
     optimisation, first = Optimisation(model, learning_rate), 0
     if state := optimisation.restore(state_file):
@@ -212,7 +212,7 @@ def align_row(model, teacher, reviews, labels, written: list[list[int]], *, targ
         batches = review_batches(closed, labels, 16, width, rng, pad)
 
         def step_loss():
-            texts = sorted(snippets(written, reviews, size, rng), key=len)  # like lengths together: less padding
+            texts = sorted(snippets(written, reviews, size, rng), key=len)  # similar lengths together: less padding
             importance = target(model, texts, device, slots=4096)
             with torch.no_grad():
                 lengths = torch.tensor(list(map(len, texts)), device=device)

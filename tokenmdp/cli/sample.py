@@ -48,7 +48,7 @@ def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
     """A run with a checkpoint, and its settings.
 
     Raises:
-        RunError: it is not a run, or it has no checkpoint yet.
+        RunError: this is not a run, or it has no checkpoint yet.
     """
     run = RunDirectory(path)
     settings = settings_from_record(run.settings())

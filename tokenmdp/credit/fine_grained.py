@@ -108,7 +108,7 @@ class FineGrainedCredit:
         """Token rewards (N, H) of any sign, and the report.
 
         Raises:
-            MissingResource: a part's reward model, or the tokenizer to find sentences with, is not there.
+            MissingResource: a part's reward model, or the tokenizer to find sentences with, is missing.
         """
         mask = outcome.episode.response_mask.bool()
         total = torch.zeros(mask.shape, dtype=torch.float64)
@@ -120,7 +120,7 @@ class FineGrainedCredit:
             scores = outcome.reward.score[rows].double()
             asked = torch.ones_like(rows, dtype=torch.bool)
             if part.reward_model is None:
-                asked = (keep != mask[rows]).any(-1)  # the whole response has its score already
+                asked = (keep != mask[rows]).any(-1)  # the whole response already has its score
             model = self._model(part, resources)
             scores[asked] = scores_of_kept(
                 model, outcome.episode, rows[asked], keep[asked], self.rows_per_forward

@@ -15,7 +15,7 @@ def check_whole(name: str, value: object, least: int | None = None, choices: Seq
     >>> check_whole("heads", "mean", 0, ("mean", "max"))
 
     Raises:
-        ValueError: with the value and what may stand there.
+        ValueError: with the value and what is allowed.
     """
     if isinstance(value, str) and value in choices:
         return

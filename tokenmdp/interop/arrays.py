@@ -6,7 +6,7 @@
         ...                                                        # actions from the policy
         obs, rewards[t], terminated, truncated, infos = envs.step(actions)
         relabel(rewards, t, infos, known)
-    ...                                                            # GAE as ever; then learn from the rows in `known`
+    ...                                                            # GAE as usual; then learn from the rows in `known`
 
 Works for the native vector environment and for Gymnasium's SyncVectorEnv and AsyncVectorEnv, in all autoreset modes.
 """

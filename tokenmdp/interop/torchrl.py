@@ -129,7 +129,7 @@ def relabel(batch: TensorDictBase) -> TensorDictBase:
         batch: of any collector, time last: (T,), (num_envs, T), or (trajectories, T). Changed in place.
 
     Raises:
-        KeyError: what `make_env` puts into a batch is not there.
+        KeyError: what `make_env` puts into a batch is missing.
         ValueError: the frames are not in the order of time.
     """
     last = batch["next"]

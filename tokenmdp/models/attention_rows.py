@@ -27,7 +27,7 @@ class RowCapture:
 
     They are computed as the call is made. Keeping its keys for later would keep more: in GPT-2 they are a view of one
     tensor with queries and values, (N, T, 3 heads D), which would stay in memory while the layer's widest activations
-    are there.
+    exist.
     """
 
     def __init__(self, index: torch.Tensor, every_layer: bool) -> None:

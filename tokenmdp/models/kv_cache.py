@@ -72,7 +72,7 @@ class _Room:
         self.filled = length
 
     def ends_with(self, written: torch.Tensor, added: int) -> bool:
-        """Whether ``written`` is all rows of the buffer up to ``filled``, and there is room behind."""
+        """Whether ``written`` is all rows of the buffer up to ``filled``, and there is room after them."""
         first = written.storage_offset() // written.shape[-1]  # a slice may have dropped the columns before it
         return (
             written.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()

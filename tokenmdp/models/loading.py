@@ -128,7 +128,7 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
     use_one_thread_in_workers()
     reporter = logging.getLogger("transformers.modeling_utils")
 
-    def no_warning(record: logging.LogRecord) -> bool:  # its own for each call: another thread's load may go on
+    def no_warning(record: logging.LogRecord) -> bool:  # its own for each call: another thread may still be loading
         return record.levelno != logging.WARNING
 
     # It would warn of unexpected and missing weights and of other shapes, answered below. Not by setLevel: where the
@@ -155,7 +155,7 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
             f"{name} has {weight} of shape {tuple(stored)}, and its config.json asks for {tuple(expected)}; restore a "
             "copy or save it again"
         )
-    if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+    if report["missing_keys"]:  # transformers would fill them with random numbers and continue
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise CheckpointError(
             f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "

@@ -156,7 +156,7 @@ class CausalLMPolicy(nn.Module):
         """Write a directory that any ``from_pretrained`` reads, with the value head beside the model.
 
         Args:
-            directory: made if it is not there.
+            directory: created if it does not exist.
             state: weights to write instead of the policy's own, named as in its ``state_dict()``.
         """
         state = self.state_dict() if state is None else state
@@ -240,7 +240,7 @@ class CausalLMPolicy(nn.Module):
         """Choose response token ``state.step``: (token int64, logprob float32, value float32), each (N,).
 
         Token c is drawn where ``CDF[c-1] <= uniform < CDF[c]``: one random number per row, so what a row draws does not
-        depend on which other rows are there.
+        depend on the other rows.
 
         Args:
             state: before the token.

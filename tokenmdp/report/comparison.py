@@ -15,7 +15,7 @@ from tokenmdp.files import write_text
 from tokenmdp.report.heatmap import credit_scale, printable
 from tokenmdp.report.page import SCALE_SCRIPT, SCRIPT, STYLE, scale_switch, strength
 
-COLUMNS = 16  # tokens side by side; a longer text goes on in a further grid
+COLUMNS = 16  # tokens side by side; a longer text continues in another grid
 
 GRID_STYLE = """
 main { display: block; }
@@ -111,7 +111,7 @@ def html(texts: Sequence[Comparison], path: str | Path, *, title: str = "Credit 
 
     Args:
         texts: what to compare.
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
         title: heading of the page.
         note: one line below it.
 

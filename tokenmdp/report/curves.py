@@ -86,7 +86,7 @@ def plot_learning_curves(
 
     Args:
         runs: label -> one list of metric records per seed, as ``PPO.history`` and `read_metrics` give them.
-        path: the PNG to write; its folder is made.
+        path: the PNG to write; its folder is created.
         metric: a key of the records, or several: one panel each, below one another.
         window: updates in the moving average of the thick line; above 1 a single run is shown unsmoothed behind it.
         title: heading of the figure.

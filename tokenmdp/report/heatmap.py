@@ -129,7 +129,7 @@ def html(
 
     Args:
         sections: heading -> samples; two sections of equal length stand side by side on a wide screen.
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
         title: heading of the page.
         note: one line below it, such as how the samples were drawn.
     """

@@ -55,7 +55,7 @@ class RetokenizedRewardModel(RewardModel):
     The text: prompt and response as the environment's tokenizer decodes them, without its special tokens (end of text
     among them), so these get no credit. A character begun in the prompt and finished in the response belongs to the
     response. ``inner`` reads the text as its tokenizer encodes it: with [CLS] and [SEP] where that has a cls token,
-    with nothing added otherwise. Special tokens that the template spells, or the response, are read as such.
+    with nothing added otherwise. Special tokens spelled out in the template or the response are read as such.
 
     ``prefix_scores[t]`` is the score of the template filled with the first t response tokens. That costs one forward
     per token: prefixes do not end at the ends of ``inner``'s tokens, so a single forward does not give their scores.

@@ -4,7 +4,7 @@ run.json            the settings that define the run
 metrics.jsonl       one record per update
 tensorboard/        the same numbers
 before.json         scores and samples of the policy before training
-checkpoint/         the policy as `from_pretrained` reads it, with all state needed to go on
+checkpoint/         the policy as `from_pretrained` reads it, with all state needed to resume
 report/             curve, samples page and summary, written at the end
 """
 
@@ -42,7 +42,7 @@ class RunDirectory:
         self._made = False  # by this object
 
     def check(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
-        """Whether the directory, held by `alone`, has a checkpoint that a run with ``settings`` may go on from.
+        """Whether the directory, held by `alone`, has a checkpoint that a run with ``settings`` may resume from.
 
         Raises:
             RunError: it holds something else, a run with other settings, or a run while ``resume`` is off.
@@ -66,7 +66,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from training here until the block ends; the directory is made if it is not there.
+        """Keep other processes from training here until the block ends; the directory is created if it does not exist.
 
         Raises:
             RunError: another process trains here, or the path cannot be written.
@@ -93,7 +93,7 @@ class RunDirectory:
             raise
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write ``run.json``, if it is not there."""
+        """Write ``run.json``, if it does not exist."""
         if not self.record.exists():
             write_text(self.record, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=2) + "\n")
 

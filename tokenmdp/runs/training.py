@@ -53,7 +53,7 @@ def train(settings: RunSettings, out: Path, updates: int, checkpoint_every: int,
         out: Its directory.
         updates: In all.
         checkpoint_every: Updates between checkpoints.
-        resume: Go on from the directory's checkpoint if it has one.
+        resume: Continue from the directory's checkpoint if it has one.
     """
     logging.disable_progress_bar()  # transformers draws a progress bar for every checkpoint
     accelerator = launched(settings.device)

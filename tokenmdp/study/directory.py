@@ -61,7 +61,7 @@ class Study:
     def select(self, grid: str) -> dict[tuple[str, str], list[CellResult]]:
         """(setting, method) -> finished results sorted by seed, in the grid's order, under the grid's own labels.
 
-        A pair without a finished cell is left out; a grid that is not there is empty.
+        A pair without a finished cell is left out; a grid that does not exist is empty.
         """
         selected: dict[tuple[str, str], list[CellResult]] = {}
         for cell in self.declared(grid):

@@ -182,7 +182,7 @@ def read_rates(path: Path) -> dict[str, float]:
     """Learning rates from what the grid "tune" wrote, or from a JSON object of methods and numbers.
 
     Raises:
-        StudyError: the file holds neither, or is not there.
+        StudyError: the file holds neither, or does not exist.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ class Progress:
 
     @classmethod
     def of(cls, path: Path, cells: Sequence[Cell], jobs: int) -> Progress:
-        """At the start: finished cells count, and tell how long others take."""
+        """The initial state: finished cells count, and show how long others take."""
         progress = cls(path, jobs, len(cells), [])
         progress.waiting = [cell for cell in cells if not progress.finished(cell)]
         return progress
@@ -136,7 +136,7 @@ class TableDisplay:
         self.live.update(table)
 
     def ended(self, cell: Cell) -> None:
-        """Say of a cell that crashed what happened; a finished one counts in the table."""
+        """Report what happened to a cell that crashed; a finished one is counted in the table."""
         if cell.id in self.progress.errors:
             self.live.console.print(failure(cell, self.progress.errors[cell.id]), style="red", highlight=False)
 

@@ -57,7 +57,7 @@ def leave_one_out(scores: AblatedScores, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Areas(NamedTuple):
-    """How much sooner than a random order an order of tokens destroys and rebuilds the score, (N,) each."""
+    """How much earlier than a random order an order of tokens destroys and rebuilds the score, (N,) each."""
 
     deletion: torch.Tensor
     insertion: torch.Tensor

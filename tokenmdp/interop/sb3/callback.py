@@ -32,7 +32,7 @@ class TokenRewardCallback(BaseCallback):
       rewards. Then all environments are reset. Tokens beyond the cut-off are not trained on, so ``n_steps`` should be
       several times the longest episode. The extra steps do not count as time steps; ``rollout/completion_steps`` logs
       them (times the number of environments).
-    * "drop": no minibatch contains such a row. The episode goes on in the next rollout, where its later rows are
+    * "drop": no minibatch contains such a row. The episode continues in the next rollout, where its later rows are
       trained on with their true rewards. ``rollout/dropped_rows`` logs how many were left out. A last minibatch of a
       single row is left out too, because MaskablePPO and RecurrentPPO would divide by its standard deviation. In the
       buffer the reward and advantage of a dropped row are 0, and its value and return are the means of the other rows,

@@ -63,11 +63,11 @@ def _(envs: VecEnv) -> None:
 
 
 def begin_reading(envs: VecEnv, logger: Logger) -> None:
-    """Say that the learn() that logs to ``logger`` reads the token rewards of ``envs``, until `end_reading`.
+    """Declare that the learn() that logs to ``logger`` reads the token rewards of ``envs``, until `end_reading`.
 
     SB3 calls nothing when an exception ends learn(). But every learn() makes its model a new logger, unless the user
     has set one, so the weak reference to the old one says that a run is over. Environments in other processes are
-    marked instead, and go back to what they said before when the next run with them ends.
+    marked instead, and are set back to what they were when the next run with them ends.
     """
     CreditWrapper.readers.add(logger)
     base = envs.unwrapped
@@ -78,7 +78,7 @@ def begin_reading(envs: VecEnv, logger: Logger) -> None:
 
 
 def end_reading(envs: VecEnv, logger: Logger) -> None:
-    """Take back what `begin_reading` said."""
+    """Undo what `begin_reading` declared."""
     CreditWrapper.readers.discard(logger)
     for row, read in enumerate(_BEFORE_LEARNING.pop(envs.unwrapped, ())):
         envs.env_method("set_wrapper_attr", "token_rewards_read", read, indices=row)

@@ -180,7 +180,7 @@ class CausalLMMixin(BasePolicy):
         return self.get_distribution(observation, action_masks).get_actions(deterministic=deterministic)
 
     def train(self, mode: bool = True) -> CausalLMMixin:
-        """Say whether weights are about to change. The model itself stays in eval mode: see `CausalLMPolicy.train`.
+        """Declare whether weights are about to change. The model itself stays in eval mode: see `CausalLMPolicy.train`.
 
         No cache is kept in training mode: TRPO's line search reads states between changes of the weights.
         """

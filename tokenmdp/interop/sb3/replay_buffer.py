@@ -27,9 +27,9 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
     """A replay buffer that an episode enters when it ends, with its token rewards.
 
     For DQN and QRDQN: ``replay_buffer_class=TokenRewardReplayBuffer``. Until an episode ends its rows wait outside.
-    ``learning_starts`` should therefore be at least the number of environments times ``max_new_tokens``, so that an
-    episode is there to learn from. Under VecNormalize the rewards are stored as they are and scaled when sampled, as
-    SB3 always does. A saved buffer does not hold the open episodes: the environments start again, and their number may
+    ``learning_starts`` should therefore be at least the number of environments times ``max_new_tokens``, so that there
+    is an episode to learn from. Under VecNormalize the rewards are stored as they are and scaled when sampled, as SB3
+    always does. A saved buffer does not hold the open episodes: the environments start again, and their number may
     differ. A reset in mid-episode drops the episode's rows; an episode that was reset with a ``response_prefix`` has
     more tokens than steps, and its rows get the last ones.
 

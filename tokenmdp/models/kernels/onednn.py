@@ -26,7 +26,7 @@ def has_onednn() -> bool:
 
 
 def onednn_is_faster() -> bool:
-    """Whether oneDNN is there and PyTorch's own products are MKL's on an x86 processor not made by Intel."""
+    """Whether oneDNN is available and PyTorch's own products are MKL's on an x86 processor not made by Intel."""
     return has_onednn() and torch.backends.mkl.is_available() and _maker() not in ("", "GenuineIntel")
 
 

@@ -41,6 +41,6 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, own in zip(layers, before, strict=True):
             if own is None:
-                del layer.forward  # the class's is there again
+                del layer.forward  # the class's own is back
             else:
                 layer.forward = own

@@ -69,7 +69,7 @@ def write_report(study: Study, path: str | Path) -> Path:
         for picture in section.pictures
     }
     for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
-        if old.stem not in shown:  # of a grid or setting that is no longer here
+        if old.stem not in shown:  # of a grid or setting that no longer exists
             old.unlink(missing_ok=True)
     others = [grid for grid in grids if not any(grid in section.grids for section in found)]
     of_the_paper = not study.grids.keys() <= OWN_GRIDS
