@@ -5,7 +5,7 @@
     python benchmarks/critic_search.py --out runs/critic --table      # of what is there
 
 One process and one thread per run, two runs side by side. A finished run is not run again, so an interrupted search
-goes on where it stopped. A variant is what `PPOConfig` can be told, or a subclass of PPO below: what lost stays here.
+goes on where it stopped. A variant is a setting of `PPOConfig`, or a subclass of PPO below; those that lost stay here.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python examples/sb3_ablation.py --seeds 1 2 3
 
 Same hyper-parameters, seeds and prompts; only the credit differs. SB3's PPO has no KL penalty to a reference model, so
 runs are short and the learning rate is small: trained on, the model repeats whatever scores. The KL that a run has
-spent is drawn below its score, because the score alone flatters whoever spends more.
+spent is drawn below its score, because the score alone flatters runs that spend more.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             last = agent.history[-1]
             print(f"{name} seed {seed}: score {last['score_mean']:+.2f} at KL {last['kl']:.2f}", flush=True)
 
-    # The score alone flatters whoever spends more KL, so both are drawn.
+    # The score alone flatters runs that spend more KL, so both are drawn.
     window = 1 + args.updates // 10
     path = plot_learning_curves(runs, args.out, metric=("score_mean", "kl"), window=window, title=args.env)
     print(f"curves: {path}")

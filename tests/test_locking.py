@@ -22,7 +22,7 @@ def test_who_does_not_wait_is_told(tmp_path):
     with locked(tmp_path), pytest.raises(BusyError, match="wait until it ends"), locked(tmp_path, wait=False):
         pytest.fail("two hold it")
     with pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
-        raise BlockingIOError  # of the block's own
+        raise BlockingIOError  # raised by the block itself
 
 
 def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):

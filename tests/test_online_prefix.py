@@ -130,7 +130,7 @@ def test_a_given_response_prefix_is_where_the_differences_start(batched):
     for token in tokenizer("brilliant <eos>")["input_ids"]:
         *_, reward, _, _, info = envs.step(np.array([token]) if batched else token)
         rewards.append(float(np.squeeze(reward)))
-    # The prefix has earned its -1 before: what is left of the score of 2 when brilliant has its 3 comes last.
+    # The prefix earned its -1 before: the rest of the score of 2, after brilliant's 3, comes last.
     assert rewards == [3.0, -1.0]
     assert np.squeeze(info["score"]) == sum(rewards)
     assert np.squeeze(info["token_rewards"])[:4].tolist() == [0.0, 0.0, 3.0, -1.0]

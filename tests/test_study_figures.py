@@ -55,7 +55,7 @@ def test_the_arrow_says_the_share_of_the_steps(full):
         "The arrows say after what share of sparse's steps another method stands where sparse's mean curve is highest"
     ]
     assert "fewer than the curves" in learning_curves(groups | {"sparse": groups["sparse"][:1]})[1][1]
-    assert learning_curves({"attention": groups["attention"]})[1] == []  # nothing to be compared with, so no arrows
+    assert learning_curves({"attention": groups["attention"]})[1] == []  # nothing to compare with, so no arrows
 
 
 def test_a_collapsed_seed_neither_flattens_the_picture_nor_goes_unsaid():

@@ -44,7 +44,7 @@ def alive(pid):
 
 
 def under_way(out):
-    """Cells with updates behind them and updates before them."""
+    """Cells that have finished some updates but not all."""
     found = []
     for file in out.glob("cells/*.progress"):
         try:

@@ -66,7 +66,7 @@ def test_a_paired_comparison_has_scipys_interval():
     [(6.0, "reproduced", "2"), (60.0, "not reproduced", "never; sparse has"), (14.0, "inconclusive", "5")],
 )
 def test_fewer_steps(half, outcome, ours):
-    """Sparse has half its way behind it after 30 updates of 60, ABC earlier or later."""
+    """Sparse is half way after 30 updates of 60, ABC earlier or later."""
     study = study_of(
         grid_cells("imdb", 6, 60),
         lambda cell: Course(half=half if cell.method == "attention" else 30.0, noise=0.1, spread=0.6),
@@ -163,7 +163,7 @@ def test_only_seeds_of_both_methods_are_paired_and_missing_cells_are_counted():
 
 
 def test_crashed_runs_of_the_compared_methods_decide_nothing():
-    """The two that are lost may be the ones that went worst."""
+    """The two that are missing may be the ones that went worst."""
     study = study_of(
         grid_cells("imdb", 5, 20),
         lambda cell: quiet(end=5 + (cell.method == "attention") - (cell.method == "uniform")),

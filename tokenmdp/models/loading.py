@@ -219,7 +219,7 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
 
 
 def _check_name(kind: Kind, name: str) -> None:
-    """Refuse what the hub need not be asked about: the path of no directory, and a name that means something else."""
+    """Refuse names that need no request to the hub: a path without a directory, a name that means something else."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -1,7 +1,7 @@
 """Next-token logits and values of the states in observations, feeding the model only the tokens that are new.
 
 A tool outside this package hands a policy one observation per step and nothing else, so a policy that must not read
-each text from its start at every step finds out by itself which rows went on by one token. It needs no reset signal.
+each text from its start at every step finds out by itself which rows grew by one token. It needs no reset signal.
 
 Rows end at different times, so the cache is right-aligned: the last column is the last token of every row, and a row's
 text takes as many columns as it is long.

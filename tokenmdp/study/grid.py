@@ -54,7 +54,7 @@ def parse_method(specification: str) -> Method:
 
 
 def register(name: str) -> None:
-    """Make a method of the user's own, called ``module.Class``, known in this process; others are known already.
+    """Register a user's own method, called ``module.Class``, in this process; others are already registered.
 
     Modules of the working directory are found too.
 
@@ -106,7 +106,7 @@ def parse_length(text: str) -> Length:
 
 
 def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
-    """The plan's cells, the first seed of everything before the second: stopped early, a study is balanced.
+    """The plan's cells, the first seed of everything before the second, so that a study stopped early is balanced.
 
     Args:
         plan: what varies.

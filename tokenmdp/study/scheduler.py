@@ -115,7 +115,7 @@ def _sweep(path: Path, cell: Cell) -> None:
 
 
 def _check_presence(path: Path) -> None:
-    """Cells that run on would make a directory that no later command takes for a study."""
+    """Cells that kept running would make a directory that no later command recognises as a study."""
     if not (path / "study.json").exists():
         raise StudyError(
             f"{path / 'study.json'} is gone, so the running cells were ended; if {path} was moved, put it back and "
@@ -135,7 +135,7 @@ def _termination_is_an_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """An interrupt in the block comes at its end, when the process that was started is known and can be ended."""
+    """An interrupt in the block is raised at its end, when the process that was started is known and can be ended."""
     came: list[int] = []
     held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     held = {number: handler for number, handler in held.items() if callable(handler)}  # not those that are ignored

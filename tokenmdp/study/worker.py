@@ -102,7 +102,7 @@ def costs_of(agent: PPO) -> dict[str, float]:
 
 
 class ProgressFile:
-    """Tells the process that waits for the cell how far it is, and stops if that one, or the study, is gone."""
+    """Reports progress to the process that waits for the cell, and stops if that process, or the study, is gone."""
 
     def __init__(self, out: Path, cell: Cell, parent: int) -> None:
         self.out, self.path, self.updates, self.parent = out, cell_file(out, cell.id, ".progress"), cell.updates, parent
@@ -120,7 +120,7 @@ class ProgressFile:
             raise Orphaned(f"{self.out} is gone")
 
     def begin(self) -> None:
-        """Write as much as the result will take.
+        """Write a file as large as the result will be.
 
         Raises:
             OSError: a full disk, for example, which should be noticed before the cell has used its time.

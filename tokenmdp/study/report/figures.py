@@ -123,7 +123,7 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
 
 
 def _above(axes: Axes, across: tuple[float, float], height: float, text: str, colour: str) -> None:
-    """Text above an arrow, on the side of it that has room."""
+    """Text above an arrow, on the side that has room."""
     start = across[0] < axes.get_xlim()[1] / 2
     axes.annotate(
         text, (across[0] if start else across[1], height), (0 if start else -3, 2.5), textcoords="offset points",

@@ -46,7 +46,7 @@ def draw_curves(
 ) -> list[str]:
     """Mean over seeds of a metric, in words the ``noun``, against updates, with bands; ``named`` at the right edge.
 
-    Returns what the picture does not show: mean curves that leave it, since it is scaled to where most seeds are.
+    Returns what the picture does not show: mean curves that run out of it, since it is scaled to most seeds.
     """
     ends, ranges, means, last = {}, [], {}, 1.0
     for method, results in groups.items():
@@ -123,7 +123,7 @@ def scale_to(axes: Axes, means: Sequence[float]) -> None:
 
 
 def scale_to_points(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    """Limits by all points and most intervals: a collapsed seed's interval leaves the picture, or it would be all."""
+    """Limits by all points and most intervals: a collapsed seed's interval is cut off, or it would fill everything."""
     halves = [high - value for value, low, high in estimates if finite(low, high)]
     room = 2.5 * float(np.median(halves or [0.0]))
     inside = [end for value, low, high in estimates for end in (value, max(low, value - room), min(high, value + room))]
