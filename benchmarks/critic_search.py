@@ -29,8 +29,10 @@ from torch import nn
 import tokenmdp  # noqa: F401  (registers the ids)
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.credit import make_credit
+from tokenmdp.files import write_text
 from tokenmdp.intervals import mean_interval
 from tokenmdp.losses import clipped_value_loss
+from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector
 
@@ -166,7 +168,7 @@ def run(task: str, credit: str, variant: str, seed: int, updates: int) -> dict[s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, two at a time; then print the table."""
+    """Run what is missing, two at a time; or, with ``--table``, print the table of what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -193,14 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cell:
         ((task, credit, variant, seed),) = cells
         result = run(task, credit, variant, seed, args.updates or UPDATES[task])
-        path = cell_path(args.out, *cells[0], result["updates"])
-        path.with_suffix(".tmp").write_text(json.dumps(result))
-        path.with_suffix(".tmp").replace(path)
+        write_text(cell_path(args.out, *cells[0], result["updates"]), json.dumps(result))
         return
     waiting = [cell for cell in cells if not cell_path(args.out, *cell, args.updates or UPDATES[cell[0]]).exists()]
     failed = 0
     running: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    environment = os.environ | SETTINGS | {"OMP_NUM_THREADS": "1"}
     while waiting or running:
         failed += sum(bool(process.poll()) for process in running)
         running = [process for process in running if process.poll() is None]
