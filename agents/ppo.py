@@ -319,7 +319,7 @@ class PPO:
                 self.processes.clip_grad_norm(group["params"], cfg.max_grad_norm)
                 for group in self.optimizer.param_groups
             ]
-            numbers = self.processes.mean(numbers)
+            numbers = self.processes.reduce_mean(numbers)
             records.append(torch.cat([numbers, torch.stack(norms)]))
             if cfg.target_kl is not None and numbers[0] > cfg.target_kl:
                 break  # before the step: it would go further in the direction that is already too far

@@ -31,7 +31,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from tokenmdp.credit import CREDIT_METHODS, CreditMethod, Resources, make_credit, settle
+from tokenmdp.credit import CREDIT_METHODS, CreditMethod, Resources, conserve, make_credit
 from tokenmdp.envs.task import TextGenTask
 from tokenmdp.intervals import bootstrap_interval
 from tokenmdp.models.policy import CausalLMPolicy
@@ -82,7 +82,7 @@ def measure(
     centred = outcome._replace(reward=outcome.reward._replace(score=outcome.reward.score - mean))
     for name in CENTRED:
         rewards = credits[name](centred, lent).token_rewards
-        rewards_of[f"{name}, centred"] = settle(rewards, outcome.reward.score, outcome.episode.response_mask)
+        rewards_of[f"{name}, centred"] = conserve(rewards, outcome.reward.score, outcome.episode.response_mask)
     for name, rewards in rewards_of.items():
         causal = agreement(policy_gradient(mdp, logits, rewards, "reward_to_go"), truth)
         full = agreement(policy_gradient(mdp, logits, rewards, "full_return"), truth)

@@ -18,10 +18,10 @@ from tokenmdp.credit import (
     UniformCredit,
     attention_weights,
     blend,
+    conserve,
     make_credit,
     prefix_differences,
     redistribute,
-    settle,
     sparse_weights,
     uniform_weights,
 )
@@ -226,7 +226,7 @@ def test_prefix_differences_by_hand():
 def test_settle_conserves_what_the_attribution_does_not_explain(beta, score, length):
     mask = torch.arange(6) < length
     attribution = torch.linspace(-3, 2, 6, dtype=torch.float64)
-    token_rewards = settle(attribution, torch.tensor(score, dtype=torch.float64), mask, beta)
+    token_rewards = conserve(attribution, torch.tensor(score, dtype=torch.float64), mask, beta)
     assert abs(token_rewards.sum().item() - score) <= 1e-12 * max(abs(score), 20.0)
     torch.testing.assert_close(token_rewards[: length - 1], beta * attribution[: length - 1])
 

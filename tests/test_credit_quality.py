@@ -12,8 +12,8 @@ from scipy import stats
 
 from tokenmdp.credit import MissingResource, SparseCredit, make_credit
 from tokenmdp.evaluation.credit_quality import (
-    Lent,
     NegationLexicon,
+    PolicyAccess,
     area_over_line,
     area_under_roc,
     credit_order,
@@ -318,7 +318,9 @@ def texts():
 )
 def test_costs_are_counted(texts, name, options, forwards):
     tokenizer, episodes = texts
-    counted = run_counted(make_credit(name, **options), episodes, load_reward_model("imdb-tiny"), tokenizer, Lent())
+    counted = run_counted(
+        make_credit(name, **options), episodes, load_reward_model("imdb-tiny"), tokenizer, PolicyAccess()
+    )
     assert counted.reward_forwards == forwards * len(episodes.input_ids)
     assert counted.policy_forwards == 0
 
@@ -326,23 +328,23 @@ def test_costs_are_counted(texts, name, options, forwards):
 def test_shapleys_cost_is_what_it_reports(texts):
     tokenizer, episodes = texts
     method = make_credit("shapley", budget=64)
-    counted = run_counted(method, episodes, load_reward_model("imdb-tiny"), tokenizer, Lent())
+    counted = run_counted(method, episodes, load_reward_model("imdb-tiny"), tokenizer, PolicyAccess())
     assert counted.reward_forwards == counted.credit.report["reward_calls"].sum() + 2
 
 
 def test_other_reward_models_and_policies_count(texts):
-    from tokenmdp.runs.credit_options import lend
+    from tokenmdp.runs.credit_options import policy_access
 
     tokenizer, episodes = texts
     model = load_reward_model("imdb-tiny")
     needs = frozenset({"policy_attention", "tuned_policy"})
-    lent = lend("imdb-tiny", tokenizer, episodes.prompt_slots, episodes.response_mask.shape[1], "cpu", needs)
-    counted = run_counted(make_credit("abc-d"), episodes, model, tokenizer, lent)
+    access = policy_access("imdb-tiny", tokenizer, episodes.prompt_slots, episodes.response_mask.shape[1], "cpu", needs)
+    counted = run_counted(make_credit("abc-d"), episodes, model, tokenizer, access)
     assert (counted.reward_forwards, counted.policy_forwards) == (2, 2)
-    counted = run_counted(make_credit("rto", tuned="imdb-tiny"), episodes, model, tokenizer, lent)
+    counted = run_counted(make_credit("rto", tuned="imdb-tiny"), episodes, model, tokenizer, access)
     assert (counted.reward_forwards, counted.policy_forwards) == (2, 4)
     with pytest.raises(MissingResource, match="because"):
-        run_counted(make_credit("abc-d"), episodes, model, tokenizer, Lent(refusal="because"))
+        run_counted(make_credit("abc-d"), episodes, model, tokenizer, PolicyAccess(refusal="because"))
 
 
 def test_counting_changes_nothing(texts):

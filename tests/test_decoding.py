@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.cache_utils import DynamicLayer
 
 from tokenmdp.credit import make_credit
-from tokenmdp.models.kv_cache import RoomyLayer
+from tokenmdp.models.kv_cache import GrowingLayer
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Rollout
@@ -80,7 +80,7 @@ CHANGES = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(CHANGES, max_size=12))
 def test_spare_columns_equal_concatenation(changes):
-    ours, plain = RoomyLayer(), DynamicLayer()
+    ours, plain = GrowingLayer(), DynamicLayer()
     rows = 3
     with torch.no_grad():
         for seed, (change, count) in enumerate([("append", 5), *changes, ("append", 1), ("append", 1)]):
@@ -103,7 +103,7 @@ def test_spare_columns_equal_concatenation(changes):
 
 def test_copies_of_a_layer_do_not_write_over_each_other():
     with torch.no_grad():
-        first = RoomyLayer()
+        first = GrowingLayer()
         first.update(columns(3, 2, 0), columns(3, 2, 1))
         first.update(columns(1, 2, 2), columns(1, 2, 3))
         second = copy.copy(first)
@@ -118,7 +118,7 @@ def test_copies_of_a_layer_do_not_write_over_each_other():
 
 
 def test_columns_already_written_stay_where_they_are():
-    layer, places = RoomyLayer(), set()
+    layer, places = GrowingLayer(), set()
     with torch.no_grad():
         for seed in range(512):
             keys, _ = layer.update(columns(1, 2, seed), columns(1, 2, seed))
@@ -127,7 +127,7 @@ def test_columns_already_written_stay_where_they_are():
 
 
 def test_gradients_flow_through_the_cache():
-    layer = RoomyLayer()
+    layer = GrowingLayer()
     first, second = (columns(4, 2, seed).requires_grad_() for seed in (0, 1))
     layer.update(first, first)
     keys, values = layer.update(second, second)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tokenmdp.credit import CREDIT_METHODS, make_credit, settle
+from tokenmdp.credit import CREDIT_METHODS, conserve, make_credit
 from tokenmdp.testing import (
     ToyMDP,
     action_values,
@@ -151,7 +151,7 @@ def test_the_bias_of_random_attention():
 def test_settled_attributions_of_any_sign_keep_the_full_return(mdp):
     logits = random_logits(mdp)
     signed = torch.randn(mdp.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    rewards = settle(signed, mdp.scores, mdp.mask, 0.6)
+    rewards = conserve(signed, mdp.scores, mdp.mask, 0.6)
     assert_exact(policy_gradient(mdp, logits, rewards, "full_return"), score_gradient(mdp, logits))
     assert agreement(policy_gradient(mdp, logits, rewards), score_gradient(mdp, logits)).cosine < 0.999
 

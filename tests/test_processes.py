@@ -182,12 +182,12 @@ def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
     previous = (tmp_path / "run").rename(tmp_path / "run.previous")
 
     @contextlib.contextmanager
-    def together(self):
+    def raise_together(self):
         yield
         assert previous.exists()  # what the other process is renaming
         previous.rename(tmp_path / "run")
 
-    monkeypatch.setattr(Second, "together", together)
+    monkeypatch.setattr(Second, "raise_together", raise_together)
     assert checkpoint.read(tmp_path / "run", ppo.FORMAT, Second()).path == tmp_path / "run"
     (tmp_path / "run").rename(previous)
     assert checkpoint.read(tmp_path / "run", ppo.FORMAT).path == tmp_path / "run"

@@ -16,7 +16,7 @@ from tokenmdp.cli import ablate
 from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
-from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.presets import PLANS
 from tokenmdp.study.results import CellResult, StudyError, cell_file, read_result, write_result
 
 
@@ -255,7 +255,7 @@ def test_relative_names_leave_no_path_of_this_machine(tmp_path, monkeypatch):
 
 
 def test_absolute_names_show_their_last_part(tmp_path):
-    plan = replace(PRESETS["quick"], reward_models=(str(tmp_path / "mine"), "imdb-tiny"))
+    plan = replace(PLANS["quick"], reward_models=(str(tmp_path / "mine"), "imdb-tiny"))
     assert {cell.setting for cell in expand(plan)} == {
         f"8-16 tokens, reward model {name}" for name in ("mine", "imdb-tiny")
     }

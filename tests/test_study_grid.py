@@ -19,7 +19,7 @@ from tokenmdp.runs.environments import credit_of, make_envs
 from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 from tokenmdp.study import grid
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
-from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.presets import PLANS
 from tokenmdp.study.results import StudyError, cell_from_record, cell_record
 
 SIZES = {
@@ -41,16 +41,16 @@ def plan_for(*words):
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_a_preset_has_its_cells_and_each_is_another_run(name, size):
-    cells = expand(PRESETS[name])
+    cells = expand(PLANS[name])
     assert len(cells) == size == len({cell.id for cell in cells})
     pairs = Counter((cell.setting, cell.method) for cell in cells)
-    assert set(pairs.values()) == {len(PRESETS[name].seeds)}
+    assert set(pairs.values()) == {len(PLANS[name].seeds)}
     assert all(cell.seed == cell.settings.seed for cell in cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # stopped early, it is balanced
 
 
 def test_the_main_grid_is_the_papers_protocol():
-    cells = expand(PRESETS["imdb"])
+    cells = expand(PLANS["imdb"])
     assert {cell.method for cell in cells} == {"sparse", "uniform", "attention", "abc-d", "abc-d2", "red"}
     assert {cell.seed for cell in cells} == set(range(1, 11))
     for cell in cells:
@@ -66,23 +66,23 @@ def test_the_main_grid_is_the_papers_protocol():
 
 
 def test_sweeps_vary_one_thing():
-    betas = [cell.settings.credit_beta for cell in expand(replace(PRESETS["beta"], seeds=(1,)))]
+    betas = [cell.settings.credit_beta for cell in expand(replace(PLANS["beta"], seeds=(1,)))]
     assert betas == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    for cell in expand(PRESETS["kl"]):
+    for cell in expand(PLANS["kl"]):
         assert cell.settings.ppo["kl_target"] is None
         assert cell.setting == f"8-16 tokens, kl_coef={cell.settings.ppo['kl_coef']:g}"
-    for cell in expand(PRESETS["faithful"]):
+    for cell in expand(PLANS["faithful"]):
         assert cell.setting.endswith(f"reward model {cell.settings.reward_model}")
-    rates = {cell.settings.ppo["learning_rate"] for cell in expand(PRESETS["tune"])}
-    assert len(rates) == len(PRESETS["tune"].tried_rates) > 1
-    assert all(seed > 100 for seed in PRESETS["tune"].seeds)  # none that a comparison uses
+    rates = {cell.settings.ppo["learning_rate"] for cell in expand(PLANS["tune"])}
+    assert len(rates) == len(PLANS["tune"].tried_rates) > 1
+    assert all(seed > 100 for seed in PLANS["tune"].seeds)  # none that a comparison uses
 
 
 def test_a_cell_of_two_grids_is_one_cell():
-    main, length = expand(PRESETS["imdb"]), expand(PRESETS["length"])
+    main, length = expand(PLANS["imdb"]), expand(PLANS["length"])
     shared = {cell.id for cell in main} & {cell.id for cell in length}
     assert len(shared) == 18
-    faithful = {cell.id: cell for cell in expand(PRESETS["faithful"])}
+    faithful = {cell.id: cell for cell in expand(PLANS["faithful"])}
     both = [(cell, faithful[cell.id]) for cell in main if cell.id in faithful]
     assert len(both) == 20
     assert all(one.setting != other.setting for one, other in both)  # under another label
@@ -146,7 +146,7 @@ def test_lengths_exclude_their_upper_end():
 
 
 def test_responses_have_the_lengths_of_their_range():
-    (cell,) = expand(replace(PRESETS["smoke"], methods=("sparse",), seeds=(1,)))
+    (cell,) = expand(replace(PLANS["smoke"], methods=("sparse",), seeds=(1,)))
     envs = make_envs(cell.settings, 64, None)
     task = envs.unwrapped.task
     assert (task.horizon_range, task.min_new_tokens, task.max_new_tokens) == ((4, 7), 4, 7)
@@ -197,7 +197,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
     envs = make_envs(cell.settings, 2, ["This film"])
     assert envs.unwrapped.task.align == "offsets"
     envs.close()
-    assert cell.id != expand(PRESETS["quick"])[0].id
+    assert cell.id != expand(PLANS["quick"])[0].id
 
 
 @pytest.mark.parametrize(
@@ -239,18 +239,18 @@ def test_wrong_arguments_are_refused_before_anything_is_written(words, message, 
 def test_directories_of_one_name_are_told_apart(tmp_path):
     models = [str(tmp_path / folder / "model") for folder in ("a", "b")]
     with pytest.raises(StudyError, match="two different cells would both be called"):
-        expand(replace(PRESETS["imdb"], reward_models=tuple(models)))
+        expand(replace(PLANS["imdb"], reward_models=tuple(models)))
 
 
 def test_shards_share_out_all_cells():
-    cells = expand(PRESETS["imdb"])
+    cells = expand(PLANS["imdb"])
     shards = [shard_of(cells, f"{number}/7") for number in range(1, 8)]
     assert sorted(cell.id for shard in shards for cell in shard) == sorted(cell.id for cell in cells)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_longer_cells_cost_more():
-    short, middle, long = (expand(replace(PRESETS["length"], lengths=(text,)))[0] for text in PRESETS["length"].lengths)
+    short, middle, long = (expand(replace(PLANS["length"], lengths=(text,)))[0] for text in PLANS["length"].lengths)
     assert load_cost(short) < load_cost(middle) < load_cost(long)
 
 
@@ -291,8 +291,8 @@ def test_every_option_is_in_the_recorded_command():
 
 
 def test_the_names_of_the_presets_are_the_command_lines():
-    assert set(PRESETS) == set(get_args(get_type_hints(cli.Ablate)["preset"]))
-    assert {name for plan in PRESETS.values() for name in plan.methods} <= set(CREDIT_METHODS)
+    assert set(PLANS) == set(get_args(get_type_hints(cli.Ablate)["preset"]))
+    assert {name for plan in PLANS.values() for name in plan.methods} <= set(CREDIT_METHODS)
 
 
 def test_a_missing_file_of_rates_and_a_share_that_is_no_number_name_their_option(tmp_path):

@@ -11,14 +11,14 @@ from study_doubles import quality_record, synthetic_study
 from tokenmdp.cli import ablate
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
-from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.presets import PLANS
 from tokenmdp.study.report.page import write_report
 from tokenmdp.study.report.quality import quality_table
 from tokenmdp.study.results import StudyError
 
 
 def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path):
-    plan = replace(PRESETS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
+    plan = replace(PLANS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
     declare(tmp_path, "quick", expand(plan), {})
     console = Console(quiet=True)
     ablate.measure_credit_quality(tmp_path, 3, "cpu", console)
@@ -37,7 +37,7 @@ def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path):
 def test_credit_quality_on_fewer_texts_does_not_replace_that_on_more(tmp_path):
     methods = ("sparse", "uniform")
     for count, num in ((1, 3), (2, 2)):
-        plan = replace(PRESETS["quick"], methods=methods[:count], seeds=(1,), gold=None)
+        plan = replace(PLANS["quick"], methods=methods[:count], seeds=(1,), gold=None)
         declare(tmp_path, "quick", expand(plan), {})
         ablate.measure_credit_quality(tmp_path, num, "cpu", Console(quiet=True))
         given = load_study(tmp_path).quality["imdb-tiny"]["arguments"]

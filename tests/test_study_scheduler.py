@@ -17,11 +17,11 @@ from tokenmdp.cli import ablate
 from tokenmdp.study import scheduler
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
-from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.presets import PLANS
 from tokenmdp.study.progress import Progress, Worker
 from tokenmdp.study.results import StudyError, cell_file, write_result
 
-SMOKE = PRESETS["smoke"]
+SMOKE = PLANS["smoke"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a worker is a shell script")
 
 

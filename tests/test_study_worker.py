@@ -15,10 +15,10 @@ from tokenmdp.runs.training import ppo_config
 from tokenmdp.study import results, worker
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
-from tokenmdp.study.presets import PRESETS
+from tokenmdp.study.presets import PLANS
 from tokenmdp.study.results import cell_file
 
-SMOKE = PRESETS["smoke"]
+SMOKE = PLANS["smoke"]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
 from tokenmdp.runs.settings import TOY_POLICY, parse_options
 from tokenmdp.study.directory import Study, declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
-from tokenmdp.study.presets import PRESETS, Plan
+from tokenmdp.study.presets import PLANS, Plan
 from tokenmdp.study.report.page import write_report
 from tokenmdp.study.results import Cell, StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells
@@ -107,7 +107,7 @@ def plan_of(arguments: Ablate) -> Plan:
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
     machine, and the cells' IDs with it.
     """
-    plan = PRESETS[arguments.preset]
+    plan = PLANS[arguments.preset]
     varied: dict[str, Any] = {
         "methods": arguments.methods,
         "seeds": tuple(dict.fromkeys(arguments.seeds)),

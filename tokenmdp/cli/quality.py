@@ -40,7 +40,7 @@ from tokenmdp.models.tokens import token_pieces
 from tokenmdp.report import comparison
 from tokenmdp.reward_models import load_reward_model, readable_by
 from tokenmdp.rollouts import collect
-from tokenmdp.runs.credit_options import credit_methods, declared, grouped_options, lend, needs_of
+from tokenmdp.runs.credit_options import credit_methods, declared, grouped_options, needs_of, policy_access
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
 from tokenmdp.runs.settings import PRESETS, parse_options
@@ -113,7 +113,7 @@ def measured(arguments: Quality, console: Console) -> Iterator[tuple[WorldQualit
     methods, refused = credit_methods(names, options, arguments.credit_beta, "--option")
     labels = {name: tables.label(name, options.get(name, {})) for name in methods}
     for world in _worlds(arguments, device):
-        lent = lend(
+        access = policy_access(
             arguments.policy,
             world.tokenizer,
             world.episodes.prompt_slots,
@@ -126,7 +126,7 @@ def measured(arguments: Quality, console: Console) -> Iterator[tuple[WorldQualit
             result = measure(
                 world,
                 methods,
-                lent=lent,
+                access=access,
                 max_forwards=arguments.max_forwards,
                 seed=arguments.seed,
                 progress=partial(_advance, progress, bar),

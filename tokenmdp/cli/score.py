@@ -12,7 +12,7 @@ from rich.text import Text
 from tokenmdp.cli.options import Score
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod
 from tokenmdp.envs.rendering import SEPARATOR
-from tokenmdp.evaluation.credit_quality import Counted, Lent, run_counted
+from tokenmdp.evaluation.credit_quality import Counted, PolicyAccess, run_counted
 from tokenmdp.evaluation.credit_quality.tables import cost_of
 from tokenmdp.evaluation.credit_quality.texts import encode, episodes_of
 from tokenmdp.models.loading import load_tokenizer
@@ -21,7 +21,7 @@ from tokenmdp.report import comparison, heatmap
 from tokenmdp.report.comparison import refusals
 from tokenmdp.report.samples import Sample
 from tokenmdp.reward_models import RewardModel, load_reward_model
-from tokenmdp.runs.credit_options import credit_method, credit_methods, declared, grouped_options, lend
+from tokenmdp.runs.credit_options import credit_method, credit_methods, declared, grouped_options, policy_access
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.settings import parse_options
@@ -42,11 +42,11 @@ class Scored(NamedTuple):
     tokens: list[str]
     model: RewardModel
     tokenizer: PreTrainedTokenizerBase
-    lent: Lent
+    access: PolicyAccess
 
     def run(self, method: CreditMethod) -> Counted:
         """The credit of its tokens, (1, T)."""
-        return run_counted(method, self.episode, self.model, self.tokenizer, self.lent)
+        return run_counted(method, self.episode, self.model, self.tokenizer, self.access)
 
 
 def score(arguments: Score) -> int:
@@ -98,9 +98,9 @@ def _read(arguments: Score, device: str, needs: frozenset[str]) -> Scored:
         raise ValueError(f"the reward model {name!r} has no tokenizer files; pass --tokenizer")
     text = encode(tokenizer, arguments.text, arguments.prompt)
     episode = episodes_of([text])
-    lent = lend(arguments.policy, tokenizer, episode.prompt_slots, len(text.ids), device, needs)
+    access = policy_access(arguments.policy, tokenizer, episode.prompt_slots, len(text.ids), device, needs)
     prompt, tokens = token_pieces(tokenizer, text.ids, text.prompt_ids)
-    return Scored(episode, prompt, tokens, model, tokenizer, lent)
+    return Scored(episode, prompt, tokens, model, tokenizer, access)
 
 
 def _score_all(

@@ -22,9 +22,9 @@ from tokenmdp.credit.weights import (
     ATTENTION_FLOOR,
     attention_weights,
     blend,
+    conserve,
     redistribute,
     row_entropy,
-    settle,
     sparse_weights,
     uniform_weights,
 )
@@ -53,11 +53,11 @@ __all__ = [
     "UniformCredit",
     "attention_weights",
     "blend",
+    "conserve",
     "make_credit",
     "prefix_differences",
     "redistribute",
     "row_entropy",
-    "settle",
     "sparse_weights",
     "uniform_weights",
 ]

@@ -12,7 +12,7 @@ import torch
 from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.rescale import rescale_multipliers
-from tokenmdp.credit.weights import check_credit_beta, settle
+from tokenmdp.credit.weights import check_credit_beta, conserve
 from tokenmdp.types import Credit, Episode, Outcome
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class IntegratedGradientsCredit:
     d score(b + a * (e - b)) / d e[t] da`` with e the input embeddings and b the baseline's. In b the response's
     embeddings are replaced and the prompt's are not, so the prompt gets nothing. Signs may differ between tokens. The
     attributions sum to ``score - baseline_score`` up to the error of the integral; that rest, ``baseline_score`` and
-    ``1 - credit_beta`` of the sum go to the last token (see `settle`).
+    ``1 - credit_beta`` of the sum go to the last token (see `conserve`).
 
     Reports ``baseline_score``, the score of b, and ``completeness_error``, what the attributions sum to beyond
     ``score - baseline_score``. Costs ``steps`` forwards and backwards; all in float32 unless the model's weights are
@@ -203,7 +203,7 @@ def _credit(
     error = explained - difference
     _judge(method, model, error, difference)
     report = {"baseline_score": baseline_score, "completeness_error": error.float()}
-    return Credit(settle(attribution, final, mask, method.credit_beta), report)
+    return Credit(conserve(attribution, final, mask, method.credit_beta), report)
 
 
 def _judge(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
-from tokenmdp.credit.weights import check_credit_beta, settle
+from tokenmdp.credit.weights import check_credit_beta, conserve
 from tokenmdp.types import Credit, Outcome
 
 
@@ -33,7 +33,7 @@ class PrefixDifferenceCredit:
     """``token_rewards[t] = credit_beta * (score of y[<=t] - score of y[<t]) + ...`` (RED).
 
     The rest of the score, that of the prompt alone and ``1 - credit_beta`` of the sum, goes to the last token (see
-    `settle`), so the sum is the score and this is potential-based shaping with
+    `conserve`), so the sum is the score and this is potential-based shaping with
     ``phi(s[t]) = credit_beta * (score of y[<t] - score of the prompt)``: with gamma = 1 the reward-to-go gradient stays
     unbiased (with another gamma the sum of discounted rewards is no longer the discounted score). GAE estimates it with
     lambda 1; with a smaller one a critic's errors bias it, as they do with sparse credit.
@@ -66,4 +66,4 @@ class PrefixDifferenceCredit:
             )
         rho = prefix_differences(prefix_scores, mask)
         report = {"prompt_score": prefix_scores[..., 0]}
-        return Credit(settle(rho, outcome.reward.score, mask, self.credit_beta), report)
+        return Credit(conserve(rho, outcome.reward.score, mask, self.credit_beta), report)

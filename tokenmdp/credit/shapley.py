@@ -13,7 +13,7 @@ from tokenmdp.credit.deletion import scores_of_kept
 from tokenmdp.credit.games import Plan, make_plan
 from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.spans import UNITS, unit_ids
-from tokenmdp.credit.weights import check_credit_beta, settle
+from tokenmdp.credit.weights import check_credit_beta, conserve
 from tokenmdp.types import Credit, Episode, Outcome
 
 
@@ -23,7 +23,7 @@ class ShapleyCredit:
 
     The units of a response play the game ``v(S) = score of the prompt and the response with the units outside S
     deleted``. phi sums to ``score - v(nothing)``; the score of the prompt alone and ``1 - credit_beta`` of the sum go
-    to the last token (see `settle`). All 2**n deletions are scored where ``budget`` allows, so 1024 is exact up to 10
+    to the last token (see `conserve`). All 2**n deletions are scored where ``budget`` allows, so 1024 is exact up to 10
     units; beyond it permutations are sampled. Reports ``reward_calls``, the texts that the reward model read for it,
     and ``standard_error``, the mean of that of phi over the units (0 where exact).
 
@@ -91,7 +91,7 @@ class ShapleyCredit:
             phi[row, mask[row]] = (values / own.bincount())[own]  # a unit's value, spread evenly over its tokens
             errors.append(standard_error.mean())
         report = {"reward_calls": torch.tensor(sizes), "standard_error": torch.stack(errors).float()}
-        return Credit(settle(phi, score, mask, self.credit_beta), report)
+        return Credit(conserve(phi, score, mask, self.credit_beta), report)
 
     def _blocks(self, episode: Episode, resources: Resources) -> torch.Tensor:
         """The block of each response token, (N, H) int64: one for the whole response."""

@@ -1,7 +1,7 @@
 """From one score at the end to one reward per token: the formulas that the credit methods share.
 
 Weights are non-negative, zero outside the response and sum to one, so ``redistribute`` conserves the score. An
-attribution has signs and its own sum; `settle` turns it into token rewards that conserve the score. Every function
+attribution has signs and its own sum; `conserve` turns it into token rewards that conserve the score. Every function
 works on trailing axes: scores (...,), masks, weights and token rewards (..., T). Sums are taken in float64, and the
 result has the score's dtype.
 """
@@ -84,7 +84,7 @@ def blend(weights: torch.Tensor, response_mask: torch.Tensor, credit_beta: float
     return credit_beta * weights.double() + (1 - credit_beta) * sparse_weights(response_mask)
 
 
-def settle(
+def conserve(
     attribution: torch.Tensor, score: torch.Tensor, response_mask: torch.Tensor, credit_beta: float = 1.0
 ) -> torch.Tensor:
     """Token rewards that follow an attribution and sum to the score; what no token explains goes to the last one.
@@ -105,7 +105,7 @@ def settle(
         (..., T) in the score's dtype.
 
     >>> mask = torch.tensor([True, True, False])
-    >>> settle(torch.tensor([3.0, -0.5, 9.0]), torch.tensor(2.0), mask).tolist()
+    >>> conserve(torch.tensor([3.0, -0.5, 9.0]), torch.tensor(2.0), mask).tolist()
     [3.0, -1.0, 0.0]
     """
     dense = credit_beta * torch.where(response_mask, attribution.double(), 0.0)  # where, not *: 0 * NaN is NaN

@@ -11,7 +11,7 @@ from tokenmdp.models.attention_rows import IMPLEMENTATION
 LEAST_ROOM = 32  # columns
 
 
-class RoomyLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` that writes new columns into spare ones instead of concatenating.
 
     ``keys`` and ``values`` (N, heads, L, d) are views of the written columns of a buffer that grows by half whenever it
@@ -30,7 +30,7 @@ class RoomyLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty, with the dtype and device of what will come."""
         super().lazy_initialization(key_states, value_states)
-        self._rooms: list[_Room | None] = [None, None]  # of keys and of values
+        self._buffers: list[_Buffer | None] = [None, None]  # of keys and of values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -53,13 +53,13 @@ class RoomyLayer(DynamicLayer):
 
     def _append(self, which: int, written: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """``cat([written, new], -2)``, in place where the columns behind ``written`` are free."""
-        room = self._rooms[which]
-        if room is None or not room.ends_with(written, new.shape[-2]):
-            room = self._rooms[which] = _Room(written, new.shape[-2])
-        return room.append(new, written.shape[-2])
+        buffer = self._buffers[which]
+        if buffer is None or not buffer.ends_with(written, new.shape[-2]):
+            buffer = self._buffers[which] = _Buffer(written, new.shape[-2])
+        return buffer.append(new, written.shape[-2])
 
 
-class _Room:
+class _Buffer:
     """A buffer of columns, the first ``filled`` of which are written; copies of a layer share it.
 
     Appending advances ``filled``, so another owner, whose columns end before it, detects that and copies.
@@ -90,7 +90,7 @@ class _Room:
 
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a model: `RoomyLayer` where transformers takes `DynamicLayer`; other kinds stay theirs."""
+    """An empty cache for a model: `GrowingLayer` where transformers takes `DynamicLayer`; other kinds stay theirs."""
     cache, wide = DynamicCache(config=config), config._attn_implementation == IMPLEMENTATION
-    cache.layers = [RoomyLayer(wide) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer(wide) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

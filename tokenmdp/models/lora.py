@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from gymnasium.error import DependencyNotInstalled
 
-from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, Evaluation
+from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, TokenScores
 
 State = dict[str, torch.Tensor]
 
@@ -77,7 +77,7 @@ class WithoutAdapters(CausalLMPolicy):
         with self._lent() as policy:
             return policy.append(state, token)
 
-    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:  # noqa: D102
+    def evaluate(self, *arguments: Any, **options: Any) -> TokenScores:  # noqa: D102
         with self._lent() as policy:
             return policy.evaluate(*arguments, **options)
 

@@ -50,7 +50,7 @@ class DecodeState(NamedTuple):
     value: torch.Tensor  # (N,) float32
 
 
-class Evaluation(NamedTuple):
+class TokenScores(NamedTuple):
     """Response tokens scored in one forward; index t means response token t. Nats."""
 
     logprobs: torch.Tensor  # (N, H) float32
@@ -266,7 +266,7 @@ class CausalLMPolicy(nn.Module):
         attention_mask: torch.Tensor,
         prompt_slots: int,
         support: torch.Tensor | None = None,
-    ) -> Evaluation:
+    ) -> TokenScores:
         """Score the response tokens of finished episodes: one forward for log-probabilities and values.
 
         Args:
@@ -288,9 +288,9 @@ class CausalLMPolicy(nn.Module):
         response = input_ids[:, prompt_slots:]
         column = response if support is None else (support == response[..., None]).int().argmax(-1)
         logprobs, entropy = token_scores(logits, column)
-        return Evaluation(logprobs, self._values(hidden), entropy)
+        return TokenScores(logprobs, self._values(hidden), entropy)
 
-    def forward(self, *arguments: Any, **options: Any) -> Evaluation:
+    def forward(self, *arguments: Any, **options: Any) -> TokenScores:
         """What data-parallel wrappers call: `evaluate`."""
         # The class's: sharding wraps the instance's own in a second pair of its forward hooks.
         return type(self).evaluate(self, *arguments, **options)

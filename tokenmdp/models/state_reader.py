@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from tokenmdp.models.kv_cache import RoomyLayer, make_cache
+from tokenmdp.models.kv_cache import GrowingLayer, make_cache
 from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class StateReader:
         self._policy = policy
         layers = make_cache(policy.lm.config).layers
         # Others drop or fold in what they have read, so no row of theirs can be replaced alone.
-        self._reuses = all(type(layer) is RoomyLayer for layer in layers)
+        self._reuses = all(type(layer) is GrowingLayer for layer in layers)
         if not self._reuses:
             logger.warning(
                 "%s has sliding-window or recurrent layers, whose cache cannot be kept row by row; every step reads "

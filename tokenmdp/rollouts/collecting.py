@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.policy_attention import SampledAttention
-from tokenmdp.rollouts.decoding import SHARE_ENDED, Reading, decode, uniforms_for
+from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uniforms_for
 from tokenmdp.training.batches import by_length, row_lengths
 from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
@@ -85,7 +85,7 @@ def collect(
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
     uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
-    with processes.together(), processes.whole_weights(policy):
+    with processes.raise_together(), processes.whole_weights(policy):
         rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
@@ -138,7 +138,7 @@ def _play(
 
 
 @contextlib.contextmanager
-def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[Reading]:
+def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[RecordAttention]:
     """Give the environment the policy's attention for one rollout, if its credit needs it.
 
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a

@@ -56,7 +56,11 @@ def monte_carlo_values(
     horizons = base.horizons.tolist()
     values = torch.zeros_like(rollout.values)
     horizon = base.task.max_new_tokens
-    with processes.together(), processes.whole_weights(policy), policy.decoding(envs.num_envs * num_rollouts, horizon):
+    with (
+        processes.raise_together(),
+        processes.whole_weights(policy),
+        policy.decoding(envs.num_envs * num_rollouts, horizon),
+    ):
         for t in range(rollout.response_mask.shape[1]):
             rows = rollout.response_mask[:, t].nonzero()[:, 0]
             branches = rows.repeat(num_rollouts)
@@ -80,4 +84,4 @@ def monte_carlo_values(
             (last,) = deque(decode(continuations, policy, state, uniforms[:, own]), maxlen=1)  # it gives all scores
             scores = torch.as_tensor(last.rewards, dtype=torch.float32, device=values.device)
             values[rows, t] = scores.view(num_rollouts, -1).mean(0)
-    return processes.mean(values) * processes.size  # every other process left these rows at 0
+    return processes.reduce_mean(values) * processes.size  # every other process left these rows at 0

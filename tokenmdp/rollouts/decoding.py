@@ -30,7 +30,7 @@ class Step(NamedTuple):
     info: dict[str, Any]
 
 
-Reading = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
+RecordAttention = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
 
 
 def uniforms_for(
@@ -49,7 +49,7 @@ def decode(
     policy: CausalLMPolicy,
     state: DecodeState,
     uniforms: torch.Tensor,
-    reading: Reading = lambda rows: contextlib.nullcontext(),
+    reading: RecordAttention = lambda rows: contextlib.nullcontext(),
     share_ended: float = SHARE_ENDED,
 ) -> Iterator[Step]:
     """Sample and step until every row has ended.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod, FineReward, MissingResource, make_credit
 from tokenmdp.credit.options import required_options
 from tokenmdp.envs.task import make_task
-from tokenmdp.evaluation.credit_quality import Lent
-from tokenmdp.evaluation.credit_quality.counting import NOTHING_LENT
+from tokenmdp.evaluation.credit_quality import PolicyAccess
+from tokenmdp.evaluation.credit_quality.counting import NO_POLICY
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.lexicon import LexiconRewardModel
 
@@ -97,15 +97,15 @@ def credit_methods(
     return methods, refused
 
 
-def lend(
+def policy_access(
     name: str, tokenizer: PreTrainedTokenizerBase, prompt_slots: int, horizon: int, device: str, needs: frozenset[str]
-) -> Lent:
+) -> PolicyAccess:
     """The policy called ``name`` as the live one, where it reads these tokens, and a loader of others.
 
     Nothing is loaded that ``needs``, those of all methods together, do not name.
     """
     if not needs & {"policy_attention", "tuned_policy"}:
-        return NOTHING_LENT
+        return NO_POLICY
     try:
         task = make_task(
             tokenizer=tokenizer,
@@ -115,19 +115,19 @@ def lend(
             max_new_tokens=horizon,
         )
     except ValueError as error:
-        return Lent(refusal=f"no policy writes these tokens: {error}")
+        return PolicyAccess(refusal=f"no policy writes these tokens: {error}")
 
     def load(name: str) -> CausalLMPolicy:
         return task.load_policy(name).to(device)
 
     if "policy_attention" not in needs:
-        return Lent(None, load)
+        return PolicyAccess(None, load)
     try:
-        return Lent(load(name), load)
+        return PolicyAccess(load(name), load)
     except VocabularyMismatch:
-        return Lent(None, load, f"the policy {name!r} writes other tokens; choose one with --policy")
+        return PolicyAccess(None, load, f"the policy {name!r} writes other tokens; choose one with --policy")
     except (ValueError, OSError) as error:
-        return Lent(None, load, str(error))
+        return PolicyAccess(None, load, str(error))
 
 
 def _missing(name: str, options: Mapping[str, Any]) -> list[str]:

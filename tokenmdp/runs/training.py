@@ -79,20 +79,20 @@ def _train(
     credit_of(settings)
     run = RunDirectory(out)
     with contextlib.ExitStack() as held:
-        with processes.together():
+        with processes.raise_together():
             if not processes.rank:
                 held.enter_context(run.alone())
         with run.setting_up():
             agent, split = set_up(run, settings, updates, resume, accelerator, console)
 
         before: Evaluation | None = None
-        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        with processes.raise_together(), processes.whole_weights(agent.policy, agent.reference):
             if not processes.rank:
                 run.claim(settings_record(settings))  # only now, so that a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
         if learn(run, agent, updates, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
-        with processes.together(), processes.whole_weights(agent.policy, agent.reference):
+        with processes.raise_together(), processes.whole_weights(agent.policy, agent.reference):
             if before is not None:
                 report(run, agent, settings, split, before, console)
     return 0
@@ -112,9 +112,9 @@ def set_up(
         RunError: another run, or something else, is in the directory.
     """
     processes = processes_of(accelerator)
-    with processes.together():
+    with processes.raise_together():
         has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
-    has_checkpoint = processes.share(has_checkpoint)
+    has_checkpoint = processes.broadcast(has_checkpoint)
     console.print(f"run directory: {run.path}", highlight=False)
     console.print(
         f"{process_settings.describe(os.environ)}; {count(torch.get_num_threads(), 'thread')}",
@@ -206,7 +206,7 @@ def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, co
 
     done, processes = agent.num_updates_done, agent.processes
     writer: SummaryWriter | None = None
-    with processes.together():
+    with processes.raise_together():
         if not processes.rank:
             run.keep_metrics_up_to(done)
             writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
@@ -217,7 +217,7 @@ def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, co
 
     def after_update(metrics: dict[str, Any]) -> None:
         nonlocal saved, interrupted
-        with processes.together():
+        with processes.raise_together():
             if writer is not None:
                 run.append_metrics(metrics)
                 for key, value in metrics.items():

@@ -67,7 +67,7 @@ def _seeds(count: int) -> tuple[int, ...]:
     return tuple(range(1, 1 + count))
 
 
-PRESETS: dict[str, Plan] = {
+PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
         Plan("quick", MAIN_METHODS, _seeds(3), updates=40, eval_every=10),

@@ -118,7 +118,7 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
         "optimizer": optimizer,
         "adapters_off": adapters_off,
     }
-    with processes.together():
+    with processes.raise_together():
         if processes.rank:
             return
         if path.exists() and not (path / form.config_file).exists() and (path.is_file() or any(path.iterdir())):
@@ -153,7 +153,7 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
         CheckpointError: the checkpoint is missing, damaged or from another program.
     """
     path, config_file = Path(directory), Path(directory) / form.config_file
-    with processes.together():
+    with processes.raise_together():
         if not processes.rank:  # it may rename, which one process can do
             recover_directory(path)
     if not config_file.exists() and (path / "checkpoint" / form.config_file).exists():

@@ -71,7 +71,7 @@ class Processes:
         """
         return rows, 1.0
 
-    def mean(self, numbers: torch.Tensor) -> torch.Tensor:
+    def reduce_mean(self, numbers: torch.Tensor) -> torch.Tensor:
         """The mean over processes, on the policy's device."""
         return numbers
 
@@ -79,7 +79,7 @@ class Processes:
         """Whether the flag is set in any process."""
         return flag
 
-    def share(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The value that process 0 passes; any picklable one."""
         return value
 
@@ -92,7 +92,7 @@ class Processes:
         return rollout
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Around work in which processes do not communicate: an error in one becomes an error in all.
 
         Without it the others would wait for the failed one until a time limit.
@@ -191,13 +191,13 @@ class Accelerated(Processes):
         # Without a row of its own a process still takes part in adding gradients, with weight 0.
         return (rows[mine] if self.rank < len(rows) else rows[:1]), weight
 
-    def mean(self, numbers: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def reduce_mean(self, numbers: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return self.accelerator.reduce(numbers, "mean")
 
     def any(self, flag: bool) -> bool:  # noqa: D102
         return any(self.gather(flag))
 
-    def share(self, value: Value) -> Value:  # noqa: D102
+    def broadcast(self, value: Value) -> Value:  # noqa: D102
         return self.gather(value)[0]
 
     def gather(self, value: Value) -> list[Value]:  # noqa: D102
@@ -221,7 +221,7 @@ class Accelerated(Processes):
         return rollout._replace(**{name: self.accelerator.gather(column) for name, column in padded.items()})
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:  # noqa: D102
+    def raise_together(self) -> Iterator[None]:  # noqa: D102
         error: Exception | None = None
         try:
             yield

@@ -1,6 +1,6 @@
 """Does credit land on the right token? Worlds with known or measured worth, metrics, costs and a verdict."""
 
-from tokenmdp.evaluation.credit_quality.counting import Counted, Lent, run_counted
+from tokenmdp.evaluation.credit_quality.counting import Counted, PolicyAccess, run_counted
 from tokenmdp.evaluation.credit_quality.measure import METRICS, MethodQuality, WorldQuality, measure
 from tokenmdp.evaluation.credit_quality.metrics import (
     area_over_line,
@@ -16,9 +16,9 @@ __all__ = [
     "METRICS",
     "AttentionVerdict",
     "Counted",
-    "Lent",
     "MethodQuality",
     "NegationLexicon",
+    "PolicyAccess",
     "World",
     "WorldQuality",
     "area_over_line",

@@ -109,7 +109,7 @@ class PolicyCounter:
         return load_and_watch
 
 
-class Lent(NamedTuple):
+class PolicyAccess(NamedTuple):
     """The policies that credit methods may read; None: not available, and methods that need it say so."""
 
     policy: CausalLMPolicy | None = None  # whose attention counts as the live policy's
@@ -117,7 +117,7 @@ class Lent(NamedTuple):
     refusal: str | None = None  # why there is no policy, for the error message
 
 
-NOTHING_LENT = Lent()
+NO_POLICY = PolicyAccess()
 
 
 class Counted(NamedTuple):
@@ -130,7 +130,11 @@ class Counted(NamedTuple):
 
 
 def run_counted(
-    method: CreditMethod, episodes: Episode, model: RewardModel, tokenizer: PreTrainedTokenizerBase, lent: Lent
+    method: CreditMethod,
+    episodes: Episode,
+    model: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    access: PolicyAccess,
 ) -> Counted:
     """Score ``episodes`` and credit their tokens, as an environment does, and count.
 
@@ -139,7 +143,7 @@ def run_counted(
         episodes: N, in the tokens of ``tokenizer``.
         model: the reward model; one with another vocabulary reads the decoded text.
         tokenizer: of the episodes.
-        lent: the policies; the attention is computed by one more forward of it.
+        access: the policies; the attention is computed by one more forward of it.
 
     Raises:
         ValueError: the method needs something that is missing (`MissingResource`, or the reward model does not provide
@@ -156,12 +160,12 @@ def run_counted(
     outcome = Outcome(episodes, reward, torch.arange(len(episodes.input_ids)))
     with contextlib.ExitStack() as stack:
         attention: PolicyAttention | None = None
-        if lent.policy is not None:
-            attention = ForwardAttention(lent.policy)
-            stack.enter_context(policies.watching(lent.policy))
-        elif lent.refusal is not None:
-            attention = _refuse(lent.refusal)
-        load = None if lent.load_policy is None else policies.loading(lent.load_policy, stack)
+        if access.policy is not None:
+            attention = ForwardAttention(access.policy)
+            stack.enter_context(policies.watching(access.policy))
+        elif access.refusal is not None:
+            attention = _refuse(access.refusal)
+        load = None if access.load_policy is None else policies.loading(access.load_policy, stack)
         credit = method(outcome, Resources(readable, tokenizer, attention, load, load_reward))
     return Counted(credit, reward.score, sum(counting.forwards for counting in models), policies.forwards)
 

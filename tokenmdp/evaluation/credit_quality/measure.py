@@ -16,7 +16,7 @@ from tokenmdp.credit import (
     row_entropy,
 )
 from tokenmdp.evaluation.credit_quality.ablation import AblatedScores, curve_areas, leave_one_out
-from tokenmdp.evaluation.credit_quality.counting import NOTHING_LENT, Lent, run_counted
+from tokenmdp.evaluation.credit_quality.counting import NO_POLICY, PolicyAccess, run_counted
 from tokenmdp.evaluation.credit_quality.metrics import area_under_roc, credit_order, important_tokens, rank_correlation
 from tokenmdp.evaluation.credit_quality.verdict import AttentionVerdict
 from tokenmdp.evaluation.credit_quality.worlds import World
@@ -93,7 +93,7 @@ def measure(
     world: World,
     methods: Mapping[str, CreditMethod],
     *,
-    lent: Lent = NOTHING_LENT,
+    access: PolicyAccess = NO_POLICY,
     max_forwards: int = MAX_FORWARDS,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -114,7 +114,7 @@ def measure(
     Args:
         world: texts, reward model and reference.
         methods: name -> method.
-        lent: the policies that methods may read.
+        access: the policies that methods may read.
         max_forwards: of the reward model, per method.
         seed: of the resampling, the random control and the order of equal credit.
         progress: called with the number of texts done.
@@ -144,7 +144,7 @@ def measure(
                     tally.unavailable = f"{plain} does not provide {', '.join(sorted(lacking))}"
                     continue
                 try:
-                    counted = run_counted(method, episodes, world.model, world.tokenizer, lent)
+                    counted = run_counted(method, episodes, world.model, world.tokenizer, access)
                 except MissingResource as error:
                     tally.unavailable = str(error)
                     continue

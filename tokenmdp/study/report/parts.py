@@ -60,7 +60,7 @@ def bands_of(groups: Groups) -> str:
     return " ".join(parts or ["No bands."])
 
 
-def told(remarks: Sequence[str]) -> str:
+def caption_remarks(remarks: Sequence[str]) -> str:
     """Sentences at the end of a caption."""
     return "".join(f" {remark}." for remark in remarks)
 

@@ -10,7 +10,7 @@ from tokenmdp.intervals import Estimate
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, name_of
 from tokenmdp.study.outcomes import REWARD_MODEL, Groups, by_setting, credit_quality, family
-from tokenmdp.study.report.parts import Picture, Section, bands_of, number_cell, seeds_of, told
+from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, number_cell, seeds_of
 from tokenmdp.study.report.tradeoffs import faithful_study
 
 AS_MEASURED = (
@@ -42,7 +42,7 @@ def quality_section(study: Study) -> Section:
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
             "mean over texts with 95% bootstrap interval. Attention credit has the score's sign on every token, so it "
             "agrees better where signs are left out, as in the second column of the tables below. "
-            f"{AS_MEASURED}{told(remarks)}"
+            f"{AS_MEASURED}{caption_remarks(remarks)}"
         )
         section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
         section.grids.append(grid)

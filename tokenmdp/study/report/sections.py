@@ -16,7 +16,7 @@ from tokenmdp.study.outcomes import (
     window_for,
 )
 from tokenmdp.study.report.figures import beta_sweep, diagnostics, learning_curves, length_study
-from tokenmdp.study.report.parts import Picture, Section, bands_of, main_grids, seeds_of, told
+from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, main_grids, seeds_of
 from tokenmdp.study.report.quality import quality_section
 from tokenmdp.study.report.tradeoffs import (
     coefficient,
@@ -58,7 +58,7 @@ def _curves(study: Study) -> Section:
             window = window_for(min(len(result.metrics["update"]) for results in groups.values() for result in results))
             caption = (
                 f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {bands_of(groups)}"
-                + told([*remarks, *_lost(groups)])
+                + caption_remarks([*remarks, *_lost(groups)])
             )
             section.pictures.append(Picture(name, figure, f"grid {grid}, {setting}: learning curves", caption))
         if len(settings) > MOST_SETTINGS:
@@ -93,7 +93,9 @@ def _beta(study: Study) -> Section:
             if len(swept) < 2:
                 continue
             figure, remarks = beta_sweep(swept)
-            caption = f"{seeds_of(swept)}. {bands_of(swept)} Right: mean with its 95% interval.{told(remarks)}"
+            caption = (
+                f"{seeds_of(swept)}. {bands_of(swept)} Right: mean with its 95% interval.{caption_remarks(remarks)}"
+            )
             name = "beta" if grid == "beta" else f"beta-{slug(setting)}"
             title = f"grid {grid}, {setting}: ABC over credit_beta"
             section.pictures.append(Picture(name, figure, title, caption))
@@ -118,7 +120,7 @@ def _length(study: Study) -> Section:
         caption = (
             f"{seeds_of(every)}. {bands_of(every)} Below left: mean with its 95% interval; right: difference to "
             f"{BASELINE} under the same seeds with its own. A very wide one leaves the picture. Lengths "
-            "as the paper writes them, without their upper end." + told(remarks)
+            "as the paper writes them, without their upper end." + caption_remarks(remarks)
         )
         section.pictures.append(Picture("length", figure, f"grid {grid}: response lengths", caption))
         section.grids.append(grid)
@@ -147,7 +149,7 @@ def _kl(study: Study) -> Section:
             "the KL that all seeds of both methods cover, 95% t interval."
         )
         figure, remarks = score_against_kl(found)
-        caption += told(remarks)
+        caption += caption_remarks(remarks)
         section.pictures.append(Picture("kl", figure, f"grid {grid}: score against KL", caption))
         section.grids.append(grid)
         break
@@ -215,7 +217,7 @@ def _diagnostics(study: Study) -> Section:
             caption = (
                 f"{seeds_of(groups)}; trailing means as above. {bands_of(groups)} Attention on the response: the share "
                 "of the row that credit is read from; of ABC-D, whose credit averages columns, it may exceed 1."
-                + told(remarks)
+                + caption_remarks(remarks)
             )
             title = f"grid {grid}, {setting}: diagnostics over training"
             section.pictures.append(Picture(f"diagnostics-{grid}", figure, title, caption))
