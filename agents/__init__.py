@@ -1,1 +1,29 @@
-"""Agents, one readable file each; installed as ``tokenmdp.agents``. They import tokenmdp, nothing imports them."""
+"""Agents, one readable file each; installed as ``tokenmdp.agents``. Only `ALGORITHMS` names them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenmdp.agents.base import Agent
+
+ALGORITHMS = {  # name in the command -> module and class; the first is the default
+    "ppo": "tokenmdp.agents.ppo:PPO",
+}
+DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
+
+
+def algorithm(name: str) -> type[Agent]:
+    """The class of an algorithm in `ALGORITHMS`.
+
+    Raises:
+        ValueError: there is none of this name.
+
+    >>> algorithm("ppo").__name__
+    'PPO'
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"there is no algorithm {name!r}; choose one of {', '.join(ALGORITHMS)}")
+    module, _, class_name = ALGORITHMS[name].partition(":")
+    return getattr(import_module(module), class_name)

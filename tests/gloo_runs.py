@@ -1,4 +1,4 @@
-"""Small PPO runs that one process plays, or two together over gloo: what test_processes.py compares."""
+"""Small runs that one process plays, or two together over gloo: what test_processes.py compares."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import torch.multiprocessing
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
-from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.agents.ppo import PPO
 from tokenmdp.files import save_state
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.training.processes import processes_of
@@ -20,7 +20,7 @@ UNTIMED = ("seconds", "tokens_per_second")
 BASE = {"dtype": "float32", "device": "cpu", "learning_rate": 1e-3, "update_epochs": 2, "num_minibatches": 2}
 # adam_eps: a weight whose true gradient is 0, such as a key's bias, otherwise moves as far as its rounding error says.
 BASE |= {"adam_eps": 1e-5}
-# Credit, episodes, fields of PPOConfig, arguments of the environment.
+# Credit, episodes, fields of the configuration, arguments of the environment.
 RUNS = {
     "uniform": ("uniform", 8, {}, {}),
     "attention": ("attention", 8, {"kl_target": 0.5, "kl_horizon": 20, "top_k": 7, "max_grad_norm": 0.1}, {}),
@@ -43,7 +43,7 @@ def make_envs(name, accelerator=None):
 
 
 def make_agent(name, accelerator=None):
-    config = PPOConfig(**(BASE | RUNS[name][2]))
+    config = PPO.config_class(**(BASE | RUNS[name][2]))
     reference = toy_policy(seed=1) if name in OWN_REFERENCE else None
     return PPO(toy_policy(seed=0), make_envs(name, accelerator), config, reference, accelerator=accelerator)
 

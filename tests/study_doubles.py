@@ -63,8 +63,8 @@ def paper_like(cell: Cell) -> Course:
     if settings.horizon_range and settings.horizon_range[0] > 8:
         end += 0.2 if credit == "attention" else 0.0 if credit in ("red", "uniform") else -0.6
     collapses = bool(settings.horizon_range) and settings.horizon_range[0] >= 40 and credit == "sparse"
-    if "kl_target" in settings.ppo and settings.ppo["kl_target"] is None:
-        factor = (0.2 / settings.ppo["kl_coef"]) ** 0.5
+    if "kl_target" in settings.config and settings.config["kl_target"] is None:
+        factor = (0.2 / settings.config["kl_coef"]) ** 0.5
         end, kl = end * (0.75 + 0.25 * factor), kl * factor
     return Course(
         end=end, half=speed, kl=kl, gold=5.9 - 0.05 * kl + 0.05 * speed, turn=0.7 if credit == "red" else 2.0,
@@ -77,7 +77,7 @@ def base_settings(**changes: object) -> RunSettings:
     given = {
         "env": "TextGen-IMDb-v0", "policy": "imdb-tiny", "tokenizer": "imdb-tiny", "reward_model": "imdb-tiny",
         "prompts": "imdb-tiny", "eval_prompts": None, "max_new_tokens": 15, "min_new_tokens": 8,
-        "horizon_range": (8, 15), "num_envs": 16, "ppo": {"learning_rate": 1e-4, "kl_coef": 0.2, "kl_target": 6},
+        "horizon_range": (8, 15), "num_envs": 16, "config": {"learning_rate": 1e-4, "kl_coef": 0.2, "kl_target": 6},
     }  # fmt: skip
     return RunSettings(**(given | changes))
 
@@ -108,9 +108,9 @@ def grid_cells(grid: str, seeds: int, updates: int) -> list[Cell]:
                 cells += [make_cell(method, seed, name, updates, **given) for method in METHODS]
         elif grid == "kl":
             for coef in (0.05, 0.1, 0.2, 0.4):
-                ppo = {"learning_rate": 1e-4, "kl_coef": coef, "kl_target": None}
+                config = {"learning_rate": 1e-4, "kl_coef": coef, "kl_target": None}
                 setting = f"{SHORT}, kl_coef={coef:g}"
-                cells += [make_cell(method, seed, setting, updates, ppo=ppo) for method in
+                cells += [make_cell(method, seed, setting, updates, config=config) for method in
                           ("sparse", "uniform", "attention", "red")]  # fmt: skip
         elif grid == "faithful":
             for model in ("imdb-tiny", "imdb-plain"):
@@ -125,7 +125,14 @@ def grid_cells(grid: str, seeds: int, updates: int) -> list[Cell]:
 def make_result(cell: Cell, course: Course) -> CellResult:
     """The result of a cell with this course; cells that compute the same have the same noise."""
     settings = cell.settings
-    of = (settings.credit, settings.credit_beta, settings.horizon_range, settings.reward_model, settings.ppo, cell.seed)
+    of = (
+        settings.credit,
+        settings.credit_beta,
+        settings.horizon_range,
+        settings.reward_model,
+        settings.config,
+        cell.seed,
+    )
     rng = np.random.default_rng(zlib.crc32(repr(of).encode()))
     level = rng.normal(0, course.spread)
     updates = np.arange(1, cell.updates + 1)
@@ -133,7 +140,7 @@ def make_result(cell: Cell, course: Course) -> CellResult:
     noise = rng.normal(0, 1, (3, cell.updates))
     metrics["score_mean"] = metrics.pop("score") + course.noise * noise[0]
     metrics["kl"] = metrics["kl"] * (1 + 0.05 * noise[1])
-    kl_coef = np.full(cell.updates, settings.ppo["kl_coef"])
+    kl_coef = np.full(cell.updates, settings.config["kl_coef"])
     metrics |= {
         "update": updates, "entropy": 4.3 - 0.05 * metrics["kl"], "kl_coef": kl_coef,
         "learning_rate": np.full(cell.updates, 1e-4), "approx_kl": np.full(cell.updates, 0.01),

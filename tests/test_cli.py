@@ -1,7 +1,9 @@
 """The `tokenmdp` command: a whole small run, interruption and resumption, and every refusal."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from tokenmdp import cli
-from tokenmdp.cli.train import settings_from, train
+from tokenmdp.agents.ppo import PPOConfig
+from tokenmdp.cli.train import preset_options, settings_from, train
 from tokenmdp.files import BusyError, locked
 from tokenmdp.intervals import mean_interval
 from tokenmdp.models.loading import load_tokenizer
@@ -19,7 +22,7 @@ from tokenmdp.runs import process_settings, training
 from tokenmdp.runs.display import TrainingDisplay, make_console
 from tokenmdp.runs.environments import split_prompts, toy_policy
 
-SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--ppo", "dtype=float32", "--device", "cpu"]
+SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--dtype", "float32", "--device", "cpu"]
 
 
 def start(out, updates, *more):
@@ -146,7 +149,7 @@ def test_sample_continues_given_prompts(finished, tmp_path, capsys):
 
 def test_sample_draws_as_the_run_did_unless_told_otherwise(copy, capsys):
     record = json.loads((copy / "run.json").read_text())
-    record["settings"]["ppo"]["top_k"] = 1
+    record["settings"]["config"]["top_k"] = 1
     (copy / "run.json").write_text(json.dumps(record))
     arguments = ["sample", str(copy), "--prompt", "the plot", "--num", "6", "--device", "cpu"]
     for more, different in (([], False), (["--top-k", "0"], True)):
@@ -201,14 +204,34 @@ def test_brackets_in_a_path_are_shown(capsys):
     assert capsys.readouterr().out == "run directory: runs/a[b]c\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "credits", "quality"])
-def test_help_needs_no_torch(command):
+def test_help_and_a_wrong_command_need_no_torch():
     program = (
         "import sys\nfrom tokenmdp.cli import main\n"
-        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert [main(words) for words in (['--help'], [], ['trian'])] == [0, 0, 2]\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+
+
+def test_help_of_train_shows_every_field_with_the_default_of_the_preset(capsys):
+    for words, kl_coef in ((["--preset", "smoke"], "0.5"), ([], "0.38")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "ppo", *words, "--help"])
+        assert stop.value.code == 0
+        shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+        described = "Weight of the KL to the reference; the initial one, if kl_target is set"
+        assert f"--kl-coef FLOAT {described} (default: {kl_coef})" in shown
+        for field in dataclasses.fields(PPOConfig):
+            assert re.search(f"--{field.name.replace('_', '-')}[ ,]", shown) or field.name == "total_updates"
+
+
+@pytest.mark.parametrize("words", [["--top-k", "2.5"], ["--anneal-lr", "False"], ["--estimator", "mc"], ["--kl-coef"]])
+def test_options_of_the_wrong_type_are_usage_errors(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *SMALL, "--out", str(tmp_path / "run"), *words])
+    assert stop.value.code == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_version(capsys):
@@ -290,10 +313,10 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ppo", "lr=0.1"], "--ppo has no field lr; choose from adam_eps"),
-        (["--ppo", "kl_coef"], "'kl_coef' is not name=value"),
-        (["--ppo", "gamma=2"], "gamma is 2; it must lie in [0, 1]"),
-        (["--ppo", "learning_rate=high"], "holds a value of the wrong type"),
+        (["--gamma", "2"], "gamma is 2.0; it must lie in [0, 1]"),
+        (["--kl-coef", "inf"], "kl_coef is inf; it must be finite"),
+        (["--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--kl-coef", "0", "--kl-target", "6"], "kl_target is 6.0 and kl_coef is 0"),
         (["--updates", "0"], "--updates is 0"),
         (["--num-envs", "0"], "--num-envs is 0"),
         (["--eval-samples", "1"], "--eval-samples is 1; it must be at least 2"),
@@ -320,25 +343,24 @@ def test_looking_at_something_that_is_no_run(tmp_path, finished, error):
 
 
 def test_unknown_command_is_a_usage_error(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["trian"])
-    assert stop.value.code == 2
+    assert cli.main(["trian"]) == 2
+    assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
 
 
 def test_every_fifth_prompt_is_held_out(tmp_path, monkeypatch):
     prompts = [f"prompt {index}" for index in range(23)]
     (tmp_path / "prompts.json").write_text(json.dumps({"prompts": prompts}))
-    settings = settings_from(cli.Train(preset="smoke", prompts=str(tmp_path / "prompts.json")))
+    settings = settings_from(preset_options("smoke", prompts=str(tmp_path / "prompts.json")))
     split = split_prompts(settings)
     assert split.held_out == prompts[::5]
     assert sorted([*split.training, *split.held_out]) == sorted(prompts)
     assert (
-        split_prompts(settings_from(cli.Train(preset="smoke", prompts="stanfordnlp/imdb"))).held_out
+        split_prompts(settings_from(preset_options("smoke", prompts="stanfordnlp/imdb"))).held_out
         == "stanfordnlp/imdb:test"
     )
     monkeypatch.chdir(tmp_path)  # a relative path is kept absolute
-    assert settings_from(cli.Train(preset="smoke", prompts="prompts.json")).prompts == str(tmp_path / "prompts.json")
-    assert split_prompts(settings_from(cli.Train(preset="smoke", eval_prompts="mine.txt"))).held_out == "mine.txt"
+    assert settings_from(preset_options("smoke", prompts="prompts.json")).prompts == str(tmp_path / "prompts.json")
+    assert split_prompts(settings_from(preset_options("smoke", eval_prompts="mine.txt"))).held_out == "mine.txt"
 
 
 def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, tmp_path):
@@ -354,7 +376,7 @@ def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, 
     for name in (*process_settings.SETTINGS, process_settings.REEXECUTED):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "execve", lambda *call: executed.append(call))
-    monkeypatch.setattr(cli, "run", lambda command: 0)
+    monkeypatch.setattr(cli, "run", lambda name, arguments: 0)
     cli.main(["train", *SMALL])  # called as a library
     assert executed == []
     monkeypatch.setattr(sys, "argv", ["tokenmdp", "train", "--no-reexec"])
@@ -370,7 +392,7 @@ def test_allocator_settings_are_added_once_and_only_by_the_command(monkeypatch, 
 
 
 def test_train_is_callable_from_python(tmp_path):
-    arguments = cli.Train(preset="smoke", updates=1, num_envs=4, eval_samples=2, out=tmp_path / "run", device="cpu")
+    arguments = preset_options("smoke", updates=1, num_envs=4, eval_samples=2, out=tmp_path / "run", device="cpu")
     assert train(arguments) == 0
 
 

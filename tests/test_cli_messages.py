@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tokenmdp import cli
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.cli.train import default_name, settings_from
+from tokenmdp.cli.train import default_name, preset_options, settings_from
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.files import CheckpointError
 from tokenmdp.runs.settings import settings_from_record, settings_record
@@ -52,9 +52,7 @@ def test_paths_of_the_wrong_kind_are_told_apart(finished, tmp_path, error):
 
 def test_messages_name_options_of_the_command(tmp_path, error):
     out = tmp_path / "run"
-    assert "in the command, --num-envs or --ppo num_minibatches" in error(
-        "train", *SMALL, "--num-envs", 1, "--out", out
-    )
+    assert "in the command, --num-envs or --num-minibatches" in error("train", *SMALL, "--num-envs", 1, "--out", out)
     message = error("train", *SMALL, "--prompts", __file__, "--out", out)
     assert "test_cli_messages.py is a file, but only .txt, .json, .jsonl files" in message
     assert "shorten it" in error("score", "a film " * 600)
@@ -80,15 +78,17 @@ def test_prompts_of_any_length_by_option(finished, error, capsys):
 
 
 def test_settings_added_later_are_recorded_only_where_they_are_set():
-    assert not {"max_prompt_tokens", "truncate_prompt"} & settings_record(settings_from(cli.Train())).keys()
-    settings = settings_from(cli.Train(max_prompt_tokens=24, truncate_prompt="left"))
+    assert not {"max_prompt_tokens", "truncate_prompt"} & settings_record(settings_from(preset_options())).keys()
+    settings = settings_from(preset_options(max_prompt_tokens=24, truncate_prompt="left"))
     record = settings_record(settings)
     assert (record["max_prompt_tokens"], record["truncate_prompt"]) == (24, "left")
     assert settings_from_record(record) == replace(settings, device="cpu")
 
 
 def test_runs_with_adapters_have_a_directory_of_their_own():
-    names = [default_name("smoke", settings_from(cli.Train(preset="smoke", lora_rank=rank))) for rank in (None, 8)]
+    names = [
+        default_name("smoke", settings_from(preset_options("smoke"), "ppo", {"lora_rank": rank})) for rank in (0, 8)
+    ]
     assert names == ["smoke-attention-seed1", "smoke-attention-lora8-seed1"]
 
 
@@ -100,7 +100,7 @@ def test_choices_are_listed_in_the_librarys_order(capsys):
 
 
 def test_warnings_of_others_keep_their_place(monkeypatch, capsys):
-    def warn(command):
+    def warn(name, arguments):
         warnings.warn("for users", UserWarning, stacklevel=2)  # placed in cli/__init__.py
         warnings.warn("of our kind", UninformativeAttention, stacklevel=1)
         warnings.warn("of another library", UserWarning, stacklevel=1)

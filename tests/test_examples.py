@@ -189,7 +189,7 @@ def test_gpt2_study_tries_untrained_models_and_says_what_they_cost(cells_in_this
     assert [row[0] for row in rows] == ["sparse", "attention"]
     assert all(float(number) > 0 for row in rows for number in row[1:])
     settings = [result.cell.settings for result in load_study(tmp_path / "study").results.values()]
-    assert {(one.ppo["learning_rate"], one.horizon_range) for one in settings} == {(1.41e-5, (8, 15))}  # the paper's
+    assert {(one.config["learning_rate"], one.horizon_range) for one in settings} == {(1.41e-5, (8, 15))}  # the paper's
 
 
 def test_gpt2_study_runs_the_command_on_the_models_that_are_named(monkeypatch):

@@ -68,13 +68,15 @@ def test_both_sides_get_the_protocols_numbers():
 def test_variants_have_their_fields_on_top_of_those_of_all():
     found = curve_engines({"ent_coef": 0.1}, {"slow": {"learning_rate": 1e-6}})
     assert found["ours-slow"].config(Protocol(), 1).learning_rate == 1e-6
-    assert [found[name].ppo.get("ent_coef") for name in ("trl", "ours", "ours-slow")] == [None, 0.1, 0.1]
+    assert [found[name].fields.get("ent_coef") for name in ("trl", "ours", "ours-slow")] == [None, 0.1, 0.1]
 
 
-@pytest.mark.parametrize(("ppo", "message"), [({"speed": 1}, "no field speed"), ({"kl_coef": "low"}, "wrong type")])
-def test_wrong_fields_are_refused(ppo, message):
+@pytest.mark.parametrize(
+    ("given", "message"), [({"speed": 1}, "no field speed"), ({"kl_coef": "low"}, "must be a number")]
+)
+def test_wrong_fields_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Engine("ours", ppo=ppo).config(Protocol(), 1)
+        Engine("ours", fields=given).config(Protocol(), 1)
 
 
 def test_trl_draws_from_the_token_ids_that_our_environment_draws_from(envs):
@@ -264,7 +266,7 @@ def test_the_curves_command_runs_and_goes_on(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     protocol = Protocol(updates=1, episodes=4, response_tokens=3)
-    bad, good = Run(Engine("ours", ppo={"dtype": "float3"}), protocol, 1), Run(Engine("ours"), protocol, 2)
+    bad, good = Run(Engine("ours", fields={"dtype": "float3"}), protocol, 1), Run(Engine("ours"), protocol, 2)
     console = Console(width=1000)
     assert run_all([bad, good], tmp_path, jobs=1, trl_venv=tmp_path, console=console) == ["ours-seed1"]
     assert "float3" in capsys.readouterr().out

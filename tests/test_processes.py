@@ -128,8 +128,7 @@ def test_an_error_in_one_process_ends_both(directory):
 def test_the_command_gives_two_processes_one_run(tmp_path):
     """Started by accelerate's launcher, then continued by one process; against one process all the way."""
     options = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--device", "cpu", "--lora-rank", "2"]
-    for field in ("dtype=float32", "adam_eps=1e-5", "learning_rate=1e-3"):
-        options += ["--ppo", field]
+    options += ["--dtype", "float32", "--adam-eps", "1e-5", "--learning-rate", "1e-3"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "-m", "tokenmdp", "train"]
     two, one = (["--out", str(tmp_path / name), "--updates"] for name in ("two", "one"))
@@ -188,9 +187,9 @@ def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
         previous.rename(tmp_path / "run")
 
     monkeypatch.setattr(Second, "raise_together", raise_together)
-    assert checkpoint.read(tmp_path / "run", ppo.FORMAT, Second()).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.PPO.format, Second()).path == tmp_path / "run"
     (tmp_path / "run").rename(previous)
-    assert checkpoint.read(tmp_path / "run", ppo.FORMAT).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", ppo.PPO.format).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from tokenmdp import cli
-from tokenmdp.cli.train import settings_from
+from tokenmdp.cli.train import preset_options, settings_from
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 from tokenmdp.runs.environments import make_envs
 from tokenmdp.runs.settings import absolute_options, parse_options, settings_from_record, settings_record
@@ -256,13 +256,13 @@ def test_score_loads_a_policy_only_for_methods_that_read_one(run):
 def test_a_runs_credit_options_are_kept_and_beta_is_the_methods_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dpo").mkdir()
-    red = settings_from(cli.Train(preset="smoke", credit="red", device="cpu"))
+    red = settings_from(preset_options("smoke", credit="red", device="cpu"))
     assert (red.credit_beta, red.credit_options) == (1.0, {})
     assert "credit_options" not in settings_record(red)  # as earlier versions wrote it
     assert settings_from_record(settings_record(red)) == red
-    assert settings_from(cli.Train(preset="smoke", device="cpu")).credit_beta == 0.8
+    assert settings_from(preset_options("smoke", device="cpu")).credit_beta == 0.8
     options = ("tuned=dpo", "clip=2")
-    rto = settings_from(cli.Train(preset="smoke", credit="rto", credit_option=options, device="cpu"))
+    rto = settings_from(preset_options("smoke", credit="rto", credit_option=options, device="cpu"))
     assert rto.credit_options == {"tuned": str(tmp_path / "dpo"), "clip": 2}
     assert settings_from_record(settings_record(rto)) == rto
 
@@ -301,13 +301,13 @@ def test_train_with_a_template_keeps_it(run, tmp_path):
     assert settings.reward_template == template
     envs = make_envs(settings, 1, None)
     assert envs.unwrapped.task.reward_model.template == template
-    plain = settings_from(cli.Train(preset="smoke", device="cpu"))
+    plain = settings_from(preset_options("smoke", device="cpu"))
     assert "reward_template" not in settings_record(plain)  # as earlier versions wrote it
 
 
 def test_options_need_a_name_and_a_value():
-    with pytest.raises(ValueError, match=r"--ppo 'kl' is not name=value, such as kl_coef=0.1"):
-        parse_options(["kl"], "--ppo")
+    with pytest.raises(ValueError, match=r"--option 'kl' is not name=value, such as shapley.budget=64"):
+        parse_options(["kl"], "--option")
 
 
 def test_train_with_a_method_of_the_laboratory(tmp_path, run):

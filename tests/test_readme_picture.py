@@ -41,7 +41,7 @@ def test_runs_that_do_not_belong_in_one_panel_are_refused(make_run, tmp_path):
     run = make_run("red", 1)
     with pytest.raises(ValueError, match="both red credit with seed 1; name one"):
         readme_picture.read_runs([run, run])
-    for other in (make_run("red", 2, ppo={"kl_coef": 0.5}), make_run("sparse", 2, ppo={"kl_coef": 0.5})):
+    for other in (make_run("red", 2, ppo={"kl_coef": 0.5}), make_run("sparse", 2, config={"kl_coef": 0.5})):
         with pytest.raises(ValueError, match="differ in ppo; draw them apart"):
             readme_picture.read_runs([run, other])
     with pytest.raises(ValueError, match="differ in credit_beta"):

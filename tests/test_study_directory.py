@@ -138,7 +138,7 @@ def test_a_second_command_adds_to_a_grid(tmp_path):
 
 
 def at_rate(rate, seeds, method="attention"):
-    return [make_cell(method, seed, ppo={"kl_coef": 0.2, "learning_rate": rate}) for seed in seeds]
+    return [make_cell(method, seed, config={"kl_coef": 0.2, "learning_rate": rate}) for seed in seeds]
 
 
 def test_a_method_has_one_learning_rate_whatever_the_seeds(tmp_path):
@@ -171,15 +171,15 @@ def test_a_replaced_cell_stays_where_another_grid_has_it_and_its_result_is_found
         ({"updates": 50}, "with updates 150, and these would have 50"),
         ({"gold": None}, 'with gold "imdb-gold", and these would have null'),
         ({"reward_model": "imdb-plain"}, 'with reward_model "imdb-tiny", and these would have "imdb-plain"'),
-        ({"ppo": {"kl_coef": 0.1}}, "with kl_coef 0.2, and these would have 0.1"),
+        ({"config": {"kl_coef": 0.1}}, "with kl_coef 0.2, and these would have 0.1"),
     ],
 )
 def test_other_settings_under_the_same_name_are_refused(tmp_path, change, message):
     cell = make_cell()
     declare(tmp_path, "imdb", [cell], {})
     before = (tmp_path / "study.json").read_text()
-    settings = {key: value for key, value in change.items() if key in ("reward_model", "ppo")}
-    settings["ppo"] = cell.settings.ppo | settings.get("ppo", {})
+    settings = {key: value for key, value in change.items() if key in ("reward_model", "config")}
+    settings["config"] = cell.settings.config | settings.get("config", {})
     other = replace(cell, settings=replace(cell.settings, seed=2, **settings), seed=2)
     other = replace(other, **{key: value for key, value in change.items() if key not in settings})
     with pytest.raises(StudyError, match=message):
@@ -237,10 +237,10 @@ def test_relative_names_leave_no_path_of_this_machine(tmp_path, monkeypatch):
     shutil.copytree(bundled / "reward_model", tmp_path / "mine")
     shutil.copy(bundled / "prompts.json", tmp_path)
     words = ["--reward-models", "mine", "imdb-tiny", "--prompts", "prompts.json", "--gold", "mine", "--seeds", "1"]
-    arguments = cli.tyro.cli(cli.Ablate, args=["--preset", "quick", *words])
-    cells = expand(ablate.plan_of(arguments))
+    parsed = ablate.parse_command(["--preset", "quick", *words])
+    cells = expand(ablate.plan_of(*parsed))
     ablate.check_models(cells[:1])  # they are found from here
-    declare("study", "quick", cells, {"command": ablate.command_of(arguments)})
+    declare("study", "quick", cells, {"command": ablate.command_of(*parsed)})
     for cell in cells:
         write_result("study", replace(make_result(cell, paper_like(cell)), cell=cell))
     last = cells[-1]
@@ -273,7 +273,7 @@ def test_a_full_disk_at_the_start_is_an_error_of_one_line(tmp_path, monkeypatch,
 
 def test_the_search_says_where_it_was_too_narrow(tmp_path, capsys):
     cells = [
-        make_cell("sparse", 1, f"8-16 tokens, learning_rate={rate:g}", 2, ppo={"learning_rate": rate})
+        make_cell("sparse", 1, f"8-16 tokens, learning_rate={rate:g}", 2, config={"learning_rate": rate})
         for rate in (1e-5, 1e-4)
     ]
     declare(tmp_path, "tune", cells, {})

@@ -275,7 +275,7 @@ def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial,
     found = {"learning_rates": {"sparse": 1e-4}, "at_the_edge_of_the_search": ["sparse"], "search": entries,
              "limited_by_kl": ["sparse"], "with_other_bounds": {"18.7": {}, "25": {"sparse": 3e-4}}}  # fmt: skip
     (tmp_path / "learning_rates.json").write_text(json.dumps(found))
-    cells = {id: replace(cell, settings=replace(cell.settings, ppo=cell.settings.ppo | {"learning_rate": 5e-4}))
+    cells = {id: replace(cell, settings=replace(cell.settings, config=cell.settings.config | {"learning_rate": 5e-4}))
              if cell.method == "red" else cell for id, cell in partial.cells.items()}  # fmt: skip
     study = replace(partial, path=tmp_path, version="7.8.9", packages={"torch": "6.5.4"}, cells=cells)
     assert rates_of(study.declared("quick")) == {1e-4: ["sparse", "uniform", "attention"], 5e-4: ["red"]}

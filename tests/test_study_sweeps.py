@@ -175,7 +175,7 @@ def test_equal_kl(outcome):
     """Score is a function of KL, shifted for ABC, which always spends more."""
 
     def course(cell):
-        kl = 2 / cell.settings.ppo["kl_coef"] + 4 * (cell.method == "attention")
+        kl = 2 / cell.settings.config["kl_coef"] + 4 * (cell.method == "attention")
         return quiet(end=0.1 * kl + effect(outcome, cell) * (cell.method == "attention"), half=1e-3, kl=kl, start=0)
 
     verdict = check(study_of(grid_cells("kl", 4, 20), course, "kl"), EQUAL_KL, outcome)
@@ -188,7 +188,7 @@ def test_equal_kl(outcome):
 def test_equal_kl_needs_a_common_kl():
     study = study_of(
         grid_cells("kl", 3, 20),
-        lambda cell: quiet(kl=1 / cell.settings.ppo["kl_coef"] + 50 * (cell.method == "attention"), half=2),
+        lambda cell: quiet(kl=1 / cell.settings.config["kl_coef"] + 50 * (cell.method == "attention"), half=2),
         "kl",
     )
     verdict = verdict_on(study, EQUAL_KL)
@@ -199,8 +199,8 @@ def test_equal_kl_needs_a_common_kl():
 
 def test_equal_kl_leaves_collapsed_runs_out_and_says_so():
     def course(cell):
-        kl = 2 / cell.settings.ppo["kl_coef"]
-        fallen = cell.method == "sparse" and cell.seed == 2 and cell.settings.ppo["kl_coef"] == 0.1
+        kl = 2 / cell.settings.config["kl_coef"]
+        fallen = cell.method == "sparse" and cell.seed == 2 and cell.settings.config["kl_coef"] == 0.1
         return quiet(end=0.1 * kl + (cell.method == "attention"), kl=kl, half=1, start=0, collapse=0.5 if fallen else 2)
 
     verdict = check(study_of(grid_cells("kl", 4, 20), course, "kl"), EQUAL_KL, "reproduced")
@@ -306,7 +306,7 @@ def test_crashed_runs_decide_nothing_over_several_settings_either(grid, claim):
     cells = grid_cells(grid, 5, 20)
     lost = next(cell.id for cell in cells if cell.method.startswith("attention") and cell.seed == 5)
     study = study_of(
-        cells, lambda cell: quiet(kl=2 / cell.settings.ppo["kl_coef"]), grid, crashed=lambda cell: cell.id == lost
+        cells, lambda cell: quiet(kl=2 / cell.settings.config["kl_coef"]), grid, crashed=lambda cell: cell.id == lost
     )
     assert "1 run of these methods crashed" in verdict_on(study, claim).rule
 

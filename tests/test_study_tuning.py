@@ -25,14 +25,14 @@ def searched(path, areas, far=()):
         given = {"horizon_range": (low, high), "min_new_tokens": low, "max_new_tokens": high}
         for seed, area in enumerate(seeds, 101):
             label = f"{setting}, learning_rate={rate:g}"
-            cells.append((make_cell(method, seed, label, 2, ppo={"learning_rate": rate}, **given), area))
+            cells.append((make_cell(method, seed, label, 2, config={"learning_rate": rate}, **given), area))
     declare(path, "tune", [cell for cell, _ in cells], {})
     (path / "cells").mkdir()
     for cell, area in cells:
         if isinstance(area, str):
             cell_file(path, cell.id, ".error.txt").write_text(area)
         elif area is not None:
-            end = MOST_KL + 1 if cell.settings.ppo["learning_rate"] in far else 1.0
+            end = MOST_KL + 1 if cell.settings.config["learning_rate"] in far else 1.0
             metrics = {"score_mean": [area - 1, area + 1], "kl": [0.0, end]}
             write_result(path, CellResult(cell, metrics, {}, [], 1.0, {}))
     return load_study(path)

@@ -149,7 +149,7 @@ def test_an_empty_study_measures_nothing_and_names_the_command_for_each_claim():
 def test_two_seeds_decide_nothing():
     grids = {grid: grid_cells(grid, 2, 20) for grid in ("imdb", "beta", "length", "kl", "faithful")}
     cells = [cell for cells in grids.values() for cell in cells]
-    study = study_of(cells, lambda cell: quiet(kl=2 / cell.settings.ppo["kl_coef"]))
+    study = study_of(cells, lambda cell: quiet(kl=2 / cell.settings.config["kl_coef"]))
     labels = {grid: {cell.id: (cell.setting, cell.method) for cell in cells} for grid, cells in grids.items()}
     found = verdicts(replace(study, grids={grid: list(ids) for grid, ids in labels.items()}, labels=labels))
     assert {verdict.verdict for verdict in found} == {"inconclusive"}
@@ -207,7 +207,11 @@ def test_of_two_labels_of_one_method_the_grids_first_counts():
     """They differ in the learning rate, which may be given for a label."""
     cells = grid_cells("imdb", 4, 20)
     again = [
-        replace(cell, method="red again", settings=replace(cell.settings, ppo=cell.settings.ppo | {"learning_rate": 1}))
+        replace(
+            cell,
+            method="red again",
+            settings=replace(cell.settings, config=cell.settings.config | {"learning_rate": 1}),
+        )
         for cell in cells
         if cell.method == "red"
     ]

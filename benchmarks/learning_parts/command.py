@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     clock.set_defaults(run=run_time)
 
     for command in (curves, clock):
-        command.add_argument("--ppo", nargs="+", default=[], metavar="NAME=VALUE", help="PPOConfig fields, all of ours")
+        command.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE", help="PPOConfig fields of ours")
         command.add_argument("--episodes", type=int, default=64, help="per update; default 64")
         command.add_argument("--trl-venv", type=Path, default=default_directory(), help="made if it is not there")
         command.add_argument("--no-reexec", action="store_true", help="keep the system's allocator settings")
@@ -90,9 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_curves(arguments: argparse.Namespace, console: Console) -> int:
-    ppo = parse_options(arguments.ppo, "--ppo")
-    variants = {label: parse_options(options, "--ppo") for label, *options in arguments.variant}
-    engines = curve_engines(ppo, variants)
+    config = parse_options(arguments.config, "--config")
+    variants = {label: parse_options(options, "--config") for label, *options in arguments.variant}
+    engines = curve_engines(config, variants)
     if unknown := [name for name in arguments.engines or () if name not in engines]:
         raise ValueError(f"--engines {unknown[0]} is none of {', '.join(engines)}; --variant LABEL adds {OURS}-LABEL")
     default = [name for name in engines if not (arguments.smoke and name == TRL)]
@@ -108,11 +108,11 @@ def run_curves(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def run_time(arguments: argparse.Namespace, console: Console) -> int:
-    ppo = parse_options(arguments.ppo, "--ppo")
+    config = parse_options(arguments.config, "--config")
     default = [name for name in RACERS if name != TRL_ALLOCATOR and not (arguments.smoke and name == TRL)]
     chosen = [RACERS[name] for name in arguments.sides or default]
     engines = {
-        engine.name: engine if engine.is_trl else Engine(engine.name, engine.credit, engine.ppo | ppo)
+        engine.name: engine if engine.is_trl else Engine(engine.name, engine.credit, engine.fields | config)
         for engine in chosen
     }
     prepare(list(engines.values()), arguments, console)

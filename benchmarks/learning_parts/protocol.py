@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tokenmdp.agents.ppo import PPOConfig
-from tokenmdp.runs.settings import PRESETS
+from tokenmdp.runs.settings import preset_settings
 
-MAIN_JOB = PRESETS["quick"].settings
+MAIN_JOB = preset_settings("quick", "ppo")
 TRL, TRL_ALLOCATOR, OURS = "trl", "trl-allocator", "ours"
 
 
@@ -65,12 +66,12 @@ class Engine:
     Attributes:
         name: "trl", "trl-allocator" (TRL with the allocator settings of the ``tokenmdp`` command), or one of ours.
         credit: Of ours: a name of `tokenmdp.credit.CREDIT_METHODS`. TRL's reward is sparse.
-        ppo: Of ours: fields of `PPOConfig` on top of the protocol's.
+        fields: Of ours: fields of `PPOConfig` on top of the protocol's.
     """
 
     name: str
     credit: str = "sparse"
-    ppo: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_trl(self) -> bool:
@@ -83,17 +84,14 @@ class Engine:
         Raises:
             ValueError: a field that does not exist, or a value that it does not take.
         """
-        if unknown := sorted(self.ppo.keys() - PPO_FIELDS):
+        if unknown := sorted(self.fields.keys() - PPO_FIELDS):
             raise ValueError(
                 f"PPOConfig has no field {', '.join(unknown)}; choose from {', '.join(sorted(PPO_FIELDS))}"
             )
-        try:
-            return PPOConfig(**protocol.ours() | self.ppo, seed=seed, device="cpu")
-        except TypeError as error:  # a string where a number is compared
-            raise ValueError(f"{self.ppo} holds a value of the wrong type ({error})") from error
+        return PPOConfig(**protocol.ours() | self.fields, seed=seed, device="cpu")
 
 
-PPO_FIELDS = {item.name for item in fields(PPOConfig)} - {"seed", "device"}
+PPO_FIELDS = {item.name for item in dataclasses.fields(PPOConfig)} - {"seed", "device"}
 RACERS = {
     engine.name: engine
     for engine in (
@@ -101,7 +99,7 @@ RACERS = {
         Engine("ours-sparse"),
         Engine("ours-attention", "attention"),
         Engine("ours-red", "red"),
-        Engine("ours-train", MAIN_JOB.credit, MAIN_JOB.ppo),  # as `tokenmdp train` learns by default
+        Engine("ours-train", MAIN_JOB.credit, MAIN_JOB.config),  # as `tokenmdp train` learns by default
         Engine(TRL_ALLOCATOR),
     )
 }
@@ -128,19 +126,19 @@ class Run:
 def run_from(record: Mapping[str, Any]) -> Run:
     """The run that a file or another process describes.
 
-    >>> run = Run(Engine("ours", ppo={"ent_coef": 0.1}), Protocol(), seed=2)
+    >>> run = Run(Engine("ours", fields={"ent_coef": 0.1}), Protocol(), seed=2)
     >>> run_from(run.to_json() | {"more": 1}) == run
     True
     """
     return Run(Engine(**record["engine"]), Protocol(**record["protocol"]), record["seed"])
 
 
-def curve_engines(ppo: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Engine]:
+def curve_engines(config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Engine]:
     """TRL, ours, and ours with further fields of `PPOConfig` under a label each.
 
     >>> list(curve_engines({}, {"entropy": {"ent_coef": 0.1}}))
     ['trl', 'ours', 'ours-entropy']
     """
-    ours = Engine(OURS, ppo=dict(ppo))
-    labelled = (replace(ours, name=f"{OURS}-{label}", ppo={**ppo, **more}) for label, more in variants.items())
+    ours = Engine(OURS, fields=dict(config))
+    labelled = (replace(ours, name=f"{OURS}-{label}", fields={**config, **more}) for label, more in variants.items())
     return {engine.name: engine for engine in (Engine(TRL), ours, *labelled)}

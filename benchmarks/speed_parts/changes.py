@@ -91,7 +91,7 @@ CHANGES: dict[str, Undo] = {
 # These do something only where responses have different lengths.
 CHANGES_OF_LENGTHS: dict[str, Undo] = {
     "ended rows are left out": lambda agent: patch("tokenmdp.rollouts.collecting.decode", every_row_to_the_end),
-    "groups of like length": lambda agent: patch("tokenmdp.agents.ppo.FORWARD_SLOTS", math.inf),
+    "groups of like length": lambda agent: patch("tokenmdp.agents.base.FORWARD_SLOTS", math.inf),
 }
 LONGEST = 128  # response tokens in that case; horizons are drawn evenly from 8 on
 

@@ -1,40 +1,35 @@
-"""The ``tokenmdp`` command: ``train``, ``sample``, ``score``, ``eval``, ``credits``, ``quality`` and ``ablate``.
+"""The ``tokenmdp`` command: which commands there are, and how errors are reported.
 
-This module only parses arguments and reports errors. Everything that needs torch is imported when a command runs, so
-that ``tokenmdp --help`` answers at once.
+Each command is a file beside this one, with its options and what it does. It is imported when it runs, so that
+``tokenmdp --help`` answers at once.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TextIO
 
-import tyro
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.text import Text
 
-from tokenmdp.cli.options import Ablate, AllOrOne, CreditName, Credits, Eval, Quality, Sample, Score, Train
-
-__all__ = [
-    "Ablate", "AllOrOne", "CreditName", "Credits", "Eval", "Quality", "Sample", "Score", "Train", "main",
-]  # fmt: skip
-
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Score, tyro.conf.subcommand("score")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Credits, tyro.conf.subcommand("credits")]
-    | Annotated[Quality, tyro.conf.subcommand("quality")]
-    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-)
-Parsed = Train | Sample | Score | Eval | Credits | Quality | Ablate
+COMMANDS = {
+    "train": "train a policy against a reward model, then show what changed",
+    "sample": "write texts with a policy, each token tinted by its credit",
+    "score": "the score of a text and the credit of each token",
+    "eval": "evaluate a run's policy before and after training again",
+    "credits": "list the credit methods: what each does, promises and needs",
+    "quality": "measure where each method's credit lands, with intervals and costs",
+    "ablate": "compare credit methods over seeds, with statistics and a page",
+}
+RESUMABLE = ("train", "ablate")
 
 
 def installed_version() -> str:
@@ -45,55 +40,34 @@ def installed_version() -> str:
         return "(a checkout that is not installed)"
 
 
-def run(command: Parsed) -> int:
-    """Carry out one parsed command; returns the exit status."""
-    if isinstance(command, Train):
-        from tokenmdp.cli.train import train
-
-        return train(command)
-    if isinstance(command, Score):
-        from tokenmdp.cli.score import score
-
-        return score(command)
-    if isinstance(command, (Credits, Quality)):
-        from tokenmdp.cli import quality
-
-        return quality.list_credits() if isinstance(command, Credits) else quality.measure_quality(command)
-    if isinstance(command, Ablate):
-        from tokenmdp.cli.ablate import ablate
-
-        return ablate(command)
-    from tokenmdp.cli import sample
-
-    return sample.sample(command) if isinstance(command, Sample) else sample.evaluate_run(command)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``tokenmdp`` command.
 
     Returns:
         0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments == ["--version"]:
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name == "--version":
         print(f"tokenmdp {installed_version()}")
         return 0
-    command: Parsed = tyro.cli(
-        Command,
-        prog="tokenmdp",
-        description="Text generation as a token MDP: train, sample, score, evaluate, compare credit methods.",
-        args=arguments,
-    )
-    if isinstance(command, Train) and command.reexec and argv is None:
+    if name in ("--help", "-h"):
+        print_commands()
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        report_error(f"there is no command {name!r}; {hint}")
+        return 2
+    if name == "train" and "--no-reexec" not in rest and argv is None:
         from tokenmdp.runs.process_settings import reexecute_with_settings
 
         reexecute_with_settings()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            return run(command)
+            return run(name, rest)
     except KeyboardInterrupt:
-        print("interrupted" + ("; run the same command to go on" if isinstance(command, Train | Ablate) else ""))
+        print("interrupted" + ("; run the same command to go on" if name in RESUMABLE else ""))
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError, GymnasiumError) as error:
         own = type(error).__module__.startswith("tokenmdp")
@@ -101,11 +75,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # These errors name the value and the remedy; a trace above them would hide both.
         plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
-        kind = "" if plain else f"{type(error).__name__}: "
-        console = error_console()
-        console.print(Text.assemble(("error: ", "bold red"), f"{kind}{error}"))
-        console.print("(TOKENMDP_TRACEBACK=1 shows where)", style="dim")
+        report_error(f"{'' if plain else f'{type(error).__name__}: '}{error}")
+        error_console().print("(TOKENMDP_TRACEBACK=1 shows where)", style="dim")
         return 2
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status."""
+    return import_module(f"tokenmdp.cli.{name}").main(arguments)
+
+
+def print_commands() -> None:
+    """What ``tokenmdp --help`` shows."""
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    print("usage: tokenmdp COMMAND ...\n\nText generation as a token MDP.\n\ncommands:")
+    print("\n".join(lines))
+    print("\n`tokenmdp COMMAND --help` shows the options of a command, `tokenmdp --version` the version.")
+
+
+def report_error(message: str) -> None:
+    """One line on standard error."""
+    error_console().print(Text.assemble(("error: ", "bold red"), message))
 
 
 def error_console() -> Console:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
@@ -17,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from tokenmdp.cli.options import Ablate, Quality
-from tokenmdp.cli.quality import measured
+from tokenmdp.cli.options import option_class, parse_parts, preset_in
+from tokenmdp.cli.quality import Quality, measured
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation.credit_quality import tables as quality_report
 from tokenmdp.evaluation.texts import self_bleu
 from tokenmdp.files import locked, write_text
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
-from tokenmdp.runs.settings import TOY_POLICY, parse_options
+from tokenmdp.runs.settings import SET_APART, TOY_POLICY, agent_config
 from tokenmdp.study.directory import Study, declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
 from tokenmdp.study.presets import PLANS, Plan
@@ -39,11 +40,111 @@ from tokenmdp.wording import clock
 SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
 ONE_LINE, ONE_TABLE = 150, 116  # terminal columns that fit everything, with intervals beside or below the numbers
 # These do not change what a cell computes.
+VARIED = (
+    "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "reward_models", "updates", "eval_every", "eval_samples",
+)  # fmt: skip
+OF_THE_BASE = ("policy", "prompts", "num_envs")
+NOT_OPTIONS = (*SET_APART, "learning_rate")  # each method has a rate of its own
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
 
-def ablate(arguments: Ablate) -> int:
-    """Run the missing cells of a grid, then report on the whole study; returns the exit status."""
+@dataclass(frozen=True, kw_only=True)
+class Ablate:
+    """Compare credit methods: many training runs side by side, with statistics and a report.
+
+    Run the same command again to go on: finished runs are kept. Several presets may share a directory; the report is
+    about all of them.
+    """
+
+    preset: Literal["quick", "imdb", "beta", "length", "kl", "faithful", "tune", "gpt2", "custom", "smoke"] = "quick"
+    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: three
+    reward models; tune: learning rates; gpt2: the paper's own models, on GPUs; custom: the methods you name; smoke: an
+    untrained toy model, seconds."""
+    out: Path | None = None
+    """Directory of the study. Default: runs/PRESET."""
+    methods: tuple[str, ...]
+    """Credit methods, with options as in attention:credit_beta=0.4 or shapley:budget=64, or module.Class for one of
+    your own."""
+    seeds: tuple[int, ...]
+    """One run per seed and combination of everything else."""
+    lengths: tuple[str, ...]
+    """Response lengths such as 8-16, which are 8 to 15 tokens, or 16."""
+    credit_betas: tuple[float, ...]
+    """Dense shares to try in every method that has one; without any, each method's own."""
+    kl_coefs: tuple[float, ...]
+    """Fixed KL coefficients to try."""
+    reward_models: tuple[str, ...]
+    """Bundled names, directories or hub names of sequence classifiers to try; without any, the preset's."""
+    policy: str
+    """Bundled name, directory or hub name of a causal language model, with its tokenizer."""
+    gold: str | None = None
+    """A second reward model that no policy is trained on, or "none". Default: the preset's, or none with --policy."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
+    prompts: str | None
+    """File, directory or data-set name; the environment's own if it is None."""
+    updates: int
+    """Updates of each run."""
+    num_envs: int
+    """Episodes per update."""
+    eval_every: int
+    """Updates between evaluations on held-out prompts."""
+    eval_samples: int
+    """Responses in an evaluation."""
+    learning_rate: float | None = None
+    """Of every method. Default: the preset's."""
+    learning_rates: Path | None = None
+    """A JSON file of methods and learning rates, such as the learning_rates.json that the preset tune writes."""
+    device: str = "auto"
+    """cpu, cuda for all GPUs, or one such as cuda:1; auto is cuda if there is one."""
+    jobs: int | None = None
+    """Runs at a time. Default: the number of cores, or of GPUs."""
+    shard: str | None = None
+    """I/N: only every Nth run, from the Ith on, so that N commands share a study; the last to end reports. Default: all
+    runs."""
+    quality_texts: int = 100
+    """Texts on which each reward model's credit is compared with leave-one-out importance after the runs; 0 leaves it
+    out (it takes minutes for a large model on a CPU)."""
+    report_only: bool = False
+    """Run nothing: write the report of what is there."""
+
+
+def plan_options(preset: str = "quick", **changes: Any) -> Ablate:
+    """The options of a preset, with some changed.
+
+    >>> plan_options("smoke", seeds=(1,)).seeds
+    (1,)
+    """
+    plan = PLANS[preset]
+    taken = {name: getattr(plan, name) for name in VARIED} | {name: getattr(plan.base, name) for name in OF_THE_BASE}
+    return Ablate(**{"preset": preset, **taken, **changes})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, run and report; returns the exit status."""
+    return ablate(*parse_command(arguments))
+
+
+def parse_command(arguments: Sequence[str]) -> tuple[Ablate, dict[str, Any]]:
+    """The options, and the fields of the algorithm's configuration that differ from the preset's."""
+    preset = preset_in(arguments, PLANS)
+    default, config = plan_options(preset), agent_config(PLANS[preset].base, updates=1)
+    own = option_class(type(config), NOT_OPTIONS)
+    parts = {
+        "general": option_class(Ablate)(**vars(default)),
+        PLANS[preset].base.algorithm: own(**{one.name: getattr(config, one.name) for one in fields(own)}),
+    }
+    options, chosen = parse_parts("ablate", arguments, inspect.getdoc(Ablate) or "", parts)
+    return Ablate(**options), {name: value for name, value in chosen.items() if value != getattr(config, name)}
+
+
+def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
+    """Run the missing cells of a grid, then report on the whole study; returns the exit status.
+
+    Args:
+        arguments: The grid.
+        config: Fields of the algorithm's configuration that differ from the preset's.
+    """
     logging.disable_progress_bar()
     console = make_console()
     out = arguments.out or Path("runs") / arguments.preset
@@ -51,7 +152,8 @@ def ablate(arguments: Ablate) -> int:
         report(out, arguments.preset, console)
         return 0
     device = resolve_device(arguments.device)
-    plan = plan_of(arguments)
+    config = config or {}
+    plan = plan_of(arguments, config)
     cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
     mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
     most = default_jobs(device)
@@ -62,7 +164,7 @@ def ablate(arguments: Ablate) -> int:
         raise StudyError(f"--quality-texts is {arguments.quality_texts}; it must be 0 or at least 2")
     with console.status("loading the models once, to find errors before the work"):
         check_models(cells)
-    declare(out, plan.name, cells, {"command": command_of(arguments), **_given(arguments)})
+    declare(out, plan.name, cells, {"command": command_of(arguments, config), **_given(arguments), **config})
     share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
     finished = sum(cell_file(out, cell.id).exists() for cell in mine)
     console.print(
@@ -101,43 +203,28 @@ def ablate(arguments: Ablate) -> int:
     return 1 if errors else 0
 
 
-def plan_of(arguments: Ablate) -> Plan:
+def plan_of(arguments: Ablate, config: Mapping[str, Any]) -> Plan:
     """The preset with the changes from the command line.
 
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
     machine, and the cells' IDs with it.
     """
     plan = PLANS[arguments.preset]
-    varied: dict[str, Any] = {
-        "methods": arguments.methods,
-        "seeds": tuple(dict.fromkeys(arguments.seeds)),
-        "lengths": arguments.lengths,
-        "credit_betas": arguments.credit_betas,
-        "kl_coefs": arguments.kl_coefs,
-        "reward_models": arguments.reward_models,
-        "updates": arguments.updates,
-        "eval_every": arguments.eval_every,
-        "eval_samples": arguments.eval_samples,
-    }
-    names: dict[str, Any] = {
-        "policy": arguments.policy,
-        "tokenizer": arguments.policy,
-        "prompts": arguments.prompts,
-        "num_envs": arguments.num_envs,
-        "align": arguments.align,
-    }
-    if arguments.num_envs is not None and arguments.num_envs < 1:
+    if arguments.num_envs < 1:
         raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
+    rate = {} if arguments.learning_rate is None else {"learning_rate": arguments.learning_rate}
     base = replace(
         plan.base,
-        **{key: value for key, value in names.items() if value is not None},
-        ppo=plan.base.ppo | parse_options(arguments.ppo, "--ppo"),
+        **{name: getattr(arguments, name) for name in OF_THE_BASE},
+        tokenizer=plan.base.tokenizer if arguments.policy == plan.base.policy else arguments.policy,
+        align=arguments.align,
+        config=plan.base.config | dict(config) | rate,
     )
     gold = plan.gold if base.policy == plan.base.policy else None  # it reads the preset's tokens
     if arguments.gold is not None:
         gold = None if arguments.gold == "none" else arguments.gold
-    given = {key: value for key, value in varied.items() if value not in ((), None)}
-    return replace(plan, **given, base=base, gold=gold)
+    varied = {name: getattr(arguments, name) for name in VARIED}
+    return replace(plan, **{**varied, "seeds": tuple(dict.fromkeys(arguments.seeds))}, base=base, gold=gold)
 
 
 def check_models(cells: Sequence[Cell]) -> None:
@@ -265,28 +352,27 @@ def tables_of(study: Study, grid: str, width: int) -> list[Table]:
     return tables
 
 
-def command_of(arguments: Ablate) -> str:
+def command_of(arguments: Ablate, config: Mapping[str, Any]) -> str:
     """The shell command that runs these cells again.
 
-    >>> from tokenmdp.cli import Ablate
-    >>> command_of(Ablate(preset="beta", seeds=(1, 2), jobs=4))
-    'tokenmdp ablate --preset beta --seeds 1 2'
+    >>> command_of(plan_options("beta", seeds=(1, 2), jobs=4), {"kl_coef": 0.1, "anneal_lr": True})
+    'tokenmdp ablate --preset beta --seeds 1 2 --kl-coef 0.1 --anneal-lr'
     """
     words = ["tokenmdp", "ablate", "--preset", arguments.preset]
-    for name, value in _given(arguments).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "ppo":
-            words += [word for option in value for word in (flag, option)]
+    for name, value in {**_given(arguments), **config}.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+            words += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}", str(value)]
     return shlex.join(words)
 
 
 def _given(arguments: Ablate) -> dict[str, Any]:
     """The arguments given beside the preset that change what is computed, as JSON values."""
-    defaults = {field.name: field.default for field in fields(arguments)}
+    default = plan_options(arguments.preset)
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for name, value in asdict(arguments).items()
-        if value != defaults[name] and name not in ("preset", *UNRECORDED)
+        if value != getattr(default, name) and name not in ("preset", *UNRECORDED)
     }

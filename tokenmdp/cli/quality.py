@@ -1,26 +1,23 @@
-"""``tokenmdp credits`` and ``quality``: what the credit methods declare, and where their credit lands."""
+"""``tokenmdp quality``: where the credit methods put their credit."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
-from tokenmdp.cli.options import Quality
+from tokenmdp.cli.options import CreditName, parse
 from tokenmdp.cli.sample import load_policy
-from tokenmdp.credit import CREDIT_METHODS, NEEDS
-from tokenmdp.credit.options import required_options
+from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.envs.prompts import read_prompt_file
 from tokenmdp.evaluation.credit_quality import (
     MethodQuality,
@@ -50,33 +47,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DECLARATIONS = """\
-conserves: the credit of a text sums to its score
-causal: before the last token, credit depends on what was written so far only
-potential: potential-based shaping, so the reward-to-go policy gradient is unbiased"""
 ROWS = 64  # episodes at a time
 BUDGET = {"budget": 128}  # not the methods' own 1024, with which only an eighth of the texts would be affordable
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"shapley": BUDGET, "owen": BUDGET}
 
 
-def list_credits() -> int:
-    """Print the registry."""
-    console = make_console()
-    table = Table(show_lines=True)
-    for heading in ("method", "what it does and needs", "con-\nserves", "causal", "poten-\ntial"):
-        table.add_column(heading)
-    for name in CREDIT_METHODS:
-        method: Any = CREDIT_METHODS[name]
-        declares = (method.conserves_return, method.causal, method.potential_based)
-        first_line = (inspect.getdoc(method) or "").partition("\n")[0].replace("``", "").replace("`", "")
-        needs = ", ".join([*needs_of(name), *(f"option {option}" for option in required_options(method))])
-        does = Text.assemble(first_line, (f"\nneeds {needs}", "dim") if needs else "")
-        table.add_row(name.replace("integrated-", "integrated-\n"), does, *("yes" if yes else "no" for yes in declares))
-    console.print(table)
-    console.print(DECLARATIONS, highlight=False)
-    for need, meaning in NEEDS.items():
-        console.print(f"{need}: {meaning}", highlight=False)
-    return 0
+@dataclass(frozen=True)
+class Quality:
+    """Measure where credit lands: every method against known or leave-one-out credit, with intervals and costs."""
+
+    reward_model: str = "imdb-tiny"
+    """For the world "model": bundled name, directory or hub name of a sequence classifier."""
+    world: Literal["negation", "keyword", "model", "all"] = "model"
+    """negation: a word list with "not" and "very"; keyword: one word decides; model: the reward model."""
+    texts: Path | None = None
+    """For the world "model": a .txt (one text per line), .json or .jsonl file. Default: texts by the policy."""
+    num: int = 500
+    """Texts in each world."""
+    max_new_tokens: int = 16
+    """Longest response in tokens, where responses are sampled or made of random words."""
+    methods: tuple[CreditName, ...] = ()
+    """Which methods. Default: all of them."""
+    option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of a method, such as --option shapley.budget=64; may be repeated."""
+    tuned: Path | None = None
+    """Directory of a preference-tuned policy, for rto."""
+    credit_beta: float = 1.0
+    """The dense share of the credit, for methods that have one; 1 measures the method alone."""
+    policy: str = "imdb-tiny"
+    """Writes the texts; its attention is what abc-d and abc-d2 follow; its tokens are what credit goes to."""
+    max_forwards: int = 65_000
+    """Reward-model forwards after which a method gets no further texts."""
+    seed: int = 0
+    """Seeds texts, resampling and the random control."""
+    device: str = "auto"
+    """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
+    out: Path | None = None
+    """Also write quality.json, quality.md and texts.html, a page of the first texts, into this directory."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse and measure; returns the exit status."""
+    return measure_quality(parse(Quality, "quality", arguments))
 
 
 def measure_quality(arguments: Quality) -> int:

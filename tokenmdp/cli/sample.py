@@ -1,20 +1,20 @@
-"""``tokenmdp sample`` and ``eval``: look at a policy or a finished run."""
+"""``tokenmdp sample``: texts of a policy or of a finished run."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import tyro
 from rich.text import Text
 
-from tokenmdp.cli.options import Eval
-from tokenmdp.cli.options import Sample as SampleOptions
+from tokenmdp.cli.options import CreditName, parse
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
-from tokenmdp.evaluation.policies import comparison, comparison_table, evaluate
 from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
@@ -25,15 +25,56 @@ from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts
+from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
 from tokenmdp.runs.settings import PRESETS, RunSettings, absolute_options, parse_options, settings_from_record
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """Write texts with a trained policy and tint each token by its credit."""
+
+    source: tyro.conf.Positional[str]
+    """A run directory, or the name or directory of a model."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An opening to continue; may be repeated. Default: held-out prompts of the run, or bundled ones."""
+    num: int = 8
+    """How many texts (per prompt, if prompts are given)."""
+    credit: CreditName | None = None
+    """How the score is spread over the tokens. Default: the run's, or attention."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the credit method, such as --credit-option budget=64; may be repeated."""
+    reward_model: str | None = None
+    """Bundled name, directory or hub name of a sequence classifier. Default: the run's, or the bundled one."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer. Default: the run's."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens. Default: the run's, or the environment's."""
+    truncate_prompt: Literal["left", "right"] | None = None
+    """Which side a longer prompt loses. Default: the run's choice, or such prompts are refused."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens. Default: the run's, or 16."""
+    temperature: float | None = None
+    """Below 1 sharpens the distribution, towards the likeliest token at every step. Default: the run's, or 1."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens, 0 is all. Default: the run's, or 0."""
+    seed: int = 0
+    """Seeds the sampling."""
+    device: str = "auto"
+    """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
+    html: Path | None = None
+    """Also write a page with the numbers to this file."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse and sample; returns the exit status."""
+    return sample(parse(SampleOptions, "sample", arguments))
+
+
 def load_policy(name: str, envs: VectorEnv, options: dict[str, Any], device: str) -> CausalLMPolicy:
-    """A policy for ``envs``; ``options`` are the PPOConfig fields that shape its distribution, and dtype."""
+    """A policy for ``envs``; ``options`` are of the algorithm's configuration, as far as they concern sampling."""
     policy = CausalLMPolicy.for_task(
         name,
         envs.unwrapped.task,  # type: ignore[attr-defined]
@@ -91,7 +132,7 @@ def sample(arguments: SampleOptions) -> int:
     given["credit_options"] = absolute_options(own)
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
-    options = settings.ppo | {key: value for key, value in sampling.items() if value is not None}
+    options = settings.config | {key: value for key, value in sampling.items() if value is not None}
     tokenizer = load_tokenizer(settings.tokenizer)
     for prompt in arguments.prompt:
         if unknown := unknown_words(tokenizer, prompt):
@@ -114,29 +155,4 @@ def sample(arguments: SampleOptions) -> int:
         note = f"{settings.credit} credit, seed {arguments.seed}"
         page = heatmap.html({"Samples": samples}, arguments.html, title=f"Samples of {arguments.source}", note=note)
         console.print(f"page: {page}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def evaluate_run(arguments: Eval) -> int:
-    """Evaluate a run's policy again, against its reference, on its evaluation prompts."""
-    console = make_console()
-    if arguments.samples < 2:
-        raise ValueError(f"--samples is {arguments.samples}; an interval needs at least 2")
-    run, settings = open_run(arguments.run)
-    settings = replace(settings, device=resolve_device(arguments.device))
-    split = split_prompts(settings)
-    envs = make_envs(settings, 1, split.held_out)
-    policy, reference = (
-        load_policy(str(path), envs, settings.ppo, settings.device)
-        for path in (run.checkpoint, run.checkpoint / "state" / "reference")
-    )
-    with console.status("evaluating"):
-        envs = evaluation_envs(settings, arguments.samples, split.held_out)
-        before, after = (
-            evaluate(model, reference, envs, samples=arguments.samples, seed=arguments.seed)
-            for model in (reference, policy)
-        )
-        envs.close()
-    what = f"{len(after.scores)} responses to {split.label}, seed {arguments.seed}"
-    console.print(comparison_table(comparison(before, after), what))
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokenmdp.cli.options import Score
+from tokenmdp.cli.options import AllOrOne, parse
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.credit_quality import Counted, PolicyAccess, run_counted
@@ -34,6 +37,32 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
+@dataclass(frozen=True)
+class Score:
+    """Score a text and show the credit of each of its tokens."""
+
+    text: tyro.conf.Positional[str]
+    """The response to score."""
+    prompt: str = ""
+    """Text before it, which is scored too but gets no credit."""
+    credit: AllOrOne = "attention"
+    """How the score is spread over the tokens; all compares every method that can run here."""
+    credit_beta: float = 1.0
+    """The dense share of the credit, for methods that have one; 1 shows the method alone."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the method, such as --credit-option budget=64 (with all: shapley.budget=64); may be repeated."""
+    policy: str = "imdb-tiny"
+    """The policy whose attention abc-d and abc-d2 follow: bundled name, directory or hub name."""
+    reward_model: str = "imdb-tiny"
+    """Bundled name, directory or hub name of a sequence classifier."""
+    tokenizer: str | None = None
+    """Bundled name, directory or hub name. Default: the reward model's."""
+    device: str = "auto"
+    """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
+    html: Path | None = None
+    """Also write a page with the numbers to this file."""
+
+
 class Scored(NamedTuple):
     """One text with what credit methods need to read it."""
 
@@ -47,6 +76,11 @@ class Scored(NamedTuple):
     def run(self, method: CreditMethod) -> Counted:
         """The credit of its tokens, (1, T)."""
         return run_counted(method, self.episode, self.model, self.tokenizer, self.access)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse and score; returns the exit status."""
+    return score(parse(Score, "score", arguments))
 
 
 def score(arguments: Score) -> int:

@@ -1,74 +1,184 @@
-"""``tokenmdp train``: from the options to a run."""
+"""``tokenmdp train``: its options, and from them to a run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tokenmdp.cli.options import Train
+import tyro
+
+from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
+from tokenmdp.cli.options import CreditName, option_class, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.environments import resolve_device
-from tokenmdp.runs.settings import PRESETS, RunSettings, absolute_name, absolute_options, parse_options
+from tokenmdp.runs.settings import (
+    PRESETS,
+    SET_APART,
+    RunSettings,
+    absolute_name,
+    absolute_options,
+    agent_config,
+    parse_options,
+    preset_settings,
+)
+
+PresetName = Literal["quick", "smoke"]
 
 
-def train(arguments: Train) -> int:
-    """Train, or resume, then report; returns the exit status."""
-    settings, preset = settings_from(arguments), PRESETS[arguments.preset]
-    updates = preset.updates if arguments.updates is None else arguments.updates
-    if updates < 1:
-        raise ValueError(f"--updates is {updates}; it must be at least 1")
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a policy against a reward model, then show what changed.
+
+    Run the same command again to go on with an interrupted run.
+    """
+
+    preset: PresetName
+    """quick: the bundled movie-review model, minutes on two cores; smoke: an untrained toy model, under a minute. Sets
+    the defaults of all other options."""
+    credit: CreditName
+    """How the score is spread over the tokens."""
+    credit_beta: float | None = None
+    """The dense share of the credit, for methods that have one; 0 is sparse. Default: the method's own."""
+    credit_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the credit method, such as --credit-option budget=64; may be repeated."""
+    seed: int = 1
+    """Seeds sampling, minibatches and prompts."""
+    updates: int
+    """Updates in all; raise it to train a finished run further."""
+    num_envs: int
+    """Episodes per update."""
+    policy: str
+    """Bundled name, directory or hub name of a causal language model."""
+    tokenizer: str | None = None
+    """Bundled name, directory or hub name. Default: the policy's."""
+    reward_model: str
+    """Bundled name, directory or hub name of a sequence classifier."""
+    align: Literal["offsets"] | None = None
+    """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
+    reward_template: str | None = None
+    """With --align offsets, the text that the reward model reads, such as "Q: {prompt} A: {response}". Default: prompt
+    and response."""
+    prompts: str | None
+    """File, directory or data-set name; the environment's own if it is None."""
+    eval_prompts: str | None = None
+    """Prompts for the evaluation before and after. Default: a fifth of the prompts, kept out of training."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens. Default: the environment's."""
+    truncate_prompt: Literal["left", "right"] | None = None
+    """Which side a longer prompt loses. Default: longer prompts are refused."""
+    max_new_tokens: int
+    """Longest response in tokens."""
+    eval_samples: int
+    """Responses before and after training."""
+    device: str = "auto"
+    """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
+    out: Path | None = None
+    """Run directory. Default: runs/PRESET-CREDIT-seedSEED, with the algorithm before the credit unless it is the
+    default one, and loraRANK after it where adapters learn."""
+    resume: bool = True
+    """Go on from the run directory's checkpoint if it has one."""
+    reexec: bool = True
+    """Let the command re-execute itself with memory settings of glibc that are faster on CPUs."""
+
+
+def preset_options(preset: PresetName = "quick", algorithm: str = DEFAULT_ALGORITHM, **changes: Any) -> Train:
+    """The options of a preset, with some changed.
+
+    >>> preset_options("smoke", num_envs=4).num_envs
+    4
+    """
+    settings = preset_settings(preset, algorithm)
+    names = {field.name for field in fields(Train)} & asdict(settings).keys() - {"credit_beta", "tokenizer", "device"}
+    taken = {name: getattr(settings, name) for name in names}
+    return Train(**{"preset": preset, "updates": PRESETS[preset].updates, **taken, **changes})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, train and report; returns the exit status.
+
+    Args:
+        arguments: The algorithm, unless it is the default one, and options.
+    """
+    name, rest = DEFAULT_ALGORITHM, list(arguments)
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    preset = preset_in(rest, PRESETS)
+    settings = preset_settings(preset, name)
+    kind, config = option_class(Train), agent_config(settings, updates=1)
+    own = option_class(type(config), SET_APART)
+    default = preset_options(preset, name)
+    parts = {
+        "general": kind(**vars(default)),
+        name: own(**{field.name: getattr(config, field.name) for field in fields(own)}),
+    }
+    about = f"{inspect.getdoc(Train)}\n\nAlgorithms: {', '.join(ALGORITHMS)} (`tokenmdp train NAME --help`)."
+    options, chosen = parse_parts(f"train {name}", rest, about, parts)
+    return train(Train(**options), name, chosen)
+
+
+def train(arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, Any] | None = None) -> int:
+    """Train with the algorithm called ``name``, or resume, then report; returns the exit status."""
+    if arguments.updates < 1:
+        raise ValueError(f"--updates is {arguments.updates}; it must be at least 1")
+    settings = settings_from(arguments, name, config)
     out = arguments.out or Path("runs") / default_name(arguments.preset, settings)
-    return training.train(settings, out, updates, preset.checkpoint_every, resume=arguments.resume)
+    every = PRESETS[arguments.preset].checkpoint_every
+    return training.train(settings, out, arguments.updates, every, resume=arguments.resume)
 
 
 def default_name(preset: str, settings: RunSettings) -> str:
     """The default run directory, below runs/."""
-    rank = settings.ppo.get("lora_rank")
-    return f"{preset}-{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
+    rank = settings.config.get("lora_rank")
+    other = f"{settings.algorithm}-" if settings.algorithm != DEFAULT_ALGORITHM else ""
+    return f"{preset}-{other}{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
 
 
-def settings_from(arguments: Train) -> RunSettings:
-    """The preset with the changes from the command line."""
-    base = PRESETS[arguments.preset].settings
-    names = {
-        "policy": arguments.policy,
-        "tokenizer": arguments.tokenizer or arguments.policy,
-        "reward_model": arguments.reward_model,
-        "prompts": arguments.prompts,
-        "eval_prompts": arguments.eval_prompts,
-    }
-    given: dict[str, Any] = {
-        **{key: absolute_name(name) for key, name in names.items()},
-        "max_new_tokens": arguments.max_new_tokens,
-        "max_prompt_tokens": arguments.max_prompt_tokens,
-        "truncate_prompt": arguments.truncate_prompt,
-        "align": arguments.align,
-        "reward_template": arguments.reward_template,
-        "num_envs": arguments.num_envs,
-        "eval_samples": arguments.eval_samples,
-    }
-    changed: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+def settings_from(
+    arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, Any] | None = None
+) -> RunSettings:
+    """The settings of a run.
+
+    Args:
+        arguments: Of any algorithm.
+        name: Of the algorithm.
+        config: Fields of its configuration; default: those of the preset.
+
+    Raises:
+        ValueError: an option out of its range, or one that needs another one.
+    """
     leasts = {"num_envs": 1, "max_prompt_tokens": 1, "max_new_tokens": 1, "eval_samples": 2}  # an interval needs two
     for key, least in leasts.items():
-        if changed.get(key, least) < least:
-            raise ValueError(f"--{key.replace('_', '-')} is {changed[key]}; it must be at least {least}")
+        if (value := getattr(arguments, key)) is not None and value < least:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}; it must be at least {least}")
     if arguments.reward_template is not None:
         if arguments.align is None:
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
         check_template(arguments.reward_template)
-    credit = arguments.credit or base.credit
-    return replace(
+    base, credit = preset_settings(arguments.preset, name), arguments.credit
+    names: dict[str, Any] = {
+        key: absolute_name(getattr(arguments, key)) for key in ("policy", "reward_model", "prompts", "eval_prompts")
+    }
+    names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
+    plain = (
+        "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "align", "reward_template", "num_envs",
+        "eval_samples", "credit", "seed",
+    )  # fmt: skip
+    settings = replace(
         base,
-        **changed,
-        credit=credit,
+        **names,
+        **{key: getattr(arguments, key) for key in plain},
         credit_beta=default_beta(credit) if arguments.credit_beta is None else arguments.credit_beta,
         credit_options=absolute_options(parse_options(arguments.credit_option, "--credit-option")),
-        seed=arguments.seed,
         device=resolve_device(arguments.device),
-        ppo=base.ppo
-        | parse_options(arguments.ppo, "--ppo")
-        | ({} if arguments.lora_rank is None else {"lora_rank": arguments.lora_rank}),
+        config=base.config | dict(config or {}),
     )
+    # Only what differs from the algorithm's own defaults, so that a run can be resumed when a field is added.
+    own = algorithm(name).config_class()
+    full = asdict(agent_config(settings, arguments.updates))
+    different = {key: full[key] for key in full if key not in SET_APART and full[key] != getattr(own, key)}
+    return replace(settings, config=different)

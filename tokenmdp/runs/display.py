@@ -28,16 +28,17 @@ def make_console() -> Console:
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The numbers to watch; EV is the explained variance of the critic.
+    """The numbers to watch; EV is the explained variance of the critic, where there is one.
 
     >>> summary(
     ...     {"score_mean": 1, "kl": -0.0001, "entropy": 2.25, "explained_variance": 0.618, "tokens_per_second": 812.4}
     ... )
     'score +1.00  KL 0.00  entropy 2.25  EV 0.62  812 tokens/s'
     """
+    critic = f"EV {metrics['explained_variance']:z.2f}  " if "explained_variance" in metrics else ""
     return (
         f"score {metrics['score_mean']:+z.2f}  KL {metrics['kl']:z.2f}  entropy {metrics['entropy']:z.2f}  "
-        f"EV {metrics['explained_variance']:z.2f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        f"{critic}{metrics['tokens_per_second']:.0f} tokens/s"
     )
 
 

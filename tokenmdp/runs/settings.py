@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenmdp.agents import DEFAULT_ALGORITHM, algorithm
 from tokenmdp.models.loading import ALIASES
 from tokenmdp.runs.credit_options import POLICIES
 
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
-EXAMPLES = {"--ppo": "kl_coef=0.1", "--credit-option": "budget=64", "--option": "shapley.budget=64"}
+SET_APART = ("seed", "device", "total_updates")  # fields of a configuration that a run sets by itself
+EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
     "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
     "truncate_prompt",
@@ -43,11 +45,12 @@ class RunSettings:
     seed: int = 1
     device: str = "cpu"
     eval_samples: int = 256
-    ppo: dict[str, Any] = field(default_factory=dict)  # PPOConfig fields other than seed and device
+    algorithm: str = DEFAULT_ALGORITHM
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration but `SET_APART`
 
 
 class Preset(NamedTuple):
-    """Settings with the number of updates and the checkpoint interval."""
+    """Settings, to which each algorithm adds its configuration, number of updates and checkpoint interval."""
 
     settings: RunSettings
     updates: int
@@ -66,8 +69,6 @@ PRESETS = {
             max_new_tokens=16,
             credit="red",
             credit_beta=1.0,
-            # Two epochs take three fifths of the time of PPOConfig's four, and larger steps compensate.
-            ppo={"learning_rate": 6e-5, "kl_coef": 0.38, "update_epochs": 2},
         ),
         updates=40,
         checkpoint_every=10,
@@ -83,12 +84,33 @@ PRESETS = {
             max_new_tokens=8,
             num_envs=32,
             eval_samples=128,
-            ppo={"learning_rate": 3e-3, "kl_coef": 0.5},
         ),
         updates=20,
         checkpoint_every=10,
     ),
 }
+
+
+def preset_settings(preset: str, name: str) -> RunSettings:
+    """The settings of a preset with the algorithm called ``name``, which says what configuration suits the preset."""
+    kind, settings = algorithm(name), PRESETS[preset].settings
+    if not kind.uses_credit:
+        settings = replace(settings, credit="sparse")
+    return replace(settings, algorithm=name, config=dict(kind.presets.get(preset, {})))
+
+
+def agent_config(settings: RunSettings, updates: int) -> Any:
+    """The configuration of the run's algorithm; a learning-rate schedule ends with the run.
+
+    Raises:
+        ValueError: ``settings.config`` has a field that does not exist or that the run sets by itself, or a value of
+            the wrong type or range.
+    """
+    kind = algorithm(settings.algorithm).config_class
+    known = {item.name for item in fields(kind)} - set(SET_APART)
+    if unknown := sorted(settings.config.keys() - known):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    return kind(**settings.config, seed=settings.seed, device=settings.device, total_updates=updates)
 
 
 def absolute_name(name: str | None) -> str | None:
@@ -118,14 +140,14 @@ def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
     """``name=value`` strings of ``flag`` as a dict; a value is read as JSON if it is JSON, else as a string.
 
-    >>> parse_options(["kl_coef=0.1", "dtype=auto", "shapley.budget=64"], "--ppo")
-    {'kl_coef': 0.1, 'dtype': 'auto', 'shapley.budget': 64}
+    >>> parse_options(["budget=64", "heads=max"], "--credit-option")
+    {'budget': 64, 'heads': 'max'}
     """
     parsed: dict[str, Any] = {}
     for option in options:
         name, equals, text = option.partition("=")
         if not equals or not name.rpartition(".")[2].isidentifier():
-            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES[flag]}")
+            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES.get(flag, 'kl_coef=0.1')}")
         try:
             parsed[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -1,11 +1,11 @@
-"""``tokenmdp train``: one resumable PPO run, and the report on what changed."""
+"""``tokenmdp train``: one resumable run, and the report on what changed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from tokenmdp.agents.ppo import PPO, PPOConfig
+from tokenmdp.agents import algorithm
+from tokenmdp.agents.base import Agent
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.policies import (
     Evaluation,
@@ -29,7 +30,7 @@ from tokenmdp.runs import process_settings
 from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.runs.display import Interruption, TrainingDisplay, make_console
 from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
-from tokenmdp.runs.settings import TOY_POLICY, RunSettings, settings_record
+from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
 from tokenmdp.training.processes import launched, processes_of
 from tokenmdp.wording import count
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
+CURVES = ("score_mean", "kl", "explained_variance", "entropy")
 SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
 
@@ -75,7 +77,7 @@ def _train(
             f"choose a multiple of {processes.size}"
         )
     settings = replace(settings, device=str(processes.device(settings.device)))
-    ppo_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
+    agent_config(settings, updates)  # raises for a wrong field before a directory is made, and so does this:
     credit_of(settings)
     run = RunDirectory(out)
     with contextlib.ExitStack() as held:
@@ -105,7 +107,7 @@ def set_up(
     resume: bool,
     accelerator: Accelerator | None,
     console: Console,
-) -> tuple[PPO, PromptSplit]:
+) -> tuple[Agent, PromptSplit]:
     """The agent, new or from the run's checkpoint, and the prompts.
 
     Raises:
@@ -132,7 +134,7 @@ def set_up(
         console.print(f"going on after update {agent.num_updates_done} of {updates}")
     else:
         policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
-        agent = PPO(policy, envs, ppo_config(settings, updates), accelerator=accelerator)
+        agent = algorithm(settings.algorithm)(policy, envs, agent_config(settings, updates), accelerator=accelerator)
         if settings.policy == TOY_POLICY:
             console.print("the toy policy starts untrained: random weights, random words")
             if agent.config.lora_rank:
@@ -141,28 +143,14 @@ def set_up(
     return agent, split
 
 
-def ppo_config(settings: RunSettings, updates: int) -> PPOConfig:
-    """The agent's configuration; a learning-rate schedule ends with the run.
-
-    Raises:
-        ValueError: ``settings.ppo`` names a field that does not exist or that the command sets itself.
-    """
-    known = {item.name for item in fields(PPOConfig)} - {"seed", "device", "total_updates"}
-    unknown = sorted(settings.ppo.keys() - known)
-    if unknown:
-        raise ValueError(f"--ppo has no field {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-    try:
-        return PPOConfig(**settings.ppo, seed=settings.seed, device=settings.device, total_updates=updates)
-    except TypeError as error:  # a string where a number is compared
-        raise ValueError(f"--ppo {settings.ppo} holds a value of the wrong type ({error})") from error
-
-
 def load_agent(
     run: RunDirectory, settings: RunSettings, envs: Any, updates: int, accelerator: Accelerator | None
-) -> PPO:
+) -> Agent:
     """The agent of the run's checkpoint."""
     try:
-        return PPO.load(run.checkpoint, envs, accelerator=accelerator, device=settings.device, total_updates=updates)
+        return algorithm(settings.algorithm).load(
+            run.checkpoint, envs, accelerator=accelerator, device=settings.device, total_updates=updates
+        )
     except (CheckpointError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the run in {run.path} cannot be continued: {error}. To start afresh choose another --out, "
@@ -170,7 +158,7 @@ def load_agent(
         ) from error
 
 
-def describe(agent: PPO) -> str:
+def describe(agent: Agent) -> str:
     """Model, episodes and precision in a few words."""
     parameters = sum(weight.numel() for weight in agent.policy.lm.parameters())
     learned = sum(weight.numel() for weight in agent.policy.lm.parameters() if weight.requires_grad)
@@ -179,12 +167,12 @@ def describe(agent: PPO) -> str:
     precision = str(agent.policy.compute_dtype).removeprefix("torch.")
     return (
         f"policy of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.policy.lm.device}; "
-        f"{count(agent.num_episodes, 'episode')} of up to {count(task.max_new_tokens, 'token')} an update"
+        f"{count(agent.num_episodes, 'episode')} of up to {count(task.max_new_tokens, 'token')} per update"
     )
 
 
 def evaluate_before(
-    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, console: Console
+    run: RunDirectory, agent: Agent, settings: RunSettings, split: PromptSplit, console: Console
 ) -> Evaluation:
     """The evaluation of the policy as it started; made once per run, from the frozen reference."""
     if run.before.exists():
@@ -197,7 +185,7 @@ def evaluate_before(
     return before
 
 
-def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, console: Console) -> bool:
+def learn(run: RunDirectory, agent: Agent, updates: int, checkpoint_every: int, console: Console) -> bool:
     """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date.
 
     With several processes, all learn and the first one writes.
@@ -246,7 +234,7 @@ def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, co
 
 
 def report(
-    run: RunDirectory, agent: PPO, settings: RunSettings, split: PromptSplit, before: Evaluation, console: Console
+    run: RunDirectory, agent: Agent, settings: RunSettings, split: PromptSplit, before: Evaluation, console: Console
 ) -> None:
     """Evaluate after training; print the table and samples; write curve, page and summary."""
     with console.status("evaluating the policy after training"):
@@ -268,9 +256,9 @@ def report(
     curve = curves.plot_learning_curves(
         {settings.credit: [records]},
         run.report / "learning_curve.png",
-        metric=("score_mean", "kl", "explained_variance", "entropy"),
+        metric=[name for name in CURVES if name in records[0]],
         window=1 + int(SMOOTHING * len(records)),
-        title=f"{settings.env}, {settings.credit} credit, seed {settings.seed}",
+        title=f"{settings.algorithm} on {settings.env}, {settings.credit} credit, seed {settings.seed}",
     )
     note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
     if settings.credit == "attention":

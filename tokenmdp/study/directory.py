@@ -152,8 +152,8 @@ def _extended(
 def _common(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that all runs of one setting share: everything but the method, its learning rate and the seed."""
     settings = {key: value for key, value in record["settings"].items() if key not in OF_A_METHOD}
-    ppo = {key: value for key, value in settings.pop("ppo").items() if key != "learning_rate"}
-    return settings | ppo | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")}
+    config = {key: value for key, value in settings.pop("config").items() if key != "learning_rate"}
+    return settings | config | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")}
 
 
 def _unseeded(record: Mapping[str, Any]) -> str:

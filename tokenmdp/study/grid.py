@@ -13,12 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.environments import credit_of
-from tokenmdp.runs.settings import RunSettings, parse_options
-from tokenmdp.runs.training import ppo_config
+from tokenmdp.runs.settings import RunSettings, agent_config, parse_options
 from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.presets import LEARNING_RATE, Plan
 from tokenmdp.study.results import Cell, StudyError
@@ -134,11 +132,11 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
         plan.tried_rates or (None,),
         methods,
     ):
-        ppo = dict(plan.base.ppo)
-        if tried is not None or rates is not None or "learning_rate" not in ppo:
-            ppo["learning_rate"] = _rate(method, rates) if tried is None else tried
+        config = dict(plan.base.config)
+        if tried is not None or rates is not None or "learning_rate" not in config:
+            config["learning_rate"] = _rate(method, rates) if tried is None else tried
         if kl_coef is not None:
-            ppo |= {"kl_coef": kl_coef, "kl_target": None}
+            config |= {"kl_coef": kl_coef, "kl_target": None}
         label = [f"{text} tokens"]
         label += [f"reward model {model_name(model)}"] * (len(plan.reward_models) > 1)
         label += [] if kl_coef is None else [f"kl_coef={kl_coef:g}"]
@@ -153,7 +151,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
             max_new_tokens=length.most,
             min_new_tokens=length.least if length.least < length.most else 0,
             horizon_range=(length.least, length.most) if length.least < length.most else None,
-            ppo=ppo,
+            config=config,
         )
         cell = Cell(
             method.label, seed, ", ".join(label), settings, plan.updates, plan.gold, plan.eval_every, plan.eval_samples
@@ -168,12 +166,12 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
                 "names of their own"
             )
     for cell in names.values():
-        if cell.settings.num_envs < (parts := cell.settings.ppo.get("num_minibatches", PPOConfig.num_minibatches)):
+        parts = agent_config(cell.settings, cell.updates).num_minibatches
+        if cell.settings.num_envs < parts:
             raise StudyError(
                 f"--num-envs is {cell.settings.num_envs}, which does not fill num_minibatches={parts}; raise it, or "
-                "pass --ppo num_minibatches=1"
+                "pass --num-minibatches 1"
             )
-        ppo_config(cell.settings, cell.updates)
         credit_of(cell.settings)
     return list(cells.values())
 

@@ -153,12 +153,12 @@ def alike(cells: Mapping[str, Cell], varied: Sequence[str]) -> list[str]:
 
 
 def apart_from(cell: Cell, names: Sequence[str]) -> str:
-    """A cell's settings without its seed and the named settings or PPO options, to be compared with another's."""
+    """A cell's settings without its seed and some settings or options of its algorithm, to be compared."""
     left_out = {"seed", *names}
     record = settings_record(cell.settings)
-    ppo = {key: value for key, value in record["ppo"].items() if key not in left_out}
+    config = {key: value for key, value in record["config"].items() if key not in left_out}
     kept = {key: value for key, value in record.items() if key not in left_out}
-    return json.dumps(kept | {"ppo": ppo, "updates": cell.updates}, sort_keys=True)
+    return json.dumps(kept | {"config": config, "updates": cell.updates}, sort_keys=True)
 
 
 class EqualKL(NamedTuple):

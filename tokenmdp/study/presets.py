@@ -17,7 +17,7 @@ from tokenmdp.runs.settings import TOY_POLICY, RunSettings
 PAPER_LEARNING_RATE = 1.41e-5  # of GPT-2 124M
 LEARNING_RATE = 1e-4  # of the bundled policy: what the grid "tune" chose for every method
 
-PAPER_PPO: dict[str, Any] = {
+PAPER_CONFIG: dict[str, Any] = {
     "update_epochs": 4,
     "num_minibatches": 1,
     "gamma": 1.0,
@@ -38,7 +38,7 @@ BUNDLED = RunSettings(
     min_new_tokens=8,
     horizon_range=(8, 15),
     num_envs=16,
-    ppo=PAPER_PPO,
+    config=PAPER_CONFIG,
 )
 PAPER_METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")
 MAIN_METHODS = ("sparse", "uniform", "attention", "red")
@@ -106,7 +106,7 @@ PLANS: dict[str, Plan] = {
                 tokenizer="lvwerra/gpt2-imdb",
                 reward_model="XanderJC/gpt2-rm-imdb",
                 prompts="stanfordnlp/imdb",
-                ppo=PAPER_PPO | {"learning_rate": PAPER_LEARNING_RATE},
+                config=PAPER_CONFIG | {"learning_rate": PAPER_LEARNING_RATE},
             ),
             gold=None,
         ),
@@ -125,7 +125,7 @@ PLANS: dict[str, Plan] = {
                 eval_prompts=None,
                 max_new_tokens=7,
                 num_envs=4,
-                ppo=PAPER_PPO | {"learning_rate": 3e-3, "dtype": "float32"},
+                config=PAPER_CONFIG | {"learning_rate": 3e-3, "dtype": "float32"},
             ),
             lengths=("4-8",),
             gold=None,

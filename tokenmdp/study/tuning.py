@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenmdp.agents.ppo import PPOConfig
+from tokenmdp.runs.settings import agent_config
 from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import area, last_tenth
 from tokenmdp.study.results import Cell, rounded
@@ -56,7 +56,7 @@ def chosen_rates(study: Study, grid: str = SEARCH) -> dict[str, Any]:
     tried: dict[str, dict[float, dict[Run, Cell]]] = {}
     for cell in study.declared(grid):
         run = Run(cell.setting.partition(", learning_rate=")[0], cell.seed)
-        tried.setdefault(cell.method, {}).setdefault(cell.settings.ppo["learning_rate"], {})[run] = cell
+        tried.setdefault(cell.method, {}).setdefault(cell.settings.config["learning_rate"], {})[run] = cell
     ranked = {method: _ranked(study, rates) for method, rates in tried.items()}
     best = _best(ranked, MOST_KL)
     anywhere = _best(ranked, math.inf)
@@ -105,7 +105,7 @@ def rates_of(cells: Sequence[Cell]) -> dict[float, list[str]]:
     """Learning rate -> the methods trained with it, both in order."""
     found: dict[float, list[str]] = {}
     for cell in cells:
-        methods = found.setdefault(cell.settings.ppo.get("learning_rate", PPOConfig().learning_rate), [])
+        methods = found.setdefault(agent_config(cell.settings, cell.updates).learning_rate, [])
         if cell.method not in methods:
             methods.append(cell.method)
     return dict(sorted(found.items()))

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from tokenmdp.agents.ppo import PPO, Metrics
+from tokenmdp.agents import algorithm
+from tokenmdp.agents.base import Agent, Metrics
 from tokenmdp.evaluation.texts import evaluate_cell
 from tokenmdp.files import write_text
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts, toy_policy
-from tokenmdp.runs.settings import TOY_POLICY
-from tokenmdp.runs.training import ppo_config
+from tokenmdp.runs.settings import TOY_POLICY, agent_config
 from tokenmdp.study.directory import read_cell
 from tokenmdp.study.grid import register
 from tokenmdp.study.labels import without_directories
@@ -36,9 +36,10 @@ from tokenmdp.training.peak_memory import peak_bytes
 
 COLUMNS = (
     "update", "score_mean", "kl", "entropy", "response_length", "kl_coef", "learning_rate", "approx_kl",
-    "clip_fraction", "explained_variance",
+    "clip_fraction",
 )  # fmt: skip
-REPORTED = ("attention_mass", "attention_entropy", "credit_fallback")  # by some credit methods
+# By algorithms with a critic, and by some credit methods:
+REPORTED = ("explained_variance", "attention_mass", "attention_entropy", "credit_fallback")
 EVALUATION_SEED = 0  # every evaluation of every cell plays the same prompts with the same noise
 PROGRESS_SECONDS = 1.0  # between two writes of the progress file
 RESULT_BYTES = 30_000  # more than a finished cell of 150 updates takes
@@ -62,7 +63,7 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
     split = split_prompts(settings)
     envs = make_envs(settings, settings.num_envs, split.training)
     policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
-    agent = PPO(policy, envs, ppo_config(settings, cell.updates))
+    agent = algorithm(settings.algorithm)(policy, envs, agent_config(settings, cell.updates))
     evaluations: dict[str, list[float]] = defaultdict(list)
     samples: list[Sample] = []
 
@@ -92,7 +93,7 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
     return CellResult(cell, metrics, dict(evaluations), samples, seconds, versions, costs_of(agent))
 
 
-def costs_of(agent: PPO) -> dict[str, float]:
+def costs_of(agent: Agent) -> dict[str, float]:
     """Training costs: medians over the updates, the first of which warms up, and the peak of the whole process."""
     return {
         "update_seconds": statistics.median(record["seconds"] for record in agent.history),

@@ -123,10 +123,10 @@ def _settings(cells: Sequence[Cell]) -> str:
 
 
 def flat_settings(cell: Cell) -> dict[str, Any]:
-    """All that decides what a cell computes, PPO's options among the others; models by `model_name`."""
+    """All that decides what a cell computes, the algorithm's options among the others; models by `model_name`."""
     record = cell_record(cell)
     settings = record["settings"]
-    options = {key: value for key, value in settings.items() if key != "ppo"} | settings["ppo"]
+    options = {key: value for key, value in settings.items() if key != "config"} | settings["config"]
     return _named(options | {key: record[key] for key in ("updates", "gold", "eval_every", "eval_samples")})
 
 

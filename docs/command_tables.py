@@ -1,0 +1,79 @@
+"""Write the tables of options in command.md, from the same descriptions that ``tokenmdp COMMAND --help`` shows.
+
+python docs/command_tables.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tyro
+
+from tokenmdp.agents import ALGORITHMS, algorithm
+from tokenmdp.agents.base import AgentConfig
+from tokenmdp.cli.ablate import plan_options
+from tokenmdp.cli.eval import Eval
+from tokenmdp.cli.options import DEFAULT, descriptions
+from tokenmdp.cli.quality import Quality
+from tokenmdp.cli.sample import SampleOptions
+from tokenmdp.cli.score import Score
+from tokenmdp.cli.train import preset_options
+from tokenmdp.runs.settings import SET_APART
+
+PAGE = Path(__file__).with_name("command.md")
+
+
+def table(options: Any, left_out: Collection[str] = ()) -> str:
+    """Markdown: a line per option, with its default and description; ``options`` is a dataclass or an instance."""
+    kind = options if isinstance(options, type) else type(options)
+    hints, described = get_type_hints(kind, include_extras=True), descriptions(kind)
+    lines = ["| option | default | |", "|---|---|---|"]
+    for field in fields(kind):
+        if field.name in left_out or tyro.conf.Positional in get_args(hints[field.name]):
+            continue
+        value = field.default if isinstance(options, type) else getattr(options, field.name)
+        text, own = described[field.name], DEFAULT.search(described[field.name])
+        flag = f"--no-{field.name}" if value is True else f"--{field.name}"
+        lines.append(f"| `{flag.replace('_', '-')}` | {own[1] if own else shown(value)} | {DEFAULT.sub('', text)} |")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A default as the page writes it."""
+    if value is None or value is MISSING or isinstance(value, bool) or value == ():
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(f"`{one}`" for one in value)
+    return f"`{value}`"
+
+
+def tables() -> dict[str, str]:
+    """Name of a table in the page -> its Markdown."""
+    shared = {field.name for field in fields(AgentConfig)}
+    own = {name: table(algorithm(name).config_class, shared) for name in ALGORITHMS}
+    commands = {"sample": SampleOptions, "score": Score, "eval": Eval, "quality": Quality, "ablate": plan_options()}
+    return {
+        "train": table(preset_options()),
+        "every algorithm": table(AgentConfig, SET_APART),
+        **own,
+        **{name: table(kind) for name, kind in commands.items()},
+    }
+
+
+def page() -> str:
+    """The page with its tables made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in tables().items():
+        start, end = f"<!-- options: {name} -->\n", f"<!-- /options: {name} -->\n"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{PAGE} has no one place for the table {name!r}; it needs {start}and {end}once")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{lines}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
