@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = {  # name in the command -> module and class; the first is the default
     "ppo": "tokenmdp.agents.ppo:PPO",
+    "rloo": "tokenmdp.agents.rloo:RLOO",
 }
 DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
 

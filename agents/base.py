@@ -212,7 +212,7 @@ class Agent:
                 callback(metrics)
         return self
 
-    def play(self) -> tuple[Rollout, Metrics]:
+    def play(self, responses_per_prompt: int = 1) -> tuple[Rollout, Metrics]:
         """One episode in every row, scored by the reward model and credited by the wrapper; see `collect`."""
         return collect(
             self.envs,
@@ -221,6 +221,7 @@ class Agent:
             self.generator,
             seed=environment_seed(self.config.seed) if self.num_updates_done == 0 else None,
             rows_per_forward=math.ceil(self.envs.num_envs / self.config.num_minibatches),
+            responses_per_prompt=responses_per_prompt,
             processes=self.processes,
         )
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
 from tokenmdp.agents.ppo import PPO
+from tokenmdp.agents.rloo import RLOO
 from tokenmdp.files import save_state
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.training.processes import processes_of
@@ -28,6 +29,7 @@ RUNS = {
     "minibatches of one row": ("sparse", 6, {"num_minibatches": 5}, {}),
     "target_kl": ("uniform", 8, {"learning_rate": 1e-2, "update_epochs": 5, "target_kl": 0.01}, {}),
     "vine": ("sparse", 4, {"estimator": "vine", "vine_rollouts": 2}, {"max_new_tokens": 4, "horizon_range": (1, 4)}),
+    "rloo": ("uniform", 8, {"responses_per_prompt": 2}, {"horizon_range": (2, 8)}),
     "lora": ("uniform", 8, {"lora_rank": 4, "learning_rate": 1e-2, "gradient_checkpointing": True}, {}),
 }
 OWN_REFERENCE = ("vine",)  # with the policy itself, the values would first learn a KL that is rounding error alone
@@ -43,9 +45,10 @@ def make_envs(name, accelerator=None):
 
 
 def make_agent(name, accelerator=None):
-    config = PPO.config_class(**(BASE | RUNS[name][2]))
+    kind = RLOO if name == "rloo" else PPO
+    config = kind.config_class(**(BASE | RUNS[name][2]))
     reference = toy_policy(seed=1) if name in OWN_REFERENCE else None
-    return PPO(toy_policy(seed=0), make_envs(name, accelerator), config, reference, accelerator=accelerator)
+    return kind(toy_policy(seed=0), make_envs(name, accelerator), config, reference, accelerator=accelerator)
 
 
 def resume(directory, name, accelerator=None):

@@ -56,7 +56,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 @pytest.mark.parametrize(
-    ("algorithm", "moment", "done"), [("ppo", "update", 11), ("ppo", "save", 20)]
+    ("algorithm", "moment", "done"), [("ppo", "update", 11), ("ppo", "save", 20), ("rloo", "update", 11)]
 )
 def test_a_killed_run_ends_with_the_metrics_and_files_of_an_unbroken_one(tmp_path, unbroken, algorithm, moment, done):
     out, unbroken = tmp_path / "run", unbroken(algorithm)

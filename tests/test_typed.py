@@ -8,6 +8,7 @@ import pytest
 
 from tokenmdp.agents import ALGORITHMS, algorithm
 from tokenmdp.agents.ppo import PPOConfig
+from tokenmdp.agents.rloo import RLOOConfig
 from tokenmdp.training.typed import check_types
 
 WRONG = [
@@ -47,7 +48,7 @@ WRONG_IN_PPO = [
 
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
-    [(kind, *one) for kind in (PPOConfig,) for one in WRONG] + [(PPOConfig, *one) for one in WRONG_IN_PPO],
+    [(kind, *one) for kind in (PPOConfig, RLOOConfig) for one in WRONG] + [(PPOConfig, *one) for one in WRONG_IN_PPO],
 )
 def test_wrong_values_are_errors_that_name_the_field(kind, given, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is compared below)

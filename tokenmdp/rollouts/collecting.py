@@ -21,6 +21,7 @@ from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import find_credit_wrapper
 
+TEXT = ("input_ids", "attention_mask")  # of an observation
 ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
 
 
@@ -60,6 +61,7 @@ def collect(
     seed: int | None = None,
     rows_per_forward: int = 64,
     share_ended: float = SHARE_ENDED,
+    responses_per_prompt: int = 1,
     processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference.
@@ -72,6 +74,8 @@ def collect(
         seed: Of the first row (of the first process); default: continue with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
+        responses_per_prompt: K; above 1, rows K * j to K * (j + 1) - 1 play the prompt (and the horizon) that the
+            first of them drew. It divides the rows of each process.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 
@@ -86,19 +90,40 @@ def collect(
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
     uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
     with processes.raise_together(), processes.whole_weights(policy):
-        rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
+        observation, _ = envs.reset(seed=None if seed is None else seed + rows.start)
+        if responses_per_prompt > 1:
+            observation = _share_prompts(envs, observation, responses_per_prompt)
+        rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
 
 
+def _share_prompts(envs: VectorEnv, drawn: dict[str, np.ndarray], group: int) -> dict[str, np.ndarray]:
+    """Start every row again with the prompt and horizon that the first row of its group drew; the observations."""
+    base = credited_envs(envs)
+    if envs.num_envs % group:
+        raise ValueError(
+            f"num_envs={envs.num_envs} is not a multiple of responses_per_prompt={group}; change one of them"
+        )
+    first = np.arange(envs.num_envs) // group * group
+    prompts = [ids[kept.astype(bool)].tolist() for ids, kept in zip(*(drawn[key][first] for key in TEXT), strict=True)]
+    options: dict[str, Any] = {"prompt": prompts}
+    if base.task.horizon_range is not None:
+        options["horizon"] = base.horizons[first].tolist()
+    return envs.reset(options=options)[0]
+
+
 def _play(
-    envs: VectorEnv, policy: CausalLMPolicy, uniforms: torch.Tensor, seed: int | None, share_ended: float
+    envs: VectorEnv,
+    policy: CausalLMPolicy,
+    observation: dict[str, np.ndarray],
+    uniforms: torch.Tensor,
+    share_ended: float,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """One episode in every row, without ``ref_logprobs``, and the last info of every row."""
+    """The episodes that began with ``observation``, without ``ref_logprobs``, and the last info of every row."""
     task, device = credited_envs(envs).task, policy.lm.device
-    observation, _ = envs.reset(seed=seed)
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
     prompt = slice(first_slot, task.max_prompt_tokens)
