@@ -1,4 +1,4 @@
-"""The study with the paper's own models, GPT-2 124M, and what it costs: seconds an update, tokens a second, memory.
+"""The study with the paper's own models, GPT-2 124M, and what it costs: seconds per update, tokens per second, memory.
 
 python examples/gpt2_study.py --random-weights                         # a trial of 3 updates without any download
 python examples/gpt2_study.py                                          # 60 runs with the models of the hub

@@ -77,7 +77,7 @@ def test_each_part_finds_something_and_writes_it(part, tmp_path):
 def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.parse(["trl", "gpu"])
-    assert "'gpu' is no part" in capsys.readouterr().err
+    assert "'gpu' is not a part" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{}, {"layers": 3, "width": 32}, {"prompt_tokens": 7, "vocab_size": 91}])

@@ -215,7 +215,7 @@ def test_a_model_that_explores_repeats_with_the_seed(name, num_envs):
 
 
 def test_misuse_is_explained():
-    with pytest.raises(TypeError, match="int is no agent: pass a function obs -> actions"):
+    with pytest.raises(TypeError, match="int is not an agent: pass a function obs -> actions"):
         evaluate(make_single(), 3)
     with pytest.raises(TypeError, match="envs is a str; pass the Gymnasium environment"):
         evaluate(ID, scripted)

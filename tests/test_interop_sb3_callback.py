@@ -265,7 +265,7 @@ def test_drop_refuses_rollouts_shorter_than_an_episode():
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="'carry' is none of 'complete', 'drop'"):
+    with pytest.raises(ValueError, match="'carry' is not one of 'complete', 'drop'"):
         TokenRewardCallback("carry")
 
 

@@ -117,7 +117,7 @@ def test_quality_prints_table_reasons_and_verdict(run, tmp_path):
         (["--option", "budget=4"], "--option 'budget' does not name a method"),
         (["--option", "shapley.size=4"], "shapley credit has no option size"),
         (["--option", "shapley"], "--option 'shapley' is not name=value, such as shapley.budget=64"),
-        (["--option", "fine-grained.parts=[1]"], "1 is no part of fine-grained credit"),
+        (["--option", "fine-grained.parts=[1]"], "1 is not a part of fine-grained credit"),
         (["--reward-model", "no/such/model"], "no/such/model"),
     ],
 )

@@ -171,7 +171,7 @@ def test_a_template_shows_the_response_once_and_nothing_unknown(causal, template
     ):
         with pytest.raises(ValueError, match=r"must have \{response\} once"):
             build()
-    with pytest.raises(ValueError, match="is no format string"):
+    with pytest.raises(ValueError, match="is not a format string"):
         RetokenizedRewardModel(causal, TOY, "{response")
 
 

@@ -218,7 +218,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
         (["--jobs", "0"], "--jobs is 0"),
         (["--quality-texts", "1"], "--quality-texts is 1"),
         (["--learning-rates", "rates.json"], "only for sparse"),
-        (["--learning-rates", "text.json"], "is no JSON object"),
+        (["--learning-rates", "text.json"], "is not a JSON object"),
         (["--learning-rates", "missing.json"], "missing.json"),
         (["--report-only"], "holds no study"),
         (["--reward-models", "no-such-model"], "no-such-model"),

@@ -288,7 +288,7 @@ def test_stepping_before_reset_asks_for_one():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"autoreset_mode": "Never"}, "autoreset_mode='Never' is none of 'NextStep', 'SameStep', 'Disabled'"),
+        ({"autoreset_mode": "Never"}, "autoreset_mode='Never' is not one of 'NextStep', 'SameStep', 'Disabled'"),
         ({"score_when": "later"}, "score_when='later'"),
         ({"score_when": "all_done"}, "needs autoreset_mode='Disabled'"),
     ],

@@ -94,7 +94,9 @@ def run_curves(arguments: argparse.Namespace, console: Console) -> int:
     variants = {label: parse_options(options, "--config") for label, *options in arguments.variant}
     engines = curve_engines(config, variants)
     if unknown := [name for name in arguments.engines or () if name not in engines]:
-        raise ValueError(f"--engines {unknown[0]} is none of {', '.join(engines)}; --variant LABEL adds {OURS}-LABEL")
+        raise ValueError(
+            f"--engines {unknown[0]} is not one of {', '.join(engines)}; --variant LABEL adds {OURS}-LABEL"
+        )
     default = [name for name in engines if not (arguments.smoke and name == TRL)]
     chosen = [engines[name] for name in arguments.engines or default]
     seeds = arguments.seeds[:1] if arguments.smoke else arguments.seeds

@@ -77,7 +77,7 @@ def sdpa_alone(agent: PPO) -> Iterator[None]:
 
 CHANGES: dict[str, Undo] = {
     "float32 products by oneDNN": lambda agent: patch("tokenmdp.models.kernels.onednn._takes", lambda *_: False),
-    "one random number a token": lambda agent: patch.object(CausalLMPolicy, "act", gumbel_act),
+    "one random number per token": lambda agent: patch.object(CausalLMPolicy, "act", gumbel_act),
     "token scores in one pass": lambda agent: patch("tokenmdp.models.policy.token_scores", plain_scores),
     "activation in one kernel": plain_activations,
     "bfloat16 attention on the CPU": sdpa_alone,

@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes once, to see that it runs; trl only if named")
     arguments = parser.parse_args(argv)
     if unknown := [part for part in arguments.parts if part not in PARTS]:
-        parser.error(f"{unknown[0]!r} is no part; choose from {', '.join(PARTS)}")
+        parser.error(f"{unknown[0]!r} is not a part; choose from {', '.join(PARTS)}")
     arguments.parts = arguments.parts or [part for part in PARTS if not (arguments.smoke and part == "trl")]
     return arguments
 

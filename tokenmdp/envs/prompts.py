@@ -211,7 +211,7 @@ def read_prompt_file(path: Path) -> list[Any]:
         prompts = content["prompts"] if isinstance(content, dict) else content
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"{path} is no prompt file ({error!r}): JSON needs a list or {{'prompts': [...]}}, "
+            f"{path} is not a prompt file ({error!r}): JSON needs a list or {{'prompts': [...]}}, "
             "JSONL a string or {'prompt': ...} a line"
         ) from error
     if not isinstance(prompts, list):

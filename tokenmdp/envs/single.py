@@ -38,7 +38,7 @@ class TokenEpisodes:
     def __init__(self, task: TextGenTask, num_rows: int, render_mode: str | None) -> None:
         modes = METADATA["render_modes"]
         if render_mode is not None and render_mode not in modes:
-            raise ValueError(f"render_mode={render_mode!r} is none of None, {', '.join(map(repr, modes))}")
+            raise ValueError(f"render_mode={render_mode!r} is not one of None, {', '.join(map(repr, modes))}")
         self.task = task
         self.render_mode = render_mode
         self.outcome: Outcome | None = None

@@ -202,7 +202,7 @@ def make_task(
     if not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(f"min_new_tokens={min_new_tokens} is not in [0, max_new_tokens={max_new_tokens}]")
     if truncate_prompt not in (None, "left", "right"):
-        raise ValueError(f"truncate_prompt={truncate_prompt!r} is none of None, 'left' and 'right'")
+        raise ValueError(f"truncate_prompt={truncate_prompt!r} is not one of None, 'left' and 'right'")
     _check_alignment(align, reward_template)
     horizons = None if horizon_range is None else _pair("horizon_range", horizon_range)
     if horizons is not None and not 1 <= horizons[0] <= horizons[1] <= max_new_tokens:

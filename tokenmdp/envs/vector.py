@@ -65,9 +65,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError as error:
             names = ", ".join(repr(mode.value) for mode in AutoresetMode)
-            raise ValueError(f"autoreset_mode={autoreset_mode!r} is none of {names}") from error
+            raise ValueError(f"autoreset_mode={autoreset_mode!r} is not one of {names}") from error
         if score_when not in ("ended", "all_done"):
-            raise ValueError(f"score_when={score_when!r} is none of 'ended', 'all_done'")
+            raise ValueError(f"score_when={score_when!r} is not one of 'ended', 'all_done'")
         if score_when == "all_done" and self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ValueError("score_when='all_done' waits for the last row: it needs autoreset_mode='Disabled'")
         if task is not None and arguments:
@@ -127,7 +127,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         tokens = np.asarray(actions)
         if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
             raise InvalidAction(
-                f"actions have shape {tokens.shape} and dtype {tokens.dtype}; one integer token id a row is needed: "
+                f"actions have shape {tokens.shape} and dtype {tokens.dtype}; one integer token id per row is needed: "
                 f"shape ({self.num_envs},), for example int64"
             )
         waiting = ~self._state.running
@@ -239,7 +239,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         if isinstance(seed, (int, np.integer)):
             return [int(seed) + row for row in range(self.num_envs)]
         if len(seed) != self.num_envs:
-            raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows; give one a row, or one integer")
+            raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows; give one per row, or one integer")
         return list(seed)
 
     def _row_values(self, name: str, value: Any) -> list[Any]:
@@ -248,7 +248,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             return [value] * self.num_envs
         if not isinstance(value, (Sequence, np.ndarray)) or len(value) != self.num_envs:
             raise ValueError(
-                f"options[{name!r}] is {value!r}; give one for all rows or a list of {self.num_envs}, one a row"
+                f"options[{name!r}] is {value!r}; give one for all rows or a list of {self.num_envs}, one per row"
             )
         return list(value)
 

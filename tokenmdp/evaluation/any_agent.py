@@ -216,7 +216,7 @@ def _bind(agent: Any, envs: Any, seed: int, deterministic: bool) -> Act:
     act: Any = agent.act if isinstance(agent, Acts) else agent
     if not callable(act):
         raise TypeError(
-            f"{type(agent).__name__} is no agent: pass a function obs -> actions, an object with act(obs) or "
+            f"{type(agent).__name__} is not an agent: pass a function obs -> actions, an object with act(obs) or "
             "predict(obs, deterministic=...), a CausalLMPolicy or an agent that holds one"
         )
     if "action_masks" in inspect.signature(act).parameters:

@@ -111,7 +111,7 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
 
 def comparison_table(rows: dict[str, dict[str, Estimate]], what: str) -> Table:
     """`comparison` for the terminal; ``what`` was compared."""
-    caption = "mean [95% interval]; KL to the reference in nats a sequence; the change is taken prompt by prompt"
+    caption = "mean [95% interval]; KL to the reference in nats per sequence; the change is taken prompt by prompt"
     table = Table(title=what, caption=caption)
     table.add_column("")
     for heading in ("before", "after", "change"):

@@ -275,7 +275,7 @@ class CausalLMPolicy(nn.Module):
             prompt_slots: P.
             support: (N, H, k) int64, the tokens the sampler chose among. Under top-k both policies must be compared
                 on the sampler's tokens: on its own top k a changed policy may give a sampled token probability 0 and
-                the ratio, like the KL, is infinite. None takes this policy's own top k.
+                the ratio, like the KL, is infinite. None: this policy's own top k.
         """
         mask = attention_mask.long()
         again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()

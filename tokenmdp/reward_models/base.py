@@ -107,7 +107,7 @@ class RewardModel(ABC):
         if output.score.shape != (rows,):  # (N, 1) would broadcast to (N, N) in the credit
             raise ValueError(
                 f"{self} returned scores of shape {tuple(output.score.shape)} for {rows} episodes; "
-                "evaluate returns one number an episode, shape (N,)"
+                "evaluate returns one number per episode, shape (N,)"
             )
         self._refuse(~torch.isfinite(output.score), output.score, "scored", episodes)
         response_mask = episodes.response_mask.bool().cpu()

@@ -269,7 +269,9 @@ def check_template(template: str) -> None:
     try:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(f"the template {template!r} is no format string ({error}); double literal braces") from error
+        raise ValueError(
+            f"the template {template!r} is not a format string ({error}); double literal braces"
+        ) from error
     known = all(field in (("prompt", "", None), ("response", "", None)) for field in fields)
     if not known or sum(field[0] == "response" for field in fields) != 1:
         raise ValueError(

@@ -163,7 +163,7 @@ def _parts(parts: Any) -> list[FineReward]:
     for part in parts:
         if not isinstance(part, dict) or part.keys() - known:
             raise ValueError(
-                f"{part!r} is no part of fine-grained credit; a part is an object with some of "
+                f"{part!r} is not a part of fine-grained credit; a part is an object with some of "
                 f"{', '.join(sorted(known))}, such as "
                 '{"reward_model": "lexicon", "density": "sentence", "weight": 0.5}'
             )

@@ -145,7 +145,7 @@ def resolve_device(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device name; use cpu, cuda, cuda:1 or auto") from error
+        raise ValueError(f"--device {name!r} is not a device name; use cpu, cuda, cuda:1 or auto") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name!r} asks for a GPU and torch sees none; use cpu or auto")
     return name

@@ -47,5 +47,5 @@ def describe(environ: Mapping[str, str]) -> str:
     present = " ".join(f"{key}={environ[key]}" for key in SETTINGS if key in environ)
     if not present:
         return "allocator: system defaults"
-    by_us = " (set by executing this command once more; --no-reexec turns that off)"
+    by_us = " (set by re-executing this command; --no-reexec turns that off)"
     return f"allocator: {present}{by_us if REEXECUTED in environ else ''}"

@@ -47,7 +47,7 @@ def parse_method(specification: str) -> Method:
     label = without_directories(" ".join([name, *(f"{key}={value}" for key, value in options.items())]))
     beta = options.pop("credit_beta", default_beta(name))
     if not isinstance(beta, int | float):
-        raise StudyError(f"--methods {specification!r}: credit_beta is {beta!r}, which is no number")
+        raise StudyError(f"--methods {specification!r}: credit_beta is {beta!r}, which is not a number")
     return Method(label, name, float(beta), options)
 
 
@@ -75,7 +75,7 @@ def register(name: str) -> None:
             f"--methods {name!r} cannot be imported ({error!r}); mend {module}, or run it where {module} is found"
         ) from error
     if not isinstance(method, type) or not is_dataclass(method):
-        raise StudyError(f"--methods {name!r} is no dataclass whose instances are credit methods; see CreditMethod")
+        raise StudyError(f"--methods {name!r} is not a dataclass whose instances are credit methods; see CreditMethod")
     CREDIT_METHODS[name] = method
 
 
@@ -99,7 +99,9 @@ def parse_length(text: str) -> Length:
     least = int(numbers[1]) if numbers else 0
     most = int(numbers[2]) - 1 if numbers and numbers[2] else least
     if not 1 <= least <= most:
-        raise StudyError(f"--lengths {text!r} is no range of tokens such as 8-16, which are 8 to 15, nor one length")
+        raise StudyError(
+            f"--lengths {text!r} is neither a range of tokens such as 8-16, which are 8 to 15, nor one length"
+        )
     return Length(least, most)
 
 
@@ -192,7 +194,7 @@ def read_rates(path: Path) -> dict[str, float]:
         return {str(method): float(rate) for method, rate in rates.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise StudyError(
-            f'--learning-rates {path} is no JSON object such as {{"sparse": 1e-4, "attention": 3e-5}} ({error})'
+            f'--learning-rates {path} is not a JSON object such as {{"sparse": 1e-4, "attention": 3e-5}} ({error})'
         ) from error
 
 

@@ -134,7 +134,9 @@ def paired_difference(values: Values, baseline: Values) -> Estimate:
     """
     left, right = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if left.shape != right.shape:
-        raise ValueError(f"{left.size} values and {right.size} of the baseline are no pairs; give one a seed of each")
+        raise ValueError(
+            f"{left.size} values and {right.size} of the baseline are not pairs; give one per seed of each"
+        )
     return mean_over_seeds(left - right)
 
 

@@ -142,7 +142,7 @@ class ToyMDP:
         for row, mask, score in zip(self.tokens, self.mask, self.scores, strict=True):
             if tuple(row[mask].tolist()) == tuple(tokens):
                 return score.item()
-        raise KeyError(f"{tokens} is no complete response of {self.horizon} tokens over {self.vocab_size}")
+        raise KeyError(f"{tokens} is not a complete response of {self.horizon} tokens over {self.vocab_size}")
 
     def objective(
         self, seq_logprobs: torch.Tensor, ref_seq_logprobs: torch.Tensor, kl_coef: float = 0.0

@@ -41,7 +41,7 @@ class MethodQuality:
     stopped: str | None = None  # if it covers fewer texts than there are: the reason
     texts: int = 0
     reward_forwards: float = 0.0  # per text, including the forward that scores
-    policy_forwards: float = 0.0  # a text
+    policy_forwards: float = 0.0  # per text
     metrics: dict[str, Estimate] = field(default_factory=dict)
 
 

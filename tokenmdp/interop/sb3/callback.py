@@ -68,7 +68,7 @@ class TokenRewardCallback(BaseCallback):
     def __init__(self, mode: CutOff = "complete", verbose: int = 0) -> None:
         super().__init__(verbose)
         if mode not in ("complete", "drop"):
-            raise ValueError(f"mode={mode!r} is none of 'complete', 'drop'")
+            raise ValueError(f"mode={mode!r} is not one of 'complete', 'drop'")
         self.mode = mode
         self._ended: list[tuple[int, int, np.ndarray]] = []  # row, environment and rewards of an episode that ended
         self._checked_horizon = False

@@ -32,7 +32,7 @@ MOST_ARROWS = 3
 
 
 DIAGNOSTICS = {  # metric -> its panel's title, its unit, what a sentence calls it
-    "entropy": ("entropy of the policy", "nats a token", "entropy"),
+    "entropy": ("entropy of the policy", "nats per token", "entropy"),
     "clip_fraction": ("tokens whose ratio was clipped", "share", "share of clipped tokens"),
     "explained_variance": (
         "returns explained by the value head",

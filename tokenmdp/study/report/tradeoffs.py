@@ -42,7 +42,7 @@ GOLD = "score of the second reward model"
 DIVERSITY = {
     "distinct_2": ("distinct-2", "share of token pairs that differ"),
     "self_bleu": ("self-BLEU", "how far texts repeat one another"),
-    "perplexity": ("log-perplexity", "nats a token, under the reference"),  # one run can be at 4000, others at 30
+    "perplexity": ("log-perplexity", "nats per token, under the reference"),  # one run can be at 4000, others at 30
 }
 
 
