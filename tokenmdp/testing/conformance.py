@@ -86,7 +86,8 @@ def _check_form(method: CreditMethod, credit: Credit, outcome: Outcome) -> None:
     for key, column in credit.report.items():
         if column.shape != score.shape:
             raise CreditPropertyError(
-                f"{method.name} reports {key} of shape {tuple(column.shape)}; one number per row is needed: {score.shape}"
+                f"{method.name} reports {key} of shape {tuple(column.shape)}; one number per row is needed: "
+                f"{score.shape}"
             )
 
 

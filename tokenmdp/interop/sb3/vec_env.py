@@ -46,7 +46,8 @@ class GymVectorToSB3(VecEnv):
     def __init__(self, envs: VectorEnv) -> None:
         if not isinstance(envs, VectorEnv):
             raise TypeError(
-                f"{type(envs).__name__} is not a gymnasium.vector.VectorEnv; single environments go into SB3's DummyVecEnv"
+                f"{type(envs).__name__} is not a gymnasium.vector.VectorEnv; single environments go into SB3's "
+                "DummyVecEnv"
             )
         mode = envs.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
