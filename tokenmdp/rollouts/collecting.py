@@ -60,6 +60,7 @@ def collect(
     seed: int | None = None,
     rows_per_forward: int = 64,
     share_ended: float = SHARE_ENDED,
+    credited_rows: int | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference.
@@ -72,32 +73,45 @@ def collect(
         seed: Of the first row (of the first process); default: continue with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
+        credited_rows: How many rows get credit, the first ones (of each process); ``token_rewards`` of the others are
+            NaN, all else is the same. Default: all.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
-        and the mean of every scalar that the credit wrapper reports.
+        and the mean of every scalar that the credit wrapper reports (of the rows that get credit).
     """
     base = credited_envs(envs)
     base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
     uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
+    first_seed, credited = None if seed is None else seed + rows.start, slice(credited_rows)
     with processes.raise_together(), processes.whole_weights(policy):
-        rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
+        rollout, last_infos = _play(envs, policy, uniforms, first_seed, share_ended, credited_rows)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
+    report = {
+        key: column[credited]
+        for key, column in last_infos.items()
+        if key not in ENVIRONMENT_KEYS and column.ndim == 1 and len(column[credited])
+    }
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
 
 
 def _play(
-    envs: VectorEnv, policy: CausalLMPolicy, uniforms: torch.Tensor, seed: int | None, share_ended: float
+    envs: VectorEnv,
+    policy: CausalLMPolicy,
+    uniforms: torch.Tensor,
+    seed: int | None,
+    share_ended: float,
+    credited_rows: int | None,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
     """One episode in every row, without ``ref_logprobs``, and the last info of every row."""
-    task, device = credited_envs(envs).task, policy.lm.device
+    task, device, wrapper = credited_envs(envs).task, policy.lm.device, find_credit_wrapper(envs)
+    assert wrapper is not None  # `credited_envs` refuses that
     observation, _ = envs.reset(seed=seed)
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
@@ -109,7 +123,8 @@ def _play(
 
     length = 0  # no response is longer
     decoding = policy.decoding(envs.num_envs, task.max_new_tokens)
-    with decoding, _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
+    watched = _attention_attached(envs, policy, prompt.stop - prompt.start, credited_rows)
+    with decoding, wrapper.credit_first(credited_rows), watched as reading:
         state = policy.prefill(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
@@ -123,6 +138,9 @@ def _play(
 
     seen = slice(first_slot, task.max_prompt_tokens + length)
     mask = torch.as_tensor(last_infos["token_mask"][:, :length], device=device)
+    token_rewards = torch.full_like(logprobs, torch.nan)
+    if credited_rows != 0:
+        token_rewards[:credited_rows] = torch.as_tensor(last_infos["token_rewards"][:credited_rows], device=device)
     rollout = Rollout(
         input_ids=torch.as_tensor(observation["input_ids"][:, seen], device=device),
         attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
@@ -130,7 +148,7 @@ def _play(
         logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have gone on sampling, which is ignored
         ref_logprobs=torch.zeros(mask.shape, device=device),
         values=values[:, :length] * mask,
-        token_rewards=torch.as_tensor(last_infos["token_rewards"][:, :length], dtype=torch.float32, device=device),
+        token_rewards=token_rewards[:, :length],
         scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),
         support=None if support is None else support[:, :length],
     )
@@ -138,14 +156,16 @@ def _play(
 
 
 @contextlib.contextmanager
-def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[RecordAttention]:
+def _attention_attached(
+    envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int, credited_rows: int | None
+) -> Iterator[RecordAttention]:
     """Give the environment the policy's attention for one rollout, if its credit needs it.
 
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
     finished rollout must not credit the next episode.
     """
     base, wrapper = credited_envs(envs), find_credit_wrapper(envs)
-    if wrapper is None or "policy_attention" not in wrapper.credit.needs:
+    if wrapper is None or credited_rows == 0 or "policy_attention" not in wrapper.credit.needs:
         yield lambda rows: contextlib.nullcontext()
         return
     recorder = SampledAttention(policy, prompt_columns, envs.num_envs, base.task.max_new_tokens)
