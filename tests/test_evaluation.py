@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import gymnasium as gym
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_single_environment_and_late_scores():
     assert str(single).endswith("tokens, 4 episodes")
     late = evaluate(make(3, score_when="all_done"), scripted, episodes=7, seed=5)
     np.testing.assert_array_equal(late.scores, evaluate(make(3), scripted, episodes=7, seed=5).scores)
+
+
+def test_a_single_environment_is_not_closed():
+    class Closing(gym.Wrapper):
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    env = Closing(make_single())
+    evaluate(env, lambda obs: env.unwrapped.eos_token_id, episodes=2)
+    gc.collect()
+    assert env.closed == 0
 
 
 def language_model(**options):

@@ -13,12 +13,11 @@ from gymnasium.error import DependencyNotInstalled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmdp.evaluation.policies import evaluate, played
+from tokenmdp.evaluation.policies import evaluate, gold_scores, played
 from tokenmdp.evaluation.texts import (
     KEPT_SAMPLES,
     distinct_n,
     evaluate_cell,
-    gold_scores,
     perplexity,
     self_bleu,
 )

@@ -19,7 +19,7 @@ Index t means *response token t* in every per-token array:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -81,6 +81,10 @@ class Outcome(NamedTuple):
     reward: RewardOutput
     rows: torch.Tensor  # (N,) int64; [0] in a single environment
 
+    def take(self, episodes: torch.Tensor) -> Outcome:
+        """Some of the N episodes alone: indices (n,) int64 or a mask (N,) bool."""
+        return Outcome(take(self.episode, episodes), take(self.reward, episodes), self.rows[episodes])
+
 
 class Credit(NamedTuple):
     """The output of a credit method."""
@@ -106,6 +110,19 @@ class Rollout(NamedTuple):
     def prompt_slots(self) -> int:
         """P, the number of prompt slots."""
         return self.input_ids.shape[-1] - self.response_mask.shape[-1]
+
+
+Columns = TypeVar("Columns", Episode, RewardOutput, Rollout)
+
+
+def take(columns: Columns, episodes: torch.Tensor | slice) -> Columns:
+    """Some of the N episodes of a record: every tensor at ``episodes``, a slice, indices (n,) or a mask (N,).
+
+    >>> take(RewardOutput(torch.tensor([1.0, 2.0, 3.0])), slice(2))
+    RewardOutput(score=tensor([1., 2.]), attention=None, attention_layers=None, prefix_scores=None)
+    """
+    taken: Any = (None if column is None else column[episodes] for column in columns)
+    return type(columns)(*taken)
 
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Episode:

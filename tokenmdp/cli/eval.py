@@ -50,7 +50,7 @@ def evaluate_run(arguments: Eval) -> int:
     with console.status("evaluating"):
         envs = evaluation_envs(settings, arguments.samples, split.held_out)
         before, after = (
-            evaluate(model, reference, envs, samples=arguments.samples, seed=arguments.seed)
+            evaluate(model, reference, envs, samples=arguments.samples, seed=arguments.seed, shown=0)
             for model in (reference, policy)
         )
         envs.close()

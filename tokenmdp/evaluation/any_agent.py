@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import iterate
 
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.intervals import Estimate, mean_interval
@@ -123,9 +124,11 @@ def evaluate(
             f"envs is a {type(envs).__name__}; pass the Gymnasium environment, single or vector, from before it was "
             "wrapped for another library, such as gym.make_vec(...) itself and not GymVectorToSB3 of it"
         )
-    play = _play_rows if isinstance(envs, VectorEnv) else _play_single
+    act = _bind(agent, envs, seed, deterministic)
+    if not isinstance(envs, VectorEnv):
+        envs, act = _one_row(envs, act)
     with _seeded(agent, seed):
-        played = sorted(play(envs, _bind(agent, envs, seed, deterministic), episodes, seed), key=lambda one: one.place)
+        played = sorted(_play(envs, act, episodes, seed), key=lambda one: one.place)
     return EvaluationResult(
         np.array([one.score for one in played], dtype=np.float64),
         np.array([one.n_tokens for one in played], dtype=np.int64),
@@ -157,20 +160,14 @@ class _Played(NamedTuple):
     n_tokens: int
 
 
-def _play_single(env: Any, act: Act, episodes: int, seed: int) -> Iterator[_Played]:
-    obs, _ = env.reset(seed=seed)
-    for number in range(episodes):
-        terminated, starts = False, np.ones(1, dtype=np.bool_)
-        while not terminated:
-            obs, _, terminated, truncated, info = env.step(act(obs, starts))
-            starts = np.zeros(1, dtype=np.bool_)
-            _check_whole(truncated and not terminated)
-        yield _Played((number, 0), float(info["score"]), int(info["n_tokens"]))
-        if number + 1 < episodes:
-            obs, _ = env.reset()
+def _one_row(env: gym.Env, act: Act) -> tuple[VectorEnv, Act]:
+    """A single environment as a vector of one row, and its agent, which still meets the single form."""
+    envs = SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+    envs.closed = True  # or the end of this object would close the caller's environment
+    return envs, lambda obs, starts: [act(next(iterate(envs.observation_space, obs)), starts)]
 
 
-def _play_rows(envs: Any, act: Act, episodes: int, seed: int) -> Iterator[_Played]:
+def _play(envs: Any, act: Act, episodes: int, seed: int) -> Iterator[_Played]:
     rows = np.arange(envs.num_envs)
     share = episodes // len(rows) + (rows < episodes % len(rows))
     mode = envs.metadata["autoreset_mode"]

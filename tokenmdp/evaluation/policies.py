@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,11 @@ from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
-from tokenmdp.types import Rollout
+from tokenmdp.types import Episode, Rollout, take
 
 if TYPE_CHECKING:
     from tokenmdp.models.policy import CausalLMPolicy
+    from tokenmdp.reward_models import RewardModel
 
 KEPT_SAMPLES = 16  # in the report
 EVALUATION_SEED = 1_000_003  # far from the seeds of training rows, which count up from small numbers
@@ -34,7 +35,11 @@ class Evaluation:
     scores: list[float]
     kls: list[float]  # sum over tokens of log pi - log pi_ref, nats; a single sample may be negative
     lengths: list[int]
-    samples: list[Sample]  # the first few episodes as text
+    samples: list[Sample]  # the first few episodes as text, with credit
+    # Empty in files of earlier versions.
+    ref_logprobs: list[float] = field(default_factory=list)  # sum over tokens, nats
+    tokens: list[list[int]] = field(default_factory=list)  # of the response, end-of-text included
+    gold: list[float] = field(default_factory=list)  # scores by a second reward model, if there is one
 
 
 def evaluate(
@@ -44,31 +49,65 @@ def evaluate(
     *,
     samples: int,
     seed: int = 0,
+    shown: int = KEPT_SAMPLES,
+    judge: RewardModel | None = None,
 ) -> Evaluation:
-    """Play ``samples`` episodes in ``envs``; the same ``seed`` draws the same prompts whatever the policy."""
+    """Play ``samples`` episodes; the same ``seed`` draws the same prompts, horizons and noise whatever the policy.
+
+    Args:
+        policy: samples.
+        reference: KL and ``ref_logprobs`` are measured under it.
+        envs: without autoreset, under the credit wrapper whose credit the samples show.
+        samples: episodes.
+        seed: of prompts and sampling.
+        shown: how many episodes become `Evaluation.samples`, the first ones. Only they get credit; where that takes
+            further forwards of a transformer, it may differ in the last bits from that of all episodes together.
+        judge: a second reward model, which scores the same texts.
+
+    Raises:
+        gymnasium.error.Error: ``envs`` resets rows by itself, or has no credit wrapper.
+    """
     tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
     result = Evaluation([], [], [], [])
-    for rollout in played(envs, policy, reference, samples=samples, seed=seed):
-        kept = rollout.response_mask
+    for rollout in played(envs, policy, reference, samples=samples, seed=seed, credited=shown):
+        response, mask = rollout.input_ids[:, rollout.prompt_slots :], rollout.response_mask
         result.scores.extend(rollout.scores.tolist())
-        result.kls.extend(((rollout.logprobs - rollout.ref_logprobs) * kept).sum(-1).tolist())
-        result.lengths.extend(kept.sum(-1).tolist())
-        wanted = KEPT_SAMPLES - len(result.samples)
-        result.samples.extend(samples_from_rollout(rollout, tokenizer)[: max(wanted, 0)])
+        result.kls.extend((rollout.logprobs - rollout.ref_logprobs).sum(-1).tolist())
+        result.lengths.extend(mask.sum(-1).tolist())
+        result.ref_logprobs.extend(rollout.ref_logprobs.sum(-1).tolist())
+        result.tokens.extend(ids[kept].tolist() for ids, kept in zip(response, mask, strict=True))
+        if judge is not None:
+            result.gold.extend(gold_scores(judge, rollout).tolist())
+        credited = take(rollout, slice(shown - len(result.samples)))
+        result.samples.extend(samples_from_rollout(credited, tokenizer))
     return result
 
 
 def played(
-    envs: VectorEnv, policy: CausalLMPolicy, reference: CausalLMPolicy, *, samples: int, seed: int
+    envs: VectorEnv,
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    *,
+    samples: int,
+    seed: int,
+    credited: int | None = None,
 ) -> Iterator[Rollout]:
     """Rollouts of ``samples`` episodes together, the last one cut; prompts and sampling noise depend on ``seed`` only.
 
-    ``envs`` has no autoreset and is under a credit wrapper.
+    ``envs`` has no autoreset and is under a credit wrapper. The first ``credited`` episodes get credit (default: all);
+    ``token_rewards`` of the others are NaN.
     """
     generator = torch.Generator(policy.lm.device).manual_seed(EVALUATION_SEED + seed)
+    credited = samples if credited is None else min(credited, samples)
     for start in range(0, samples, envs.num_envs):
-        rollout, _ = collect(envs, policy, reference, generator, seed=EVALUATION_SEED * (1 + seed) + start)
-        yield Rollout(*(None if part is None else part[: samples - start] for part in rollout))  # type: ignore[arg-type]
+        first_seed, credited_rows = EVALUATION_SEED * (1 + seed) + start, max(credited - start, 0)
+        rollout, _ = collect(envs, policy, reference, generator, seed=first_seed, credited_rows=credited_rows)
+        yield take(rollout, slice(samples - start))
+
+
+def gold_scores(model: RewardModel, rollout: Rollout) -> torch.Tensor:
+    """Scores (N,) of a rollout's texts by a reward model that its policy was not trained on."""
+    return model(Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)).score
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:

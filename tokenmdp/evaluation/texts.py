@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.evaluation.policies import played
+from tokenmdp.evaluation.policies import evaluate
 from tokenmdp.report.samples import Sample
-from tokenmdp.rollouts.samples import samples_from_rollout
-from tokenmdp.types import Episode, Rollout
 
 if TYPE_CHECKING:
     from tokenmdp.envs.task import TextGenTask
     from tokenmdp.models.policy import CausalLMPolicy
-    from tokenmdp.reward_models import RewardModel
 
 LONGEST_NGRAM = 3  # distinct_1 .. distinct_3
 SELF_BLEU_TEXTS = 64  # the first ones: more texts raise self-BLEU by themselves, and the cost grows as their square
@@ -79,11 +74,6 @@ def perplexity(ref_logprobs: Sequence[float], lengths: Sequence[float]) -> float
     return math.exp(-sum(ref_logprobs) / sum(lengths))
 
 
-def gold_scores(model: RewardModel, rollout: Rollout) -> torch.Tensor:
-    """Scores (N,) of a rollout's texts by a reward model that its policy was not trained on."""
-    return model(Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)).score
-
-
 def evaluate_cell(
     policy: CausalLMPolicy,
     reference: CausalLMPolicy,
@@ -113,35 +103,15 @@ def evaluate_cell(
     """
     task: TextGenTask = envs.unwrapped.task  # type: ignore[attr-defined]
     judge = None if gold is None else task.load_reward_model(gold)
-    texts: list[list[int]] = []
-    kept: list[Sample] = []
-    columns: defaultdict[str, list[float]] = defaultdict(list)
-    for rollout in played(envs, policy, reference, samples=samples, seed=seed):
-        rows = _per_episode(rollout, task.eos_token_id)
-        if judge is not None:
-            rows["gold"] = gold_scores(judge, rollout)
-        for name, column in rows.items():
-            columns[name].extend(column.tolist())
-        response = rollout.input_ids[:, rollout.prompt_slots :]
-        texts.extend(ids[mask].tolist() for ids, mask in zip(response, rollout.response_mask, strict=True))
-        kept = kept or samples_from_rollout(rollout, task.tokenizer)[:KEPT_SAMPLES]
-    ref_logprobs = columns.pop("ref_logprob")
-    row = {name: sum(column) / len(column) for name, column in columns.items()}
-    row["perplexity"] = perplexity(ref_logprobs, columns["response_length"])
-    row |= {f"distinct_{n}": distinct_n(texts, n) for n in range(1, LONGEST_NGRAM + 1)}
-    row["self_bleu"] = self_bleu(texts[:SELF_BLEU_TEXTS])
+    played = evaluate(policy, reference, envs, samples=samples, seed=seed, shown=KEPT_SAMPLES, judge=judge)
+    ended = [float(task.eos_token_id in text) for text in played.tokens]
+    columns = {"score": played.scores, "kl": played.kls, "response_length": played.lengths, "ended_by_eos": ended}
     if judge is not None:
-        kept = [replace(s, facts=s.facts | {"gold": g}) for s, g in zip(kept, columns["gold"], strict=False)]
-    return row, kept
-
-
-def _per_episode(rollout: Rollout, eos_token_id: int) -> dict[str, torch.Tensor]:
-    """Numbers (N,) of each episode."""
-    response = rollout.input_ids[:, rollout.prompt_slots :]
-    return {
-        "score": rollout.scores,
-        "kl": (rollout.logprobs - rollout.ref_logprobs).sum(-1),
-        "response_length": rollout.response_mask.sum(-1),
-        "ended_by_eos": ((response == eos_token_id) & rollout.response_mask).any(-1).float(),
-        "ref_logprob": rollout.ref_logprobs.sum(-1),
-    }
+        columns["gold"] = played.gold
+    row = {name: sum(column) / len(column) for name, column in columns.items()}
+    row["perplexity"] = perplexity(played.ref_logprobs, played.lengths)
+    row |= {f"distinct_{n}": distinct_n(played.tokens, n) for n in range(1, LONGEST_NGRAM + 1)}
+    row["self_bleu"] = self_bleu(played.tokens[:SELF_BLEU_TEXTS])
+    if judge is None:
+        return row, played.samples
+    return row, [replace(s, facts=s.facts | {"gold": g}) for s, g in zip(played.samples, played.gold, strict=False)]

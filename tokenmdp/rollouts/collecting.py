@@ -62,6 +62,7 @@ def collect(
     rows_per_forward: int = 64,
     share_ended: float = SHARE_ENDED,
     responses_per_prompt: int = 1,
+    credited_rows: int | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference.
@@ -76,26 +77,33 @@ def collect(
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
         responses_per_prompt: K; above 1, rows K * j to K * (j + 1) - 1 play the prompt (and the horizon) that the
             first of them drew. It divides the rows of each process.
+        credited_rows: How many rows get credit, the first ones (of each process); ``token_rewards`` of the others are
+            NaN, all else is the same. Default: all.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
-        and the mean of every scalar that the credit wrapper reports.
+        and the mean of every scalar that the credit wrapper reports (of the rows that get credit).
     """
     base = credited_envs(envs)
     base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
     uniforms = uniforms_for(base.task.max_new_tokens, num_rows, policy.lm.device, generator)[:, rows]
+    credited = slice(credited_rows)
     with processes.raise_together(), processes.whole_weights(policy):
         observation, _ = envs.reset(seed=None if seed is None else seed + rows.start)
         if responses_per_prompt > 1:
             observation = _share_prompts(envs, observation, responses_per_prompt)
-        rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended)
+        rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
+    report = {
+        key: column[credited]
+        for key, column in last_infos.items()
+        if key not in ENVIRONMENT_KEYS and column.ndim == 1 and len(column[credited])
+    }
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
 
@@ -121,9 +129,11 @@ def _play(
     observation: dict[str, np.ndarray],
     uniforms: torch.Tensor,
     share_ended: float,
+    credited_rows: int | None,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
     """The episodes that began with ``observation``, without ``ref_logprobs``, and the last info of every row."""
-    task, device = credited_envs(envs).task, policy.lm.device
+    task, device, wrapper = credited_envs(envs).task, policy.lm.device, find_credit_wrapper(envs)
+    assert wrapper is not None  # `credited_envs` refuses that
     # Slots before the longest prompt are padding in every row.
     first_slot = int(observation["attention_mask"].any(0).argmax())
     prompt = slice(first_slot, task.max_prompt_tokens)
@@ -134,7 +144,8 @@ def _play(
 
     length = 0  # no response is longer
     decoding = policy.decoding(envs.num_envs, task.max_new_tokens)
-    with decoding, _attention_attached(envs, policy, prompt.stop - prompt.start) as reading:
+    watched = _attention_attached(envs, policy, prompt.stop - prompt.start, credited_rows)
+    with decoding, wrapper.credit_first(credited_rows), watched as reading:
         state = policy.prefill(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
@@ -148,6 +159,9 @@ def _play(
 
     seen = slice(first_slot, task.max_prompt_tokens + length)
     mask = torch.as_tensor(last_infos["token_mask"][:, :length], device=device)
+    token_rewards = torch.full_like(logprobs, torch.nan)
+    if credited_rows != 0:
+        token_rewards[:credited_rows] = torch.as_tensor(last_infos["token_rewards"][:credited_rows], device=device)
     rollout = Rollout(
         input_ids=torch.as_tensor(observation["input_ids"][:, seen], device=device),
         attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
@@ -155,7 +169,7 @@ def _play(
         logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have gone on sampling, which is ignored
         ref_logprobs=torch.zeros(mask.shape, device=device),
         values=values[:, :length] * mask,
-        token_rewards=torch.as_tensor(last_infos["token_rewards"][:, :length], dtype=torch.float32, device=device),
+        token_rewards=token_rewards[:, :length],
         scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),
         support=None if support is None else support[:, :length],
     )
@@ -163,14 +177,16 @@ def _play(
 
 
 @contextlib.contextmanager
-def _attention_attached(envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int) -> Iterator[RecordAttention]:
+def _attention_attached(
+    envs: VectorEnv, policy: CausalLMPolicy, prompt_columns: int, credited_rows: int | None
+) -> Iterator[RecordAttention]:
     """Give the environment the policy's attention for one rollout, if its credit needs it.
 
     Gives what to enter around each decoding step. Afterwards the provider that was attached before is back: rows of a
     finished rollout must not credit the next episode.
     """
     base, wrapper = credited_envs(envs), find_credit_wrapper(envs)
-    if wrapper is None or "policy_attention" not in wrapper.credit.needs:
+    if wrapper is None or credited_rows == 0 or "policy_attention" not in wrapper.credit.needs:
         yield lambda rows: contextlib.nullcontext()
         return
     recorder = SampledAttention(policy, prompt_columns, envs.num_envs, base.task.max_new_tokens)

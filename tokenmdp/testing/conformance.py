@@ -15,7 +15,7 @@ from tokenmdp.credit.base import NEEDS, CreditMethod, Resources
 from tokenmdp.testing.gradients import policy_gradient, score_gradient
 from tokenmdp.testing.reward_table import response_texts, toy_outcome, toy_resources
 from tokenmdp.testing.toy_mdp import ToyMDP
-from tokenmdp.types import Credit, Episode, Outcome, RewardOutput
+from tokenmdp.types import Credit, Outcome
 
 
 class CreditPropertyError(AssertionError):
@@ -95,7 +95,7 @@ def _check_rows(method: CreditMethod, credit: Credit, mdp: ToyMDP, resources: Re
     """Half of the rows in another order, after a prompt with more padding."""
     order = torch.arange(len(mdp.tokens)).flip(0)[::2]
     wide = toy_outcome(mdp, prompt_slots=3)
-    part = method(_select(wide, order), resources).token_rewards
+    part = method(wide.take(order), resources).token_rewards
     gap = (part - credit.token_rewards[order]).abs().amax(-1)
     if gap.max() > error:
         worst = int(gap.argmax())
@@ -140,13 +140,6 @@ def _check_gradient(method: CreditMethod, credit: Credit, mdp: ToyMDP, tolerance
             f"{method.name} declares potential_based, but its reward-to-go gradient is off by {gap.item():.3g}, where "
             f"the true gradient's largest entry is {truth.abs().max().item():.3g}"
         )
-
-
-def _select(outcome: Outcome, rows: torch.Tensor) -> Outcome:
-    episode = Episode(*(part[rows] for part in outcome.episode))
-    score, *parts = outcome.reward
-    reward = RewardOutput(score[rows], *(None if part is None else part[rows] for part in parts))
-    return Outcome(episode, reward, outcome.rows[rows])
 
 
 def _text(outcome: Outcome, row: int) -> str:

@@ -61,8 +61,7 @@ class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment; the terminal info gains ``token_rewards`` and the credit method's report."""
         obs, reward, terminated, truncated, info = self.env.step(action)
-        outcome = self.env.unwrapped.outcome
-        if terminated and outcome is not None:
+        if terminated and (outcome := self._due()) is not None:
             # Flags as Python bool: Gymnasium's vector infos turn np.bool_ into arrays of objects.
             info |= {
                 key: column[0] if column.dtype.kind != "b" or column.ndim > 1 else bool(column[0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakSet
@@ -105,8 +107,31 @@ class CreditWrapper:
         self._unread = 0
         self._entropies: list[float] = []  # of the first rows of attention; empty once judged
         self._judged = False
+        self._credited_rows: int | None = None  # the first ones; None: all
         if isinstance(base, TokenEpisodes):
             base.credit_follows = True
+
+    @contextlib.contextmanager
+    def credit_first(self, rows: int | None) -> Iterator[None]:
+        """Within the block only the first ``rows`` rows get credit, for whoever shows some of many episodes.
+
+        The others end as without this wrapper: their infos have no ``token_rewards`` and no report, and the credit
+        method does not see them. None: all rows, as outside the block. What the method needs of the reward model's
+        scoring forward is still computed for every row, so scores do not change.
+        """
+        before, self._credited_rows = self._credited_rows, rows
+        try:
+            yield
+        finally:
+            self._credited_rows = before
+
+    def _due(self) -> Outcome | None:
+        """What ended in the last step and gets credit, else None."""
+        outcome: Outcome | None = self.env.unwrapped.outcome
+        if outcome is None or self._credited_rows is None:
+            return outcome
+        chosen = outcome.rows < self._credited_rows
+        return outcome.take(chosen) if chosen.any() else None
 
     def _columns(self, outcome: Outcome) -> dict[str, np.ndarray]:
         """The credit of the rows that ended: ``token_rewards`` (n, H) float32 and the method's report (n,).

@@ -54,14 +54,13 @@ class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArg
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; rows that ended gain ``token_rewards`` and the credit method's report."""
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        outcome = self.env.unwrapped.outcome
-        if outcome is not None:
+        if (outcome := self._due()) is not None:
             where = np.zeros(self.num_envs, dtype=np.bool_)
             where[outcome.rows.numpy()] = True
             final = infos["final_info"] if self.autoreset_mode is AutoresetMode.SAME_STEP else infos
             final |= spread_columns(self._columns(outcome), where)
-            if self.render_mode == "human":
-                self.render()
+        if self.render_mode == "human" and self.env.unwrapped.outcome is not None:
+            self.render()
         return obs, rewards, terminations, truncations, infos
 
 
