@@ -222,6 +222,8 @@ class Build:
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
             tokenizer.save_pretrained(target)
+            file = target / "tokenizer.json"  # on one line it is half as large
+            write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
 
     def place(self, part: str) -> Path:
         """Where the package looks for a part."""

@@ -217,7 +217,7 @@ def report(out: Path, grid: str, console: Console) -> None:
     study = load_study(out)
     if not study.results:
         raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
-    with locked(out / "cells"):
+    with locked(out):
         _report(study, grid, console)
 
 
