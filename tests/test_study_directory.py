@@ -129,7 +129,7 @@ def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
     assert not kept.exists()
     with pytest.raises(StudyError, match="holds packed cells, to which none can be added"):
         declare(tmp_path, "imdb", list(before.cells.values()), {})
-    for damaged in (b"x", lzma.compress(b"{}\n")):
+    for damaged in (b"x", lzma.compress(b"{\n")):
         place.write_bytes(damaged)
         with pytest.raises(StudyError, match="restore a copy"):
             load_study(tmp_path)
