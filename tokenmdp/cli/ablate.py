@@ -1,16 +1,17 @@
-"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics, verdicts and a report."""
+"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics and a report."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import tyro
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.table import Table
@@ -40,15 +41,18 @@ SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "med
 ONE_LINE, ONE_TABLE = 150, 116  # terminal columns that fit everything, with intervals beside or below the numbers
 # These do not change what a cell computes.
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
+# What a plan file may hold.
+PLANNED = {field.name for field in fields(Ablate)} - {"preset", "plan", "learning_rates", *UNRECORDED}
 
 
 def ablate(arguments: Ablate) -> int:
     """Run the missing cells of a grid, then report on the whole study; returns the exit status."""
     logging.disable_progress_bar()
     console = make_console()
-    out = arguments.out or Path("runs") / arguments.preset
+    grid = arguments.preset if arguments.plan is None else arguments.plan.stem
+    out = arguments.out or Path("runs") / grid
     if arguments.report_only:
-        report(out, arguments.preset, console)
+        report(out, grid, console)
         return 0
     device = resolve_device(arguments.device)
     plan = plan_of(arguments)
@@ -84,7 +88,7 @@ def ablate(arguments: Ablate) -> int:
         else:
             console.print(
                 f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the "
-                f"report, and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
+                f"report, and so does `tokenmdp ablate --out {out} --report-only`",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -102,12 +106,14 @@ def ablate(arguments: Ablate) -> int:
 
 
 def plan_of(arguments: Ablate) -> Plan:
-    """The preset with the changes from the command line.
+    """The preset, or the plan file, with the changes from the command line.
 
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
     machine, and the cells' IDs with it.
     """
     plan = PLANS[arguments.preset]
+    if arguments.plan is not None:
+        plan, arguments = replace(PLANS["custom"], name=arguments.plan.stem), with_plan(arguments, arguments.plan)
     varied: dict[str, Any] = {
         "methods": arguments.methods,
         "seeds": tuple(dict.fromkeys(arguments.seeds)),
@@ -138,6 +144,24 @@ def plan_of(arguments: Ablate) -> Plan:
         gold = None if arguments.gold == "none" else arguments.gold
     given = {key: value for key, value in varied.items() if value not in ((), None)}
     return replace(plan, **given, base=base, gold=gold)
+
+
+def with_plan(arguments: Ablate, place: Path) -> Ablate:
+    """The arguments, and those of a plan file that the command line does not give; of ``ppo`` both.
+
+    Raises:
+        StudyError: the file is not a JSON object of options that say what to run.
+    """
+    try:
+        record = json.loads(place.read_text(encoding="utf-8"))
+        unknown = ", ".join(map(str, set(record) - PLANNED)) if isinstance(record, dict) else "no object"
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--plan {place} cannot be read ({error})") from error
+    if unknown:
+        raise StudyError(f"--plan {place} has {unknown}; it is a JSON object of {', '.join(sorted(PLANNED))}")
+    planned = tyro.cli(Ablate, prog=f"--plan {place}", args=_words(record))
+    given = {name: getattr(arguments, name) for name in _given(arguments)}
+    return replace(planned, **given, ppo=planned.ppo + arguments.ppo)
 
 
 def check_models(cells: Sequence[Cell]) -> None:
@@ -269,24 +293,30 @@ def command_of(arguments: Ablate) -> str:
     """The shell command that runs these cells again.
 
     >>> from tokenmdp.cli import Ablate
-    >>> command_of(Ablate(preset="beta", seeds=(1, 2), jobs=4))
-    'tokenmdp ablate --preset beta --seeds 1 2'
+    >>> command_of(Ablate(preset="quick", seeds=(1, 2), jobs=4))
+    'tokenmdp ablate --preset quick --seeds 1 2'
     """
-    words = ["tokenmdp", "ablate", "--preset", arguments.preset]
-    for name, value in _given(arguments).items():
+    grid = ["--preset", arguments.preset] if arguments.plan is None else ["--plan", str(arguments.plan)]
+    return shlex.join(["tokenmdp", "ablate", *grid, *_words(_given(arguments))])
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options with JSON values as words of a command line."""
+    words: list[str] = []
+    for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if name == "ppo":
-            words += [word for option in value for word in (flag, option)]
+            words += [word for option in value for word in (flag, str(option))]
         else:
             words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
-    return shlex.join(words)
+    return words
 
 
 def _given(arguments: Ablate) -> dict[str, Any]:
-    """The arguments given beside the preset that change what is computed, as JSON values."""
+    """The arguments given beside the preset or the plan that change what is computed, as JSON values."""
     defaults = {field.name: field.default for field in fields(arguments)}
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for name, value in asdict(arguments).items()
-        if value != defaults[name] and name not in ("preset", *UNRECORDED)
+        if value != defaults[name] and name not in ("preset", "plan", *UNRECORDED)
     }

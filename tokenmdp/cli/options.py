@@ -200,18 +200,20 @@ class Quality:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Compare credit methods: many training runs side by side, with statistics, verdicts and a report.
+    """Compare credit methods: many training runs side by side, with statistics and a report.
 
-    Run the same command again to go on: finished runs are kept. Several presets may share a directory; the report is
-    about all of them.
+    Run the same command again to go on: finished runs are kept. Several presets and plans may share a directory; the
+    report is about all of them.
     """
 
-    preset: Literal["quick", "imdb", "beta", "length", "kl", "faithful", "tune", "gpt2", "custom", "smoke"] = "quick"
-    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: three
-    reward models; tune: learning rates; gpt2: the paper's own models, on GPUs; custom: the methods you name; smoke: an
-    untrained toy model, seconds."""
+    preset: Literal["quick", "tune", "custom", "smoke"] = "quick"
+    """quick: minutes on two CPU cores; tune: learning rates; custom: the methods you name; smoke: an untrained toy
+    model, seconds."""
+    plan: Path | None = None
+    """A JSON file in place of a preset: the options below that say what to run, such as {"methods": ["sparse", "red"],
+    "seeds": [1, 2]}, as changes to the preset custom; the command line changes them in turn."""
     out: Path | None = None
-    """Directory of the study; None is runs/PRESET."""
+    """Directory of the study; default: runs/ and the name of the preset or of the plan."""
     methods: tuple[str, ...] = ()
     """Credit methods, with options as in attention:credit_beta=0.4 or shapley:budget=64, or module.Class for one of
     your own; none takes the preset's."""

@@ -7,10 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-
-from tokenmdp.intervals import Estimate
-from tokenmdp.study import outcomes
-from tokenmdp.study.claims import (
+from abc_study.claims import (
     INCONCLUSIVE,
     NO_FIGURE,
     NOT_REPRODUCED,
@@ -18,11 +15,15 @@ from tokenmdp.study.claims import (
     Claim,
     Verdict,
     cells_of,
+    command,
     families,
     place_of,
     plain_cells,
     undecided,
 )
+
+from tokenmdp.intervals import Estimate
+from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import NAMES, model_name
 from tokenmdp.study.outcomes import LEAST_SHARED, equal_kl
@@ -68,7 +69,7 @@ def rises_with_beta(study: Study) -> Verdict:
                 place_of(study, grid, setting, len(rows), swept_cells),
                 "each seed's least-squares slope of the mean score in credit_beta, t interval over seeds",
             )
-    return claim.missing("needs ABC at three values of credit_beta under one seed: tokenmdp ablate --preset beta")
+    return claim.missing(f"needs ABC at three values of credit_beta under one seed: {command('beta')}")
 
 
 def _reads_attention(cell: Cell) -> bool:
@@ -94,9 +95,7 @@ def grows_with_length(study: Study) -> Verdict:
     grid, lengths = _lengths(study)
     rows = outcomes.paired(*(group for groups in lengths.values() for group in groups)) if lengths else []
     if not rows:
-        return claim.missing(
-            "needs ABC and sparse at two lengths under the same seeds: tokenmdp ablate --preset length"
-        )
+        return claim.missing(f"needs ABC and sparse at two lengths under the same seeds: {command('length')}")
     areas = outcomes.areas(rows).reshape(len(rows), len(lengths), 2)
     advantage = areas[..., 0] - areas[..., 1]  # (R, lengths)
     slopes = 10 * slope(advantage, [(low + high) / 2 for low, high in lengths])
@@ -128,7 +127,7 @@ def collapses(study: Study) -> Verdict:
         "ten runs",
     )
     if (found := _longest(study)) is None:
-        return claim.missing("needs sparse at several lengths: tokenmdp ablate --preset length")
+        return claim.missing(f"needs sparse at several lengths: {command('length')}")
     grid, longest = found
     at = outcomes.length_of(longest)
     lost = {method: _runs_lost(study, grid, longest.setting, method) for method in NAMES}
@@ -229,7 +228,7 @@ def leads_at_equal_kl(study: Study) -> Verdict:
             "scores and KL of the last tenth, interpolated between the coefficients; each seed's mean difference over "
             f"{over}; t interval over seeds",
         )
-    return claim.missing("needs ABC and sparse at several KL coefficients under one seed: tokenmdp ablate --preset kl")
+    return claim.missing(f"needs ABC and sparse at several KL coefficients under one seed: {command('kl')}")
 
 
 def follows_credit_quality(study: Study) -> Verdict:
@@ -238,7 +237,7 @@ def follows_credit_quality(study: Study) -> Verdict:
         "ABC gains more on a faithful attention row than on one that says nothing",
         f"{NO_FIGURE}: the paper does not ask",
     )
-    why = "needs ABC and sparse on two reward models of measured credit quality: tokenmdp ablate --preset faithful"
+    why = f"needs ABC and sparse on two reward models of measured credit quality: {command('faithful')}"
     for grid in ("faithful", "custom"):
         groups, quality = {}, {}
         for pair in families(study, grid, PAIR, outcomes.REWARD_MODEL):

@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-
-from tokenmdp.study import outcomes
-from tokenmdp.study.claims import (
+from abc_study.claims import (
     INCONCLUSIVE,
     NO_FIGURE,
     NOT_REPRODUCED,
@@ -24,17 +22,19 @@ from tokenmdp.study.claims import (
     find,
     needs,
 )
-from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import NAMES
-from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import FEWEST_RESAMPLED, mean_difference, overtaking, paired_difference
-from tokenmdp.study.sweeps import (
+from abc_study.sweeps import (
     collapses,
     follows_credit_quality,
     grows_with_length,
     leads_at_equal_kl,
     rises_with_beta,
 )
+
+from tokenmdp.study import outcomes
+from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import NAMES
+from tokenmdp.study.results import CellResult
+from tokenmdp.study.statistics import FEWEST_RESAMPLED, mean_difference, overtaking, paired_difference
 
 FEWEST_EVALUATIONS = 4  # the first is the start, and thirds of the others are compared
 FIRST_STEPS = "steps 0 to 100 of its 151"  # that the paper's means are over

@@ -218,4 +218,9 @@ def place_of(study: Study, grid: str, setting: str, seeds: int, compared: Collec
 def needs(methods: Sequence[str]) -> str:
     """What a comparison of the methods lacks, and the command that supplies it."""
     names = ", ".join(NAMES[method] for method in methods)
-    return f"needs finished cells of {names} under one seed: tokenmdp ablate --preset imdb"
+    return f"needs finished cells of {names} under one seed: {command('imdb')}"
+
+
+def command(plan: str) -> str:
+    """The command that runs a plan of this folder."""
+    return f"tokenmdp ablate --plan examples/abc_study/{plan}.json"
