@@ -33,6 +33,7 @@ from tokenmdp.files import write_text
 from tokenmdp.intervals import mean_interval
 from tokenmdp.losses import clipped_value_loss
 from tokenmdp.runs.process_settings import SETTINGS
+from tokenmdp.study.directory import load_study
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector
 
@@ -178,9 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, help="default: 60 of main, 120 of the others")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
-    parser.add_argument(
-        "--first-edition", type=Path, metavar="CELLS", help="with --table: docs/study_results/cells, too"
-    )
+    parser.add_argument("--first-edition", type=Path, metavar="STUDY", help="with --table: docs/study_results, too")
     parser.add_argument("--cell", action="store_true", help="run one, in this process")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -264,28 +263,22 @@ def lost(scores: np.ndarray, window: int = 10) -> int:
     return int((averages[:, -1] < averages.max(1) / 2).sum())
 
 
-def first_edition(cells: Path) -> list[dict[str, Any]]:
+def first_edition(study: Path) -> list[dict[str, Any]]:
     """The first edition's runs of the same tasks as records, cut to as many updates as a run of this search has."""
     lengths = {env["horizon_range"]: task for task, (env, _) in TASKS.items() if "horizon_range" in env}
+    results = load_study(study).results
     records = []
-    for path in sorted(cells.glob("*.json")):
-        result = json.loads(path.read_text())
-        settings = result["cell"]["settings"]
-        ppo, credit = settings["ppo"], settings["credit"]
-        task = lengths.get(tuple(settings.get("horizon_range") or ()))
-        same = (
-            settings["num_envs"] == 16
-            and settings["reward_model"] == "imdb-tiny"
-            and not settings.get("credit_options")
-        )
-        same = same and settings["credit_beta"] in (0.8, 1.0 if credit == "red" else 0.8)
-        if task is None or not same or any(ppo.get(key) != value for key, value in STUDY.items()):
+    for settings, metrics in ((results[id].cell.settings, results[id].metrics) for id in sorted(results)):
+        credit, task = settings.credit, lengths.get(settings.horizon_range)
+        same = settings.num_envs == 16 and settings.reward_model == "imdb-tiny" and not settings.credit_options
+        same = same and settings.credit_beta in (0.8, 1.0 if credit == "red" else 0.8)
+        if task is None or not same or any(settings.ppo.get(key) != value for key, value in STUDY.items()):
             continue
-        history = {key: result["metrics"][key][: UPDATES[task]] for key in ("score_mean", "kl", "explained_variance")}
+        history = {key: metrics[key][: UPDATES[task]] for key in ("score_mean", "kl", "explained_variance")}
         records.append(
             {
-                "task": task, "credit": credit, "variant": "zero", "seed": settings["seed"],
-                "updates": len(history["kl"]), "kl_coef": ppo["kl_coef"], "history": history,
+                "task": task, "credit": credit, "variant": "zero", "seed": settings.seed,
+                "updates": len(history["kl"]), "kl_coef": settings.ppo["kl_coef"], "history": history,
             }
         )  # fmt: skip
     return records

@@ -31,8 +31,10 @@ from transformers import (
 from tokenmdp.files import atomic_directory, write_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tokenmdp" / "assets" / "imdb"
+STUDY_MODELS = Path(__file__).resolve().parent / "abc_study" / "models"
 CARD = Path(__file__).resolve().parent / "imdb_recipe" / "card.md"
 PARTS = ("policy", "reward_model", "reward_model_plain", "reward_model_uniform", "reward_model_gold")
+NOT_IN_THE_WHEEL = {"reward_model_plain": "imdb-plain", "reward_model_uniform": "imdb-uniform"}
 
 
 class Build:
@@ -220,13 +222,20 @@ class Build:
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
             tokenizer.save_pretrained(target)
+            file = target / "tokenizer.json"  # on one line it is half as large
+            write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
+
+    def place(self, part: str) -> Path:
+        """Where the package looks for a part."""
+        name = NOT_IN_THE_WHEEL.get(part)
+        return self.arguments.bundle / part if name is None else self.arguments.study_models / name
 
     def bundle(self, *parts: str) -> None:
-        """Copy the finished parts to where the package looks for them."""
+        """Copy the finished parts to their places."""
         for part in parts:
-            with atomic_directory(self.arguments.bundle / part) as target:
+            with atomic_directory(self.place(part)) as target:
                 shutil.copytree(self.work / part, target, dirs_exist_ok=True)
-        self.log(f"bundled in {self.arguments.bundle}: {', '.join(parts)}")
+            self.log(f"{part} is in {self.place(part)}")
 
     def evaluate(self) -> None:
         """Print the quality of the bundle on the test split and write it, with the model card, beside the weights."""
@@ -234,8 +243,8 @@ class Build:
         tokenizer = AutoTokenizer.from_pretrained(bundle / "policy")
         policy = GPT2LMHeadModel.from_pretrained(bundle / "policy", dtype=torch.float32)
         model = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model", dtype=torch.float32)
-        plain = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model_plain", dtype=torch.float32)
-        even = GPT2ForSequenceClassification.from_pretrained(bundle / "reward_model_uniform", dtype=torch.float32)
+        plain = GPT2ForSequenceClassification.from_pretrained(self.place("reward_model_plain"), dtype=torch.float32)
+        even = GPT2ForSequenceClassification.from_pretrained(self.place("reward_model_uniform"), dtype=torch.float32)
         judge = LlamaForSequenceClassification.from_pretrained(bundle / "reward_model_gold", dtype=torch.float32)
         texts, labels = corpus.read_split(self.arguments.data, "test")
         rng = random.Random(0)
@@ -293,6 +302,7 @@ def parse() -> argparse.Namespace:
     add("--limit", type=int, default=10**9, help="--evaluate: use this many test reviews")
     add("--work", type=Path, default=Path("runs/imdb-assets"), help="where unfinished stages are kept")
     add("--bundle", type=Path, default=BUNDLE, help="where the finished bundle goes")
+    add("--study-models", type=Path, default=STUDY_MODELS, help="where imdb-plain and imdb-uniform go")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=1)
     add("--vocab-size", type=int, default=4096)

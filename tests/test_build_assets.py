@@ -154,9 +154,14 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
         "--device",
         "cpu",
     ]
-    command += ["--bundle", str(bundle), *sizes.split(), "--written", "60"]
+    command += ["--bundle", str(bundle), "--study-models", str(tmp_path), *sizes.split(), "--written", "60"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    weights = [bundle / f"reward_model_{part}" / "model.safetensors" for part in ("gold", "uniform")]
+    places = {
+        "plain": tmp_path / "imdb-plain",
+        "uniform": tmp_path / "imdb-uniform",
+        "gold": bundle / "reward_model_gold",
+    }
+    weights = [places[part] / "model.safetensors" for part in ("gold", "uniform")]
     before = [file.read_bytes() for file in weights]
     work = [*(tmp_path / "work").glob("*gold*"), *(tmp_path / "work").glob("*uniform*")]
     for built in [*(file.parent for file in weights), *work]:
@@ -168,8 +173,9 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
     assert 0 < figures["bits_per_byte"] < 8
     assert f"{figures['bits_per_byte']:.3f}" in (bundle / "README.md").read_text()
     for part, name in (("plain", "GPT2"), ("uniform", "GPT2"), ("gold", "Llama")):
-        folder = bundle / f"reward_model_{part}"
-        assert json.loads((folder / "config.json").read_text())["architectures"] == [f"{name}ForSequenceClassification"]
+        assert json.loads((places[part] / "config.json").read_text())["architectures"] == [
+            f"{name}ForSequenceClassification"
+        ]
         assert 0 <= figures[part]["accuracy_24"] <= 1
         assert -1 <= figures[part]["pearson_95"][0] <= figures[part]["pearson"] <= figures[part]["pearson_95"][1] <= 1
     tokenizer = AutoTokenizer.from_pretrained(bundle / "reward_model")

@@ -60,3 +60,10 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     path.write_text("{}")
     monkeypatch.setattr(critic_search.subprocess, "Popen", lambda *_: pytest.fail("a process was started"))
     critic_search.main(["--out", str(tmp_path), "--tasks", "short", "--variants", "zero, 3e-3"])
+
+
+def test_the_first_edition_is_read_from_the_packed_study():
+    records = critic_search.first_edition(BENCHMARKS.parent / "docs" / "study_results")
+    runs = [record["seed"] for record in records if (record["task"], record["credit"]) == ("short", "sparse")]
+    assert sorted(runs) == list(range(1, 11))
+    assert {len(column) for record in records for column in record["history"].values()} == {120}

@@ -19,6 +19,7 @@ from tokenmdp.types import Episode
 from tokenmdp.wrappers import AttentionCreditReward, vector
 
 BUNDLE = Path(tokenmdp.__file__).parent / "assets" / "imdb"
+STUDY_MODELS = Path(__file__).resolve().parents[1] / "examples" / "abc_study" / "models"
 IMDB = "tokenmdp:TextGen-IMDb-v0"
 
 
@@ -34,10 +35,10 @@ def credited(text: str, prompt: str = "This movie", model: str = "imdb-tiny"):
 
 def test_bundle_is_small_complete_and_in_bf16():
     files = [file for file in BUNDLE.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 42e6
+    assert sum(file.stat().st_size for file in files) < 23e6
     assert sum(file.stat().st_size for file in files if file.parent.name == "reward_model_gold") < 3e6
     assert not {file.suffix for file in files} - {".json", ".md", ".safetensors"}
-    for part in ("policy", "reward_model", "reward_model_plain", "reward_model_uniform", "reward_model_gold"):
+    for part in ("policy", "reward_model", "reward_model_gold"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
             file.name for file in (BUNDLE / part).iterdir()
         }
@@ -83,7 +84,7 @@ def test_vector_equals_single():
         np.testing.assert_allclose(info["token_rewards"], infos["token_rewards"][row], atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["imdb-plain", "imdb-uniform", "imdb-gold"])
+@pytest.mark.parametrize("model", [str(STUDY_MODELS / "imdb-plain"), str(STUDY_MODELS / "imdb-uniform"), "imdb-gold"])
 def test_further_reward_models_know_praise_from_blame(model):
     praise, *_ = credited(" was a wonderful experience for all of us.", model=model)
     blame, *_ = credited(" was a terrible waste of time for all of us.", model=model)

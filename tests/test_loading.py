@@ -153,6 +153,17 @@ def test_missing_bundle_is_named(monkeypatch, tmp_path):
         load_causal_lm("imdb-tiny")
 
 
+def test_a_model_of_the_study_is_not_in_the_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "STUDY_MODELS", tmp_path)
+    monkeypatch.setitem(loading.ALIASES, "imdb-plain", {"reward_model": tmp_path / "imdb-plain"})
+    with pytest.raises(
+        ModelNotFound, match=r"not in the wheel: it lies in examples/abc_study/models/imdb-plain of the"
+    ):
+        load_reward_model("imdb-plain")
+    with pytest.raises(ModelNotFound, match=r"Bundled: imdb-tiny, imdb-gold, imdb-uniform, lexicon"):
+        load_reward_model("./nowhere")
+
+
 def test_an_alias_of_a_reward_model_is_no_policy():
     with pytest.raises(
         ModelNotFound, match=r"'imdb-gold' is bundled as reward_model only; as policy there is imdb-tiny"

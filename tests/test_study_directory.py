@@ -2,6 +2,7 @@
 
 import errno
 import json
+import lzma
 import os
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
 from tokenmdp.study.presets import PLANS
-from tokenmdp.study.results import CellResult, StudyError, cell_file, read_result, write_result
+from tokenmdp.study.results import CellResult, StudyError, cell_file, pack_cells, read_result, write_result
 
 
 def full_disk(path, text):
@@ -111,6 +112,27 @@ def test_another_format_and_damage_are_named(tmp_path, text, message):
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(StudyError, match=message):
         load_study(tmp_path)
+
+
+def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
+    synthetic_study(tmp_path, grids=("imdb",), seeds=2, updates=5, crashed=lambda cell: cell.method == "red")
+    before, (kept, *later) = load_study(tmp_path), sorted((tmp_path / "cells").glob("*.json"))
+    aside = [(file, file.read_text()) for file in later]
+    for file in later:
+        file.unlink()
+    pack_cells(tmp_path)
+    for file, text in aside:
+        file.write_text(text)
+    assert repr(load_study(tmp_path)) == repr(before)  # some packed, some in files
+    place = pack_cells(tmp_path)
+    assert repr(load_study(tmp_path)) == repr(before)
+    assert not kept.exists()
+    with pytest.raises(StudyError, match="holds packed cells, to which none can be added"):
+        declare(tmp_path, "imdb", list(before.cells.values()), {})
+    for damaged in (b"x", lzma.compress(b"{\n")):
+        place.write_bytes(damaged)
+        with pytest.raises(StudyError, match="restore a copy"):
+            load_study(tmp_path)
 
 
 def test_a_damaged_cell_is_named(tmp_path):

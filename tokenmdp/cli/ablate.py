@@ -1,4 +1,4 @@
-"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics, verdicts and a report."""
+"""``tokenmdp ablate``: a grid of training runs, then credit quality, statistics and a report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,16 +52,18 @@ UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 class Ablate:
     """Compare credit methods: many training runs side by side, with statistics and a report.
 
-    Run the same command again to go on: finished runs are kept. Several presets may share a directory; the report is
-    about all of them.
+    Run the same command again to go on: finished runs are kept. Several presets and plans may share a directory; the
+    report is about all of them.
     """
 
-    preset: Literal["quick", "imdb", "beta", "length", "kl", "faithful", "tune", "gpt2", "custom", "smoke"] = "quick"
-    """quick: minutes on two CPU cores; imdb: the paper's main figure; beta, length, kl: its sweeps; faithful: three
-    reward models; tune: learning rates; gpt2: the paper's own models, on GPUs; custom: the methods you name; smoke: an
-    untrained toy model, seconds."""
+    preset: Literal["quick", "tune", "custom", "smoke"] = "quick"
+    """quick: minutes on two CPU cores; tune: learning rates; custom: the methods you name; smoke: an untrained toy
+    model, seconds. Sets the defaults of all other options."""
+    plan: Path | None = None
+    """A JSON file of options in place of a preset, such as {"methods": ["sparse", "red"], "seeds": [1, 2]}, as changes
+    to the preset custom; the command line changes them in turn. Default: none."""
     out: Path | None = None
-    """Directory of the study. Default: runs/PRESET."""
+    """Directory of the study. Default: runs/ and the name of the preset or of the plan."""
     methods: tuple[str, ...]
     """Credit methods, with options as in attention:credit_beta=0.4 or shapley:budget=64, or module.Class for one of
     your own."""
@@ -126,16 +128,44 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse_command(arguments: Sequence[str]) -> tuple[Ablate, dict[str, Any]]:
-    """The options, and the fields of the algorithm's configuration that differ from the preset's."""
-    preset = preset_in(arguments, PLANS)
+    """The options, and the fields of the algorithm's configuration that differ from the preset's.
+
+    Raises:
+        StudyError: a plan file is not a JSON object of options that say what to run.
+    """
+    place = next((word for flag, word in pairwise([*arguments, ""]) if flag == "--plan"), None)
+    preset = preset_in(arguments, PLANS) if place is None else "custom"
     default, config = plan_options(preset), agent_config(PLANS[preset].base, updates=1)
     own = option_class(type(config), NOT_OPTIONS)
+    planned = [] if place is None else ["--preset", preset, *_words(read_plan(Path(place), own))]
     parts = {
         "general": option_class(Ablate)(**vars(default)),
         PLANS[preset].base.algorithm: own(**{one.name: getattr(config, one.name) for one in fields(own)}),
     }
-    options, chosen = parse_parts("ablate", arguments, inspect.getdoc(Ablate) or "", parts)
+    options, chosen = parse_parts("ablate", [*planned, *arguments], inspect.getdoc(Ablate) or "", parts)
     return Ablate(**options), {name: value for name, value in chosen.items() if value != getattr(config, name)}
+
+
+def read_plan(place: Path, config: type) -> dict[str, Any]:
+    """The options in a plan file.
+
+    Args:
+        place: The file.
+        config: What `option_class` made of the algorithm's configuration.
+
+    Raises:
+        StudyError: it is not a JSON object of options that say what to run.
+    """
+    known = {one.name for kind in (Ablate, config) for one in fields(kind)}
+    known -= {"preset", "plan", "learning_rates", *UNRECORDED}
+    try:
+        record = json.loads(place.read_text(encoding="utf-8"))
+        unknown = ", ".join(sorted(set(record) - known)) if isinstance(record, dict) else "no object"
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--plan {place} cannot be read ({error})") from error
+    if unknown:
+        raise StudyError(f"--plan {place} has {unknown}; it is a JSON object of {', '.join(sorted(known))}")
+    return record
 
 
 def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
@@ -147,9 +177,10 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
     """
     logging.disable_progress_bar()
     console = make_console()
-    out = arguments.out or Path("runs") / arguments.preset
+    grid = arguments.preset if arguments.plan is None else arguments.plan.stem
+    out = arguments.out or Path("runs") / grid
     if arguments.report_only:
-        report(out, arguments.preset, console)
+        report(out, grid, console)
         return 0
     device = resolve_device(arguments.device)
     config = config or {}
@@ -186,7 +217,7 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
         else:
             console.print(
                 f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the "
-                f"report, and so does `tokenmdp ablate --preset {plan.name} --out {out} --report-only`",
+                f"report, and so does `tokenmdp ablate --out {out} --report-only`",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -204,12 +235,14 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
 
 
 def plan_of(arguments: Ablate, config: Mapping[str, Any]) -> Plan:
-    """The preset with the changes from the command line.
+    """The preset, or the plan file, with the changes from the command line.
 
     Models and prompts keep the names that were given, a relative directory too: an absolute one would be of this
     machine, and the cells' IDs with it.
     """
     plan = PLANS[arguments.preset]
+    if arguments.plan is not None:
+        plan = replace(plan, name=arguments.plan.stem)
     if arguments.num_envs < 1:
         raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
     rate = {} if arguments.learning_rate is None else {"learning_rate": arguments.learning_rate}
@@ -304,7 +337,7 @@ def report(out: Path, grid: str, console: Console) -> None:
     study = load_study(out)
     if not study.results:
         raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
-    with locked(out / "cells"):
+    with locked(out):
         _report(study, grid, console)
 
 
@@ -355,24 +388,31 @@ def tables_of(study: Study, grid: str, width: int) -> list[Table]:
 def command_of(arguments: Ablate, config: Mapping[str, Any]) -> str:
     """The shell command that runs these cells again.
 
-    >>> command_of(plan_options("beta", seeds=(1, 2), jobs=4), {"kl_coef": 0.1, "anneal_lr": True})
-    'tokenmdp ablate --preset beta --seeds 1 2 --kl-coef 0.1 --anneal-lr'
+    >>> command_of(plan_options("quick", seeds=(1, 2), jobs=4), {"kl_coef": 0.1, "anneal_lr": True})
+    'tokenmdp ablate --preset quick --seeds 1 2 --kl-coef 0.1 --anneal-lr'
     """
-    words = ["tokenmdp", "ablate", "--preset", arguments.preset]
-    for name, value in {**_given(arguments), **config}.items():
+    grid = ["--preset", arguments.preset] if arguments.plan is None else ["--plan", str(arguments.plan)]
+    return shlex.join(["tokenmdp", "ablate", *grid, *_words({**_given(arguments), **config})])
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options with JSON values as words of a command line."""
+    words: list[str] = []
+    for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return words
 
 
 def _given(arguments: Ablate) -> dict[str, Any]:
-    """The arguments given beside the preset that change what is computed, as JSON values."""
-    default = plan_options(arguments.preset)
+    """The arguments given beside the preset or the plan that change what is computed, as JSON values."""
+    plan = arguments.plan
+    default = plan_options(arguments.preset) if plan is None else parse_command(["--plan", str(plan)])[0]
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for name, value in asdict(arguments).items()
-        if value != getattr(default, name) and name not in ("preset", *UNRECORDED)
+        if value != getattr(default, name) and name not in ("preset", "plan", *UNRECORDED)
     }

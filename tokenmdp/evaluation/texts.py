@@ -105,7 +105,12 @@ def evaluate_cell(
     judge = None if gold is None else task.load_reward_model(gold)
     played = evaluate(policy, reference, envs, samples=samples, seed=seed, shown=KEPT_SAMPLES, judge=judge)
     ended = [float(task.eos_token_id in text) for text in played.tokens]
-    columns = {"score": played.scores, "kl": played.kls, "response_length": played.lengths, "ended_by_eos": ended}
+    columns: dict[str, Sequence[float]] = {
+        "score": played.scores,
+        "kl": played.kls,
+        "response_length": played.lengths,
+        "ended_by_eos": ended,
+    }
     if judge is not None:
         columns["gold"] = played.gold
     row = {name: sum(column) / len(column) for name, column in columns.items()}

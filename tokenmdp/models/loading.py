@@ -28,6 +28,7 @@ Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
 Loaded = TypeVar("Loaded")
 
 ASSETS = Path(__file__).parents[1] / "assets" / "imdb"
+STUDY_MODELS = Path(__file__).parents[2] / "examples" / "abc_study" / "models"  # of a checkout; not in the wheel
 ALIASES: dict[str, dict[Kind, Path]] = {
     "imdb-tiny": {
         "policy": ASSETS / "policy",
@@ -35,9 +36,9 @@ ALIASES: dict[str, dict[Kind, Path]] = {
         "reward_model": ASSETS / "reward_model",
         "prompts": ASSETS / "prompts.json",
     },
-    "imdb-plain": {"reward_model": ASSETS / "reward_model_plain"},  # before its attention row was trained
-    "imdb-uniform": {"reward_model": ASSETS / "reward_model_uniform"},  # the same scores, a row that says nothing
     "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, never used to train a policy
+    "imdb-plain": {"reward_model": STUDY_MODELS / "imdb-plain"},  # before its attention row was trained
+    "imdb-uniform": {"reward_model": STUDY_MODELS / "imdb-uniform"},  # the same scores, a row that says nothing
 }
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
@@ -205,6 +206,11 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
             raise ModelNotFound(
                 f"{name!r} is bundled as {' and '.join(ALIASES[name])} only; as {kind} there is {_bundled(kind)}"
             )
+        if STUDY_MODELS in Path(path).parents:
+            raise ModelNotFound(
+                f"{name!r} is not in the wheel: it lies in examples/abc_study/models/{name} of the source checkout; "
+                "pass its path"
+            )
         raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
     _check_name(kind, name)
     try:
@@ -268,7 +274,7 @@ def _words(kind: Kind) -> str:
 
 def _bundled(kind: Kind) -> str:
     """The names that need no file and no hub."""
-    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds]
+    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds and kinds[kind].exists()]
     return ", ".join([*aliases, *BUILT_IN.get(kind, ())])
 
 

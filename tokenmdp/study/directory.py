@@ -2,6 +2,7 @@
 
 study.json             the grids: their arguments, their cells and what these are called; all cells as settings
 cells/ID.json          a finished cell
+cells.jsonl.xz         finished cells in one file, if `pack_cells` has made it
 cells/ID.progress      how far a running one is
 cells/ID.error.txt     why one crashed
 quality/NAME.json      credit quality of every method on a reward model
@@ -25,6 +26,7 @@ from tokenmdp.files import locked, write_text
 from tokenmdp.study.labels import model_name, slug, without_directories
 from tokenmdp.study.results import (
     FORMAT,
+    PACKED,
     Cell,
     CellResult,
     StudyError,
@@ -33,6 +35,7 @@ from tokenmdp.study.results import (
     cell_record,
     check_format,
     package_versions,
+    packed_results,
     read_result,
     tokenmdp_version,
 )
@@ -88,13 +91,18 @@ def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mappi
     grid any more only its result stays, which is found where the cell is declared again.
 
     Raises:
-        StudyError: the directory holds something else, or results of another version, to which none may be added, or
-            a setting of the grid whose runs cannot be compared with these.
+        StudyError: the directory holds something else, packed cells or results of another version, to which none may
+            be added, or a setting of the grid whose runs cannot be compared with these.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         place = path / "study.json"
+        if (path / PACKED).exists():
+            raise StudyError(
+                f"{path} holds packed cells, to which none can be added: choose another --out, or pass --report-only "
+                "to write its report"
+            )
         if place.exists():
             record = _read_study(place)
             if record["version"] != tokenmdp_version():
@@ -199,10 +207,11 @@ def load_study(path: str | Path) -> Study:
         commands = {grid: _commands(kept) for grid, kept in record["grids"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(place, error) from error
+    packed = packed_results(path)
     results, errors = {}, {}
     for id in cells:
-        if cell_file(path, id).exists():
-            results[id] = read_result(path, id)
+        if id in packed or cell_file(path, id).exists():
+            results[id] = packed[id] if id in packed else read_result(path, id)
             continue
         with contextlib.suppress(FileNotFoundError):  # another command may be trying that cell again
             trace = cell_file(path, id, ".error.txt").read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""The grids that have a name: the paper's experiments on the bundled models, and what the paper left open.
+"""The grids that have a name, and the protocol that they and every plan start from.
 
 The protocol is Chan et al. (ICML 2024), section 5.1: 16 episodes per update, 4 epochs, gamma 1, lambda .95, clip .2,
 vf_coef .1, an adaptive KL coefficient from .2 towards 6 nats, credit_beta .8, lengths 8 to 15 with no end of text
@@ -9,12 +9,11 @@ policy's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings
 
-PAPER_LEARNING_RATE = 1.41e-5  # of GPT-2 124M
 LEARNING_RATE = 1e-4  # of the bundled policy: what the grid "tune" chose for every method
 
 PAPER_CONFIG: dict[str, Any] = {
@@ -40,8 +39,6 @@ BUNDLED = RunSettings(
     num_envs=16,
     config=PAPER_CONFIG,
 )
-PAPER_METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")
-MAIN_METHODS = ("sparse", "uniform", "attention", "red")
 
 
 @dataclass(frozen=True)
@@ -70,45 +67,15 @@ def _seeds(count: int) -> tuple[int, ...]:
 PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
-        Plan("quick", MAIN_METHODS, _seeds(3), updates=40, eval_every=10),
-        Plan("imdb", PAPER_METHODS, _seeds(10), updates=150),
-        Plan(
-            "beta",
-            ("attention",),
-            _seeds(5),
-            updates=250,
-            base=replace(BUNDLED, num_envs=8),
-            credit_betas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-            eval_every=50,
-        ),
-        Plan("length", PAPER_METHODS, _seeds(3), updates=150, lengths=("8-16", "20-30", "40-60")),
-        Plan("kl", MAIN_METHODS, _seeds(3), updates=150, kl_coefs=(0.05, 0.1, 0.2, 0.4)),
-        Plan(
-            "faithful", MAIN_METHODS, _seeds(5), updates=150, reward_models=("imdb-tiny", "imdb-plain", "imdb-uniform")
-        ),
+        Plan("quick", ("sparse", "uniform", "attention", "red"), _seeds(3), updates=40, eval_every=10),
         Plan(
             "tune",
-            PAPER_METHODS,
+            ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red"),
             (101, 102),
             updates=100,
             tried_rates=(3e-5, 1e-4, 3e-4, 1e-3),
             gold=None,
             eval_every=100,
-        ),
-        Plan(
-            "gpt2",
-            PAPER_METHODS,
-            _seeds(10),
-            updates=150,
-            base=replace(
-                BUNDLED,
-                policy="lvwerra/gpt2-imdb",
-                tokenizer="lvwerra/gpt2-imdb",
-                reward_model="XanderJC/gpt2-rm-imdb",
-                prompts="stanfordnlp/imdb",
-                config=PAPER_CONFIG | {"learning_rate": PAPER_LEARNING_RATE},
-            ),
-            gold=None,
         ),
         Plan("custom", (), _seeds(3), updates=150),
         Plan(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +16,12 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from tokenmdp.files import write_text
+from tokenmdp.files import write_bytes, write_text
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 
-FORMAT = 1
+FORMAT = 2  # 2: settings name the algorithm and its configuration
+PACKED = "cells.jsonl.xz"  # finished cells in one file, the text of each cell's file on a line
 SIGNIFICANT_DIGITS = 6  # of a column's numbers in a file
 PACKAGES = ("tokenmdp", "torch", "transformers", "tokenizers", "gymnasium", "numpy")
 
@@ -126,7 +128,48 @@ def read_result(path: str | Path, id: str) -> CellResult:
     """
     place = cell_file(path, id)
     try:
-        record = json.loads(place.read_text(encoding="utf-8"))
+        return _result(place.read_text(encoding="utf-8"), place)
+    except OSError as error:
+        raise StudyError(f"{place} holds no finished cell ({error!r}); delete it and the cell is run again") from error
+
+
+def packed_results(path: str | Path) -> dict[str, CellResult]:
+    """Id -> finished cell, of those that `pack_cells` has packed in the study at ``path``; none without such a file.
+
+    Raises:
+        StudyError: the file is damaged, or of another format.
+    """
+    place = Path(path) / PACKED
+    results = [_result(line, place) for line in _packed_lines(place)]
+    return {result.cell.id: result for result in results}
+
+
+def pack_cells(path: str | Path) -> Path:
+    """Move the finished cells of the study at ``path`` into one compressed file, about a fifth of their size.
+
+    A packed study is reported on like any other, number for number, but no cell can be added to it.
+
+    Returns:
+        The file.
+    """
+    place, files = Path(path) / PACKED, sorted((Path(path) / "cells").glob("*.json"))
+    lines = [*_packed_lines(place), *(file.read_text(encoding="utf-8").strip() for file in files)]
+    write_bytes(place, lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME))
+    for file in files:
+        file.unlink()
+    return place
+
+
+def _packed_lines(place: Path) -> list[str]:
+    try:
+        return lzma.decompress(place.read_bytes()).decode().splitlines() if place.exists() else []
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        raise StudyError(f"{place} cannot be read ({error}); restore a copy") from error
+
+
+def _result(text: str, place: Path) -> CellResult:
+    try:
+        record = json.loads(text)
         check_format(record, place)
         return CellResult(
             cell_from_record(record["cell"]),
@@ -139,8 +182,9 @@ def read_result(path: str | Path, id: str) -> CellResult:
         )
     except StudyError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StudyError(f"{place} holds no finished cell ({error!r}); delete it and the cell is run again") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        remedy = "restore a copy" if place.name == PACKED else "delete it and the cell is run again"
+        raise StudyError(f"{place} holds no finished cell ({error!r}); {remedy}") from error
 
 
 def cell_file(path: str | Path, id: str, suffix: str = ".json") -> Path:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokenmdp.intervals import Estimate
 from tokenmdp.study import outcomes
-from tokenmdp.study.claims import Verdict
 from tokenmdp.study.directory import Study
 from tokenmdp.study.outcomes import BASELINE
 from tokenmdp.study.results import CellResult
@@ -40,7 +39,6 @@ METHOD_HEADINGS = (
     "median seed's updates to sparse's maximum",
     "mean +- 2 SE",
 )
-VERDICT_HEADINGS = ("claim", "paper", "ours", "95% interval", "verdict", "where", "rule")
 LEGEND = (
     "Mean score and IQM (interquartile mean): over all updates, then over seeds, [95% stratified bootstrap interval]; "
     "below four seeds the IQM is the mean. "
@@ -175,24 +173,7 @@ def steps_text(steps: Estimate) -> str:
     return value if steps.low == -math.inf else f"{value} [{low}, {high}]"
 
 
-def verdict_texts(verdict: Verdict) -> tuple[str, ...]:
-    """A verdict as the texts under `VERDICT_HEADINGS`."""
-    return (
-        verdict.claim,
-        verdict.paper,
-        verdict.ours,
-        verdict.interval,
-        verdict.verdict,
-        verdict.where,
-        verdict.rule,
-    )
-
-
-def markdown(rows: Sequence[MethodRow] | Sequence[Verdict]) -> str:
-    """A Markdown table of method rows or of verdicts."""
-    if all(isinstance(row, Verdict) for row in rows):
-        lines = [VERDICT_HEADINGS, *(verdict_texts(row) for row in rows if isinstance(row, Verdict))]
-    else:
-        lines = [METHOD_HEADINGS, *(method_texts(row) for row in rows if isinstance(row, MethodRow))]
-    texts = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
-    return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]]) + "\n"
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    texts = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in (headings, *rows)]
+    return "\n".join([texts[0], "|" + "---|" * len(headings), *texts[1:]]) + "\n"

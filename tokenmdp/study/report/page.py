@@ -1,12 +1,10 @@
-"""The report of a study: a page that needs nothing else, figures as files, tables as Markdown, verdicts as JSON."""
+"""The report of a study: a page that needs nothing else, figures as files, tables as Markdown."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
@@ -14,54 +12,57 @@ from tokenmdp.files import write_text
 from tokenmdp.report.drawing import inline, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import SCRIPT, STYLE
-from tokenmdp.study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name, name_of, without_directories
-from tokenmdp.study.outcomes import by_setting
-from tokenmdp.study.report.parts import Picture, Section, main_grids, number_cell, typeset
+from tokenmdp.study.labels import name_of, without_directories
+from tokenmdp.study.report.parts import Picture, Section, first_setting, number_cell, typeset
 from tokenmdp.study.report.protocol import protocol
 from tokenmdp.study.report.quality import quality_table
 from tokenmdp.study.report.sections import sections
 from tokenmdp.study.report.style import STUDY_STYLE
-from tokenmdp.study.report.words import ABOUT, WORDS
+from tokenmdp.study.report.words import WORDS
 from tokenmdp.study.results import Cell
 from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, MethodRow, markdown, method_table, method_texts
-from tokenmdp.study.tuning import SEARCH
-from tokenmdp.study.verdicts import verdicts
 from tokenmdp.wording import clock, count
 
 SHOWN_SAMPLES = 3  # per method
-OWN_GRIDS = {"custom", "smoke", SEARCH}  # a study of only these asks its reader's own question
-MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
-ANSWERS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: NOT_MEASURED}
-CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
 
 
-def write_report(study: Study, path: str | Path) -> Path:
+def write_report(
+    study: Study,
+    path: str | Path,
+    *,
+    title: str = "Credit methods compared",
+    intro: str | None = None,
+    first: Sequence[Section] = (),
+) -> Path:
     """Write the report of everything in ``study`` into the directory ``path``.
 
     index.html     the page; needs nothing else
     figures/       its figures, PNG and SVG
-    tables.md      the verdicts and the table of every grid
-    verdicts.json  the verdicts
+    tables.md      the tables of ``first`` and of every grid
 
     The page and the tables begin with the notice of the study, if it has one. What the study does not hold is left
     out, and the page says so. The same study gives the same bytes.
+
+    Args:
+        study: of `load_study`.
+        path: created if it does not exist.
+        title: of the page.
+        intro: HTML below the title; default: one paragraph about the methods.
+        first: sections of your own, before those about the figures. ``examples/abc_report.py`` passes one.
 
     Returns:
         The page.
     """
     path = Path(path)
-    decided = verdicts(study)
-    write_text(path / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
     grids = {grid: method_table(study, grid) for grid in study.grids if study.select(grid)}
     notice = _paragraphs(study.notice)
-    quoted = [f"> {paragraph}\n" for paragraph in notice]
-    tables = ["# Study\n", *quoted, "## Claims\n", markdown(decided)]
+    tables = ["# Study\n", *[f"> {paragraph}\n" for paragraph in notice]]
+    tables += [text for section in first if section.markdown for text in (f"## {section.title}\n", section.markdown)]
     for grid, rows in grids.items():
-        tables += [f"## {grid}\n", markdown(rows)]
+        tables += [f"## {grid}\n", markdown(METHOD_HEADINGS, map(method_texts, rows))]
     write_text(path / "tables.md", "\n".join([*tables, LEGEND, ""]))
-    found = sections(study)
+    found = [*first, *sections(study)]
     figures = path / "figures"
     shown = {
         picture.name: write_figure(picture.figure, figures, picture.name)
@@ -72,12 +73,8 @@ def write_report(study: Study, path: str | Path) -> Path:
         if old.stem not in shown:  # of a grid or setting that no longer exists
             old.unlink(missing_ok=True)
     others = [grid for grid in grids if not any(grid in section.grids for section in found)]
-    of_the_paper = not study.grids.keys() <= OWN_GRIDS
-    claims = ("claims", "The claims" if of_the_paper else "The paper's claims", _claims(decided))
     parts = [
-        *[claims] * of_the_paper,
         *((section.id, section.title, _section(study, section, shown, grids)) for section in found),
-        *[claims] * (not of_the_paper),
         ("samples", "What they write in the end", _samples(study)),
         ("unfinished", "What is missing", _unfinished(study)),
         ("how", "How it was made", protocol(study) + "".join(_grid_table(grid, grids[grid]) for grid in others)),
@@ -89,16 +86,14 @@ def write_report(study: Study, path: str | Path) -> Path:
         f"{len(study.results)} of {count(len(study.cells), 'training run')} finished, {clock(seconds)} of "
         f"computing, {count(len(grids), 'grid')}: {', '.join(grids)}."
     )
-    title = "Dense reward for free: the claims, tried again" if of_the_paper else "Credit methods compared"
-    summary = _summary(study, decided) if of_the_paper else _own_summary(study, decided)
     above = f'<aside class="notice">{"".join(f"<p>{paragraph}</p>" for paragraph in notice)}</aside>' * bool(notice)
     page = (
         '<!doctype html><html lang="en" data-scale="common"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
-        f'{above}<header><h1>{title}</h1><button id="theme" type="button">dark / light</button></header>'
-        f'<p class="note">{escape(note)}</p>{summary}<nav>{links}</nav><main>{bodies}</main>'
-        f"<script>{SCRIPT}</script></body></html>"
+        f"<title>{escape(title)}</title><style>{STYLE}{theme_colours()}{STUDY_STYLE}</style></head><body>"
+        f'{above}<header><h1>{escape(title)}</h1><button id="theme" type="button">dark / light</button></header>'
+        f'<p class="note">{escape(note)}</p>{_intro(study) if intro is None else intro}{WORDS}<nav>{links}</nav>'
+        f"<main>{bodies}</main><script>{SCRIPT}</script></body></html>"
     )
     write_text(path / "index.html", page)
     return path / "index.html"
@@ -113,78 +108,25 @@ def _paragraphs(text: str) -> list[str]:
     return [escape(" ".join(part.split()), quote=False) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _summary(study: Study, decided: Sequence[Verdict]) -> str:
-    used = (name for cell in study.cells.values() for name in (cell.settings.policy, cell.settings.reward_model))
-    models = [model_name(name) for name in dict.fromkeys(used)]
-    return (
-        "<p>Chan et al. (ICML 2024) spread a reward model's score over the tokens by the model's own attention (ABC: "
-        "attention-based credit) and report faster and steadier learning than with the score at the last token "
-        "(sparse) or in equal parts (uniform). ABC-D and ABC-D2 read the policy's attention instead. RED, which is not "
-        "in the paper, pays each token the change of the score of the text so far. Here is what became of their claims "
-        f"on the models {escape(', '.join(models))}, with questions that they left open. {_counted(decided)}</p>"
-        f"{''.join(f'<p>{escape(note)}</p>' for model, note in ABOUT.items() if model in models)}{WORDS}"
-    )
-
-
-def _own_summary(study: Study, decided: Sequence[Verdict]) -> str:
-    """The text for a study that asks its own question."""
+def _intro(study: Study) -> str:
     methods = dict.fromkeys(name_of(cell.method) for grid in study.grids for cell in study.declared(grid))
     return (
         f"<p>How a policy learns when the score of a text is spread over its tokens in different ways: "
-        f"{escape(', '.join(methods))}. Runs with the same seed get the same prompts. Further down the claims of "
-        f"the ABC paper (Chan et al., ICML 2024) are judged on these runs. {_counted(decided)}</p>{WORDS}"
-    )
-
-
-def _counted(decided: Sequence[Verdict]) -> str:
-    parts = []
-    for own, what in ((False, "claims of the paper"), (True, "questions of our own")):
-        asked = sorted((verdict for verdict in decided if verdict.own == own), key=_rank)
-        counts = Counter(map(_answer, asked))
-        parts.append(f"{len(asked)} {what}: {', '.join(f'<b>{number}</b> {kind}' for kind, number in counts.items())}.")
-    return " ".join(parts)
-
-
-def _rank(verdict: Verdict) -> int:
-    return list(MARKS).index(verdict.verdict)
-
-
-def _answer(verdict: Verdict) -> str:
-    """The verdict as the page has it: a question is answered, not reproduced."""
-    return ANSWERS[verdict.verdict] if verdict.own else verdict.verdict
-
-
-def _claims(decided: Sequence[Verdict]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(verdict.claim)}</th>'
-        f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {_answer(verdict)}</span></td>'
-        f"<td>{escape(typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
-        f'{escape(typeset(verdict.rule))}</details></td><td class="interval">'
-        f"{escape(typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
-        f"<td>{escape(typeset(verdict.paper))}</td></tr>"
-        for verdict in sorted(decided, key=lambda verdict: verdict.own)
-    )
-    return (
-        "<p>A claim is reproduced if the whole 95% interval lies on its side, not reproduced if all of it lies on the "
-        "other, else inconclusive, unless its rule says otherwise. Open the small line below a number to read what was "
-        "measured and how it was decided. The paper's scores are of another reward model: compare signs and orders, "
-        f"not sizes. Questions that are not the paper's come last. {escape(multiplicity(decided))}</p>"
-        '<div class="scroll"><table class="claims"><thead><tr>'
-        '<th scope="col">claim</th><th scope="col">verdict</th><th scope="col">here</th>'
-        '<th scope="col">95% interval</th><th scope="col">the paper</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f"{escape(', '.join(methods))}. Runs with the same seed get the same prompts.</p>"
     )
 
 
 def _section(study: Study, section: Section, shown: Mapping[str, str], grids: Mapping[str, Sequence[MethodRow]]) -> str:
+    held = section.pictures or section.html
     what = "No figure" if section.models else "Not in this study"
-    missing = "" if section.pictures else f'<p class="note">{what}: {escape(section.missing)}.</p>'
+    missing = "" if held else f'<p class="note">{what}: {escape(section.missing)}.</p>'
     if missing and not section.models:
         return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
     tables = "".join(_grid_table(grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
     tables += "".join(quality_table(study, model) for model in section.models)
-    return f"<p>{escape(section.intro)}</p>{missing}{pictures}{tables}"
+    intro = f"<p>{escape(section.intro)}</p>" * bool(section.intro)
+    return f"{intro}{section.html}{missing}{pictures}{tables}"
 
 
 def _picture(picture: Picture, svg: str) -> str:
@@ -212,26 +154,27 @@ def _grid_table(grid: str, rows: Sequence[MethodRow], *, opened: bool = False) -
 
 
 def _samples(study: Study) -> str:
-    for grid in main_grids(study):
-        for setting, groups in by_setting(study, grid).items():
-            seeds = Counter(result.cell.seed for results in groups.values() for result in results)
-            seed, columns = min(seeds, key=lambda seed: (-seeds[seed], seed)), ""  # the setting that most methods have
-            found = {cell.cell.method: cell.samples for results in groups.values() for cell in results
-                     if cell.cell.seed == seed}  # fmt: skip
-            for method, samples in ((method, kept[:SHOWN_SAMPLES]) for method, kept in found.items()):
-                scale = credit_scale([sample.credits for sample in samples])
-                texts = "".join(sample_html(sample, scale, digits=2) for sample in samples)
-                columns += (
-                    f'<div><h3>{escape(name_of(method))}</h3><p class="legend"><span class="num">&minus;{scale:.2f}'
-                    f'</span><span class="bar"></span><span class="num">+{scale:.2f}</span></p>{texts}</div>'
-                )
-            return (
-                f"<p>The last evaluation of seed {seed} (grid {escape(grid)}, {escape(setting)}): the same "
-                "held-out prompts for every method, in grey. The colour of a token is its credit, "
-                '<b class="key up">rewarded</b> or <b class="key down">penalised</b>, on a scale of each method\'s '
-                f'own; point at a token for its number.</p><div class="columns">{columns}</div>'
-            )
-    return '<p class="note">Not in this study: needs finished cells of a main grid.</p>'
+    if (first := first_setting(study)) is None:
+        return '<p class="note">Not in this study: no run has finished.</p>'
+    grid, setting, groups = first
+    seeds = Counter(result.cell.seed for results in groups.values() for result in results)
+    seed, columns = min(seeds, key=lambda seed: (-seeds[seed], seed)), ""  # the seed that most methods have
+    found = {
+        cell.cell.method: cell.samples for results in groups.values() for cell in results if cell.cell.seed == seed
+    }
+    for method, samples in ((method, kept[:SHOWN_SAMPLES]) for method, kept in found.items()):
+        scale = credit_scale([sample.credits for sample in samples])
+        texts = "".join(sample_html(sample, scale, digits=2) for sample in samples)
+        columns += (
+            f'<div><h3>{escape(name_of(method))}</h3><p class="legend"><span class="num">&minus;{scale:.2f}'
+            f'</span><span class="bar"></span><span class="num">+{scale:.2f}</span></p>{texts}</div>'
+        )
+    return (
+        f"<p>The last evaluation of seed {seed} (grid {escape(grid)}, {escape(setting)}): the same "
+        "held-out prompts for every method, in grey. The colour of a token is its credit, "
+        '<b class="key up">rewarded</b> or <b class="key down">penalised</b>, on a scale of each method\'s '
+        f'own; point at a token for its number.</p><div class="columns">{columns}</div>'
+    )
 
 
 def _unfinished(study: Study) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from tokenmdp.study.claims import MAIN_GRIDS
 from tokenmdp.study.directory import Study
-from tokenmdp.study.outcomes import Groups
+from tokenmdp.study.outcomes import Groups, by_setting, family
 from tokenmdp.study.statistics import FEWEST_DECIDING
+from tokenmdp.study.tuning import SEARCH
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """A part of the page; without pictures and tables it is only a line that says why."""
+    """A part of the page; with nothing to show it is only a line that says why."""
 
     id: str
     title: str
@@ -39,11 +39,48 @@ class Section:
     grids: list[str] = field(default_factory=list)  # whose table of methods follows
     models: list[str] = field(default_factory=list)  # reward models whose table of credit quality follows
     missing: str = ""  # what a figure would need
+    html: str = ""  # after the introduction
+    markdown: str = ""  # of tables.md
+
+
+def compared_grids(study: Study) -> list[str]:
+    """The grids with finished cells, without the search for learning rates."""
+    return [grid for grid in study.grids if grid != SEARCH and study.select(grid)]
 
 
 def main_grids(study: Study) -> list[str]:
-    """The grids with finished cells where methods are compared at one setting, as in the paper's figure; best first."""
-    return [grid for grid in MAIN_GRIDS if study.select(grid)]
+    """The grids that compare methods at one setting, the one with most finished cells first; if there is none, all."""
+    sizes = {grid: sum(map(len, study.select(grid).values())) for grid in compared_grids(study)}
+    plain = [grid for grid in sizes if _compares_methods_alone(study, grid)]
+    return sorted(plain or sizes, key=lambda grid: -sizes[grid])
+
+
+def _compares_methods_alone(study: Study, grid: str) -> bool:
+    settings = by_setting(study, grid)
+    credits = {results[0].cell.settings.credit for groups in settings.values() for results in groups.values()}
+    return len(settings) == 1 and len(credits) > 1
+
+
+def families(
+    study: Study, varied: Sequence[str], value: Callable[[Groups], Hashable]
+) -> Iterator[tuple[str, dict[str, Groups], Groups]]:
+    """Grids with settings that differ in nothing but ``varied``: the grid, these settings, and all their groups.
+
+    ``value`` says what a setting has of what varies.
+    """
+    for grid in compared_grids(study):
+        found = family(by_setting(study, grid), varied)
+        if len({value(groups) for groups in found.values()}) > 1:
+            yield grid, found, {f"{name} {method}": cells for name in found for method, cells in found[name].items()}
+
+
+def first_setting(study: Study, *keys: str) -> tuple[str, str, Groups] | None:
+    """The first main grid and setting whose cells all have these columns of evaluations, with its methods."""
+    for grid in main_grids(study):
+        for setting, groups in by_setting(study, grid).items():
+            if all(result.evaluations.get(key) for results in groups.values() for result in results for key in keys):
+                return grid, setting, groups
+    return None
 
 
 def seeds_of(groups: Groups) -> str:

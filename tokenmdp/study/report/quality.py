@@ -8,9 +8,9 @@ from tokenmdp.evaluation.credit_quality import MethodQuality
 from tokenmdp.evaluation.credit_quality.tables import HEADINGS, LEGEND, cost, method_notes
 from tokenmdp.intervals import Estimate
 from tokenmdp.study.directory import Study
-from tokenmdp.study.labels import model_name, name_of
-from tokenmdp.study.outcomes import REWARD_MODEL, Groups, by_setting, credit_quality, family
-from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, number_cell, seeds_of
+from tokenmdp.study.labels import model_name, name_of, slug
+from tokenmdp.study.outcomes import REWARD_MODEL, Groups, credit_quality
+from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, families, number_cell, seeds_of
 from tokenmdp.study.report.tradeoffs import faithful_study
 
 AS_MEASURED = (
@@ -28,15 +28,11 @@ def quality_section(study: Study) -> Section:
         "leave-one-out: the drop in score when a token is left out. The same grid on reward models whose attention "
         "follows the score's sources to different degrees tells whether the gain follows.",
         models=list(study.quality),
-        missing="needs two reward models: tokenmdp ablate --preset faithful",
+        missing="needs several reward models: --reward-models",
     )
-    for grid in ("faithful", "custom"):
-        found = family(by_setting(study, grid), REWARD_MODEL)
-        models = {next(iter(groups.values()))[0].cell.settings.reward_model: groups for groups in found.values()}
-        if len(models) < 2:
-            continue
+    for grid, found, every in families(study, REWARD_MODEL, _reward_model):
+        models = {_reward_model(groups): groups for groups in found.values()}
         figure, remarks = faithful_study(models, {model: correlations(study, model, models[model]) for model in models})
-        every = {f"{model} {method}": results for model, groups in models.items() for method, results in groups.items()}
         caption = (
             f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
@@ -44,10 +40,15 @@ def quality_section(study: Study) -> Section:
             "agrees better where signs are left out, as in the second column of the tables below. "
             f"{AS_MEASURED}{caption_remarks(remarks)}"
         )
-        section.pictures.append(Picture("quality", figure, f"grid {grid}: credit quality and learning", caption))
+        section.pictures.append(
+            Picture(f"quality-{slug(grid)}", figure, f"grid {grid}: credit quality and learning", caption)
+        )
         section.grids.append(grid)
-        break
     return section
+
+
+def _reward_model(groups: Groups) -> str:
+    return next(iter(groups.values()))[0].cell.settings.reward_model
 
 
 def quality_table(study: Study, model: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, name_of, slug
 from tokenmdp.study.outcomes import (
@@ -11,18 +13,26 @@ from tokenmdp.study.outcomes import (
     Groups,
     by_setting,
     collapsed,
-    family,
     length_of,
     window_for,
 )
 from tokenmdp.study.report.figures import beta_sweep, diagnostics, learning_curves, length_study
-from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, main_grids, seeds_of
+from tokenmdp.study.report.parts import (
+    Picture,
+    Section,
+    bands_of,
+    caption_remarks,
+    compared_grids,
+    families,
+    first_setting,
+    main_grids,
+    seeds_of,
+)
 from tokenmdp.study.report.quality import quality_section
 from tokenmdp.study.report.tradeoffs import (
     coefficient,
     diversity,
     gold_against_proxy,
-    has_evaluations,
     score_against_kl,
 )
 
@@ -48,19 +58,25 @@ def _curves(study: Study) -> Section:
         "curves",
         "How fast each method learns",
         "The score that the policy is trained on, and the KL that it spends for it.",
-        missing="no finished cell of a main grid: tokenmdp ablate --preset imdb, or quick",
+        missing="no run has finished",
     )
     for grid in main_grids(study):
         settings = by_setting(study, grid)
         for setting, groups in list(settings.items())[:MOST_SETTINGS]:
             figure, remarks = learning_curves(groups)
-            name = f"curves-{grid}" if len(settings) == 1 else f"curves-{grid}-{slug(setting)}"
             window = window_for(min(len(result.metrics["update"]) for results in groups.values() for result in results))
             caption = (
                 f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {bands_of(groups)}"
                 + caption_remarks([*remarks, *_lost(groups)])
             )
-            section.pictures.append(Picture(name, figure, f"grid {grid}, {setting}: learning curves", caption))
+            section.pictures.append(
+                Picture(
+                    _name("curves", grid, setting, settings),
+                    figure,
+                    f"grid {grid}, {setting}: learning curves",
+                    caption,
+                )
+            )
         if len(settings) > MOST_SETTINGS:
             section.pictures[
                 -1
@@ -81,10 +97,11 @@ def _beta(study: Study) -> Section:
         "beta",
         "Does more of the score on the attended tokens help?",
         "credit_beta is the share of the score that is spread by attention; the rest stays on the last token.",
-        missing="needs several values of credit_beta: tokenmdp ablate --preset beta",
+        missing="needs attention credit at several values of credit_beta: --credit-betas",
     )
-    for grid in ("beta", "custom"):
-        for setting, groups in by_setting(study, grid).items():
+    for grid in compared_grids(study):
+        settings = by_setting(study, grid)
+        for setting, groups in settings.items():
             values: dict[float, str] = {}  # credit_beta -> the first method with it
             for method, results in groups.items():
                 if results[0].cell.settings.credit == "attention":
@@ -96,12 +113,16 @@ def _beta(study: Study) -> Section:
             caption = (
                 f"{seeds_of(swept)}. {bands_of(swept)} Right: mean with its 95% interval.{caption_remarks(remarks)}"
             )
-            name = "beta" if grid == "beta" else f"beta-{slug(setting)}"
             title = f"grid {grid}, {setting}: ABC over credit_beta"
-            section.pictures.append(Picture(name, figure, title, caption))
+            section.pictures.append(Picture(_name("beta", grid, setting, settings), figure, title, caption))
             if grid not in section.grids:
                 section.grids.append(grid)
     return section
+
+
+def _name(kind: str, grid: str, setting: str, settings: Collection[str]) -> str:
+    """The name of a figure's files: with the setting, if the grid has several."""
+    return f"{kind}-{slug(grid)}" + (f"-{slug(setting)}" if len(settings) > 1 else "")
 
 
 def _length(study: Study) -> Section:
@@ -109,22 +130,17 @@ def _length(study: Study) -> Section:
         "length",
         "Does the advantage grow with length?",
         "The longer a response, the further the score at its end is from the tokens that earned it.",
-        missing="needs several lengths: tokenmdp ablate --preset length",
+        missing="needs several lengths: --lengths",
     )
-    for grid in ("length", "custom", "gpt2"):
-        found = family(by_setting(study, grid), LENGTH)
-        if len({length_of(next(iter(groups.values()))[0].cell) for groups in found.values()}) < 2:
-            continue
-        every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
+    for grid, found, every in families(study, LENGTH, lambda groups: length_of(next(iter(groups.values()))[0].cell)):
         figure, remarks = length_study(found)
         caption = (
             f"{seeds_of(every)}. {bands_of(every)} Below left: mean with its 95% interval; right: difference to "
-            f"{BASELINE} under the same seeds with its own. A very wide one leaves the picture. Lengths "
-            "as the paper writes them, without their upper end." + caption_remarks(remarks)
+            f"{BASELINE} under the same seeds with its own. A very wide one leaves the picture. Lengths are written "
+            "without their upper end: 8-16 is 8 to 15 tokens." + caption_remarks(remarks)
         )
-        section.pictures.append(Picture("length", figure, f"grid {grid}: response lengths", caption))
+        section.pictures.append(Picture(f"length-{slug(grid)}", figure, f"grid {grid}: response lengths", caption))
         section.grids.append(grid)
-        break
     return section
 
 
@@ -134,13 +150,9 @@ def _kl(study: Study) -> Section:
         "Is the score bought with KL?",
         "A method that moves further from the reference has a higher score for that alone. So each method is trained "
         "under several KL coefficients, and compared where it spends the same.",
-        missing="needs several fixed KL coefficients: tokenmdp ablate --preset kl",
+        missing="needs several fixed KL coefficients: --kl-coefs",
     )
-    for grid in ("kl", "custom"):
-        found = family(by_setting(study, grid), KL_COEF)
-        if len({coefficient(groups) for groups in found.values()}) < 2:
-            continue
-        every = {f"{method} {name}": results for name, groups in found.items() for method, results in groups.items()}
+    for grid, found, every in families(study, KL_COEF, coefficient):
         last = name_of(list(dict.fromkeys(method for groups in found.values() for method in groups))[-1])
         caption = (
             f"{seeds_of(every)}; means over the last tenth of the updates with their 95% intervals. The numbers "
@@ -150,9 +162,8 @@ def _kl(study: Study) -> Section:
         )
         figure, remarks = score_against_kl(found)
         caption += caption_remarks(remarks)
-        section.pictures.append(Picture("kl", figure, f"grid {grid}: score against KL", caption))
+        section.pictures.append(Picture(f"kl-{slug(grid)}", figure, f"grid {grid}: score against KL", caption))
         section.grids.append(grid)
-        break
     return section
 
 
@@ -160,23 +171,19 @@ def _gold(study: Study) -> Section:
     section = Section(
         "gold",
         "Would another reward model agree?",
-        "A second reward model, of another architecture and seed but trained on the same labels, scores held-out "
-        "texts; no policy is trained on it. Where the first score rises and the second falls, the policy exploits the "
-        "first.",
-        missing="needs a second reward model in a main grid: tokenmdp ablate --preset imdb",
+        "A second reward model scores held-out texts; no policy is trained on it. Where the first score rises and the "
+        "second falls, the policy exploits the first.",
+        missing="needs a second reward model: --gold",
     )
-    for grid in main_grids(study):
-        for setting, groups in by_setting(study, grid).items():
-            if not has_evaluations(groups, "gold"):
-                continue
-            gold = next(iter(groups.values()))[0].cell.gold
-            caption = (
-                f"{seeds_of(groups)}; second reward model: {model_name(str(gold))}. Left: lines as named on the "
-                f"right; an arrowhead points on in time. {bands_of(groups)}"
-            )
-            title = f"grid {grid}, {setting}: gold against proxy"
-            section.pictures.append(Picture(f"gold-{grid}", gold_against_proxy(groups), title, caption))
-            return section
+    if found := first_setting(study, "gold"):
+        grid, setting, groups = found
+        gold = next(iter(groups.values()))[0].cell.gold
+        caption = (
+            f"{seeds_of(groups)}; second reward model: {model_name(str(gold))}. Left: lines as named on the "
+            f"right; an arrowhead points on in time. {bands_of(groups)}"
+        )
+        title = f"grid {grid}, {setting}: gold against proxy"
+        section.pictures.append(Picture(f"gold-{slug(grid)}", gold_against_proxy(groups), title, caption))
     return section
 
 
@@ -186,18 +193,14 @@ def _diversity(study: Study) -> Section:
         "Do the texts stay varied?",
         "A collapsed policy writes the same few words: distinct-2 falls and self-BLEU rises. Perplexity says how odd "
         "the reference finds the texts; far below its start they are bland, far above they are strange.",
-        missing="needs evaluations in a main grid: tokenmdp ablate --preset imdb",
+        missing="no run has evaluated its texts",
     )
-    for grid in main_grids(study):
-        for setting, groups in by_setting(study, grid).items():
-            if has_evaluations(groups, "distinct_2", "self_bleu", "perplexity"):
-                samples = next(iter(groups.values()))[0].cell.eval_samples
-                caption = (
-                    f"{seeds_of(groups)}; {samples} responses to held-out prompts an evaluation. {bands_of(groups)}"
-                )
-                title = f"grid {grid}, {setting}: diversity over training"
-                section.pictures.append(Picture(f"diversity-{grid}", diversity(groups), title, caption))
-                return section
+    if found := first_setting(study, "distinct_2", "self_bleu", "perplexity"):
+        grid, setting, groups = found
+        samples = next(iter(groups.values()))[0].cell.eval_samples
+        caption = f"{seeds_of(groups)}; {samples} responses to held-out prompts in each evaluation. {bands_of(groups)}"
+        title = f"grid {grid}, {setting}: diversity over training"
+        section.pictures.append(Picture(f"diversity-{slug(grid)}", diversity(groups), title, caption))
     return section
 
 
@@ -209,17 +212,16 @@ def _diagnostics(study: Study) -> Section:
         "learning rate is high for the method; returns that the value head does not explain leave noisy advantages, "
         "but methods differ in that by themselves, since sparse's return is the same at every token; attention that is "
         "spread evenly makes ABC all but uniform, and with none on the response it is uniform.",
-        missing="no finished cell of a main grid: tokenmdp ablate --preset imdb, or quick",
+        missing="no run has finished",
     )
-    for grid in main_grids(study):
-        for setting, groups in by_setting(study, grid).items():
-            figure, remarks = diagnostics(groups)
-            caption = (
-                f"{seeds_of(groups)}; trailing means as above. {bands_of(groups)} Attention on the response: the share "
-                "of the row that credit is read from; of ABC-D, whose credit averages columns, it may exceed 1."
-                + caption_remarks(remarks)
-            )
-            title = f"grid {grid}, {setting}: diagnostics over training"
-            section.pictures.append(Picture(f"diagnostics-{grid}", figure, title, caption))
-            return section
+    if found := first_setting(study):
+        grid, setting, groups = found
+        figure, remarks = diagnostics(groups)
+        caption = (
+            f"{seeds_of(groups)}; trailing means as above. {bands_of(groups)} Attention on the response: the share "
+            "of the row that credit is read from; of ABC-D, whose credit averages columns, it may exceed 1."
+            + caption_remarks(remarks)
+        )
+        title = f"grid {grid}, {setting}: diagnostics over training"
+        section.pictures.append(Picture(f"diagnostics-{slug(grid)}", figure, title, caption))
     return section

@@ -1,9 +1,9 @@
 """Style sheet of a study's page, on top of `tokenmdp.report.page.STYLE`."""
 
 STUDY_STYLE = """
-:root { --yes: #005f94; --no: #a63c00; }
-@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { --yes: #7cc4f2; --no: #ff9a66; } }
-:root[data-theme=dark] { --yes: #7cc4f2; --no: #ff9a66; }
+:root { --no: #a63c00; }
+@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { --no: #ff9a66; } }
+:root[data-theme=dark] { --no: #ff9a66; }
 html { scroll-behavior: smooth; }
 body { line-height: 1.6; }
 main { display: block; }
@@ -23,14 +23,8 @@ table { border-collapse: collapse; font-size: .85rem; line-height: 1.4; width: 1
         font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .45rem .7rem .45rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } thead th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
-td small, .claims small { display: block; color: var(--faint); }
-.claims { min-width: 48rem; } .claims tbody th { width: 20%; } .claims td:last-child { width: 22%; }
+td small { display: block; color: var(--faint); }
 .errors td:last-child { width: 50%; }
-.claims details { margin: .1rem 0 0; font-size: .78rem; }
-.interval { white-space: nowrap; }
-.verdict { white-space: nowrap; font-weight: 600; }
-.yes { color: var(--yes); } .no { color: var(--no); } .open, .none { color: var(--faint); }
-.none { font-weight: 400; }
 .numbers { min-width: 62rem; } .numbers td, .numbers thead th + th { text-align: right; }
 .rates { width: auto; margin-bottom: 1rem; } .rates th, .rates td { padding-right: 1.6rem; }
 .numbers thead th { max-width: 7rem; }

@@ -46,11 +46,6 @@ DIVERSITY = {
 }
 
 
-def has_evaluations(groups: Groups, *keys: str) -> bool:
-    """Whether every cell has these columns."""
-    return all(result.evaluations.get(key) for results in groups.values() for result in results for key in keys)
-
-
 def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
     """Where training ended, at several KL coefficients: score against KL with its Pareto front, and at equal KL.
 

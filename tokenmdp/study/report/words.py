@@ -1,9 +1,5 @@
-"""Prose of a study's page: terms that it uses and what a reader must know about the bundled models."""
+"""Prose of a study's page: the terms that it uses."""
 
-ABOUT = {  # a bundled model -> what its results depend on
-    "imdb-tiny": "The reward model imdb-tiny was trained, after its scores, to attend to the tokens that the score "
-    "hangs on (leave-one-out). imdb-plain is the same model before that.",
-}
 WORDS = """<details><summary>words</summary><ul>
 <li>score: of the reward model, for a whole response; the mean score is over the 16 or so episodes of an update</li>
 <li>KL: of the policy to the model that training started from, in nats, summed over the tokens of a response</li>
