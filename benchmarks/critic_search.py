@@ -78,6 +78,10 @@ class Trial(PPO):
             with torch.no_grad():
                 read = self.critic.evaluate(rollout.input_ids, rollout.attention_mask, rollout.prompt_slots)
                 rollout.values.copy_(read.values * rollout.response_mask)
+        if self.variant.get("bias") and self.num_updates_done == 0:
+            with torch.no_grad():
+                self.policy.value_head.bias.fill_(rollout.scores.mean())
+            rollout.values.add_(rollout.scores.mean() * rollout.response_mask)
         advantages, returns = super()._advantages(rollout, penalties)
         if "trunk" in self.variant:
             self._learn_apart(rollout, returns)
@@ -135,6 +139,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero, 3e-3": {"rate": 3e-3},
     "zero, 1e-2": {"rate": 1e-2},
     "zero, 3e-3, clipped apart": {"rate": 3e-3, "clipped apart": True},  # what PPOConfig's defaults are
+    "zero, 3e-3, clipped apart, bias": {"rate": 3e-3, "clipped apart": True, "bias": True},  # at the first mean score
     "zero, 3e-3, warm-up of 3": {"rate": 3e-3, "warmup": 3},
     "random small": {"rate": SAME, "random": 0.577},  # as wide as nn.Linear's own initialisation, which TRL has
     "random": {"rate": SAME, "random": 1.0},
