@@ -345,6 +345,20 @@ def test_looking_at_something_that_is_no_run(tmp_path, finished, error):
 def test_unknown_command_is_a_usage_error(capsys):
     assert cli.main(["trian"]) == 2
     assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert cli.main(["train", "rlo"]) == 2
+    assert "there is no algorithm 'rlo'; choose one of ppo, rloo" in capsys.readouterr().err
+
+
+def test_train_without_options_is_the_main_job(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        training, "train", lambda settings, out, updates, *rest, **options: taken.append((settings, out, updates)) or 0
+    )
+    assert cli.main(["train"]) == 0
+    ((settings, out, updates),) = taken
+    assert (settings.policy, settings.credit, settings.algorithm, updates) == ("imdb-tiny", "red", "ppo", 40)
+    assert settings.config == {"learning_rate": 6e-5, "kl_coef": 0.38, "update_epochs": 2}
+    assert str(out) == "runs/quick-red-seed1"
 
 
 def test_every_fifth_prompt_is_held_out(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
@@ -95,8 +96,10 @@ def preset_in(arguments: Sequence[str], presets: Collection[str]) -> Any:
 
     >>> preset_in(["--seed", "2", "--preset=smoke"], ["quick", "smoke"]), preset_in(["--preset", "smke"], ["quick"])
     ('smoke', 'quick')
+    >>> preset_in([], ["quick"])
+    'quick'
     """
-    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, following in pairwise([*arguments, ""]):
         name = following if flag == "--preset" else flag.removeprefix("--preset=")
         if flag.startswith("--preset") and name in presets:
             return name
