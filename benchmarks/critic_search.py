@@ -277,13 +277,13 @@ def first_edition(study: Path) -> list[dict[str, Any]]:
         credit, task = settings.credit, lengths.get(settings.horizon_range)
         same = settings.num_envs == 16 and settings.reward_model == "imdb-tiny" and not settings.credit_options
         same = same and settings.credit_beta in (0.8, 1.0 if credit == "red" else 0.8)
-        if task is None or not same or any(settings.ppo.get(key) != value for key, value in STUDY.items()):
+        if task is None or not same or any(settings.config.get(key) != value for key, value in STUDY.items()):
             continue
         history = {key: metrics[key][: UPDATES[task]] for key in ("score_mean", "kl", "explained_variance")}
         records.append(
             {
                 "task": task, "credit": credit, "variant": "zero", "seed": settings.seed,
-                "updates": len(history["kl"]), "kl_coef": settings.ppo["kl_coef"], "history": history,
+                "updates": len(history["kl"]), "kl_coef": settings.config["kl_coef"], "history": history,
             }
         )  # fmt: skip
     return records

@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenmdp import cli
-from tokenmdp.agents import ppo
+from tokenmdp.agents import base
+from tokenmdp.agents.ppo import PPO
 from tokenmdp.files import load_state
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs import display, training
@@ -171,7 +172,7 @@ class Second(Processes):
 
 def test_processes_with_different_numbers_of_rows_are_refused(monkeypatch):
     monkeypatch.setattr(Second, "gather", lambda self, value: [6, value])
-    monkeypatch.setattr(ppo, "processes_of", lambda accelerator: Second())
+    monkeypatch.setattr(base, "processes_of", lambda accelerator: Second())
     with pytest.raises(ValueError, match=r"num_envs is \[6, 8\] in the 2 processes; all must play the same number"):
         gloo_runs.make_agent("uniform")
 
@@ -187,9 +188,9 @@ def test_the_first_process_alone_puts_a_checkpoint_back(tmp_path, monkeypatch):
         previous.rename(tmp_path / "run")
 
     monkeypatch.setattr(Second, "raise_together", raise_together)
-    assert checkpoint.read(tmp_path / "run", ppo.PPO.format, Second()).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", PPO.format, Second()).path == tmp_path / "run"
     (tmp_path / "run").rename(previous)
-    assert checkpoint.read(tmp_path / "run", ppo.PPO.format).path == tmp_path / "run"
+    assert checkpoint.read(tmp_path / "run", PPO.format).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

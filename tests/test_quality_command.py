@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from tokenmdp import cli
+from tokenmdp.cli import options
 from tokenmdp.cli.train import preset_options, settings_from
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 from tokenmdp.runs.environments import make_envs
@@ -42,8 +43,8 @@ def rows(output):
 
 
 def test_the_command_lines_names_are_the_registry():
-    assert typing.get_args(cli.CreditName) == tuple(CREDIT_METHODS)
-    assert typing.get_args(cli.AllOrOne) == ("all", *CREDIT_METHODS)
+    assert typing.get_args(options.CreditName) == tuple(CREDIT_METHODS)
+    assert typing.get_args(options.AllOrOne) == ("all", *CREDIT_METHODS)
 
 
 def test_credits_lists_every_method_with_what_it_declares(run):

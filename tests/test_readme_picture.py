@@ -16,7 +16,7 @@ def make_run(tmp_path):
     def make(credit, seed, updates=12, **settings):
         run = tmp_path / f"{credit}-{seed}"
         run.mkdir()
-        record = {"credit": credit, "credit_beta": 0.8, "seed": seed, "ppo": {}, **settings}
+        record = {"credit": credit, "credit_beta": 0.8, "seed": seed, "config": {}, **settings}
         (run / "run.json").write_text(json.dumps({"format": "tokenmdp-run", "settings": record}))
         metrics = [{"update": place + 1, "score_mean": place + seed, "kl": place / 2} for place in range(updates)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
@@ -41,8 +41,8 @@ def test_runs_that_do_not_belong_in_one_panel_are_refused(make_run, tmp_path):
     run = make_run("red", 1)
     with pytest.raises(ValueError, match="both red credit with seed 1; name one"):
         readme_picture.read_runs([run, run])
-    for other in (make_run("red", 2, ppo={"kl_coef": 0.5}), make_run("sparse", 2, config={"kl_coef": 0.5})):
-        with pytest.raises(ValueError, match="differ in ppo; draw them apart"):
+    for other in (make_run("red", 2, config={"kl_coef": 0.5}), make_run("sparse", 2, config={"kl_coef": 0.5})):
+        with pytest.raises(ValueError, match="differ in config; draw them apart"):
             readme_picture.read_runs([run, other])
     with pytest.raises(ValueError, match="differ in credit_beta"):
         readme_picture.read_runs([run, make_run("red", 3, credit_beta=0.5)])
