@@ -161,7 +161,7 @@ def with_plan(arguments: Ablate, place: Path) -> Ablate:
         raise StudyError(f"--plan {place} has {unknown}; it is a JSON object of {', '.join(sorted(PLANNED))}")
     planned = tyro.cli(Ablate, prog=f"--plan {place}", args=_words(record))
     given = {name: getattr(arguments, name) for name in _given(arguments)}
-    return replace(planned, **given, ppo=planned.ppo + arguments.ppo)
+    return replace(planned, **given | {"ppo": planned.ppo + arguments.ppo})
 
 
 def check_models(cells: Sequence[Cell]) -> None:
