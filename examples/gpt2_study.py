@@ -30,6 +30,7 @@ from tokenmdp.files import atomic_directory
 from tokenmdp.models.loading import load_tokenizer, quiet
 from tokenmdp.study.directory import Study, load_study
 
+PLAN = Path(__file__).parent / "abc_study" / "gpt2.json"
 HEAD_WIDTH = 64  # of GPT-2 in every size
 GPT2 = GPT2Config()  # its defaults are those of GPT-2 124M
 TRIAL = ["--prompts", "imdb-tiny", "--methods", "sparse", "attention", "--seeds", "1", "--updates", "3"]
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [*models, *TRIAL]  # later arguments on the command line win
     else:
         study, chosen = args.out or Path("runs/gpt2"), []
-    status = cli.main(["ablate", "--preset", "gpt2", *chosen, "--out", str(study), *options])
+    status = cli.main(["ablate", "--plan", str(PLAN), *chosen, "--out", str(study), *options])
     if status in (0, 1):  # 1: some runs failed
         Console().print(costs_table(load_study(study)))
     return status

@@ -25,6 +25,7 @@ PAGES = (
     "docs/critic.md",
     "docs/processes_and_memory.md",
     "docs/study.md",
+    "examples/abc_study/README.md",
     "tokenmdp/assets/imdb/README.md",
 )
 IN_A_CHECKOUT = (ROOT / ".pre-commit-config.yaml").exists()
@@ -82,7 +83,7 @@ def anchors(page):
 def test_every_page_is_listed():
     found = [
         path.relative_to(ROOT).as_posix()
-        for folder in (".", "agents", "benchmarks", "docs", "examples", "tokenmdp/assets/imdb")
+        for folder in (".", "agents", "benchmarks", "docs", "examples", "examples/abc_study", "tokenmdp/assets/imdb")
         for path in (ROOT / folder).glob("*.md")
     ]
     assert sorted(found) == sorted(PAGES)

@@ -196,7 +196,8 @@ def test_gpt2_study_runs_the_command_on_the_models_that_are_named(monkeypatch):
     commands = []
     monkeypatch.setattr(gpt2_study.cli, "main", lambda words: commands.append(words) or 2)
     assert gpt2_study.main(["--policy", "mine", "--out", "there", "--seeds", "1", "2"]) == 2
-    assert commands == [["ablate", "--preset", "gpt2", "--out", "there", "--policy", "mine", "--seeds", "1", "2"]]
+    plan = ["--plan", str(gpt2_study.PLAN)]
+    assert commands == [["ablate", *plan, "--out", "there", "--policy", "mine", "--seeds", "1", "2"]]
 
 
 def test_gpt2_study_fills_up_the_vocabulary_and_writes_the_shape_that_is_asked_for(tmp_path):

@@ -234,7 +234,7 @@ def test_what_cannot_be_adapted_is_named(tmp_path, monkeypatch):
         make_agent(lora_target_modules="nowhere")
     with pytest.raises(ValueError, match="lora_rank is -1; it must not be negative"):
         PPOConfig(lora_rank=-1)
-    with pytest.raises(ValueError, match="lora_alpha is 0.0; it must be positive"):
+    with pytest.raises(ValueError, match=r"lora_alpha is 0\.0; it must be positive"):
         PPOConfig(lora_alpha=0)
     make_agent().save(tmp_path / "run")
     with pytest.raises(ValueError, match="lora_rank cannot change"):

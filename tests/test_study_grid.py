@@ -18,20 +18,22 @@ from tokenmdp.runs import credit_options
 from tokenmdp.runs.environments import credit_of, make_envs
 from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 from tokenmdp.study import grid
+from tokenmdp.study.directory import load_study
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
 from tokenmdp.study.presets import PLANS
 from tokenmdp.study.results import StudyError, cell_from_record, cell_record
 
+ABC_STUDY = Path(__file__).resolve().parents[1] / "examples" / "abc_study"
 SIZES = {
     "quick": 12,
+    "tune": 48,
+    "smoke": 4,
     "imdb": 60,
     "beta": 30,
     "length": 54,
     "kl": 48,
     "faithful": 60,
-    "tune": 48,
     "gpt2": 60,
-    "smoke": 4,
 }
 
 
@@ -39,18 +41,24 @@ def plan_for(*words):
     return ablate.plan_of(*ablate.parse_command(words))
 
 
+def study_plan(name, *words):
+    """A plan of the ABC study."""
+    return plan_for("--plan", str(ABC_STUDY / f"{name}.json"), *words)
+
+
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
-def test_a_preset_has_its_cells_and_each_is_another_run(name, size):
-    cells = expand(PLANS[name])
+def test_a_plan_has_its_cells_and_each_is_another_run(name, size):
+    plan = PLANS.get(name) or study_plan(name)
+    cells = expand(plan)
     assert len(cells) == size == len({cell.id for cell in cells})
     pairs = Counter((cell.setting, cell.method) for cell in cells)
-    assert set(pairs.values()) == {len(PLANS[name].seeds)}
+    assert set(pairs.values()) == {len(plan.seeds)}
     assert all(cell.seed == cell.settings.seed for cell in cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # stopped early, it is balanced
 
 
 def test_the_main_grid_is_the_papers_protocol():
-    cells = expand(PLANS["imdb"])
+    cells = expand(study_plan("imdb"))
     assert {cell.method for cell in cells} == {"sparse", "uniform", "attention", "abc-d", "abc-d2", "red"}
     assert {cell.seed for cell in cells} == set(range(1, 11))
     for cell in cells:
@@ -66,12 +74,12 @@ def test_the_main_grid_is_the_papers_protocol():
 
 
 def test_sweeps_vary_one_thing():
-    betas = [cell.settings.credit_beta for cell in expand(replace(PLANS["beta"], seeds=(1,)))]
+    betas = [cell.settings.credit_beta for cell in expand(replace(study_plan("beta"), seeds=(1,)))]
     assert betas == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    for cell in expand(PLANS["kl"]):
+    for cell in expand(study_plan("kl")):
         assert cell.settings.config["kl_target"] is None
         assert cell.setting == f"8-16 tokens, kl_coef={cell.settings.config['kl_coef']:g}"
-    for cell in expand(PLANS["faithful"]):
+    for cell in expand(study_plan("faithful")):
         assert cell.setting.endswith(f"reward model {cell.settings.reward_model}")
     rates = {cell.settings.config["learning_rate"] for cell in expand(PLANS["tune"])}
     assert len(rates) == len(PLANS["tune"].tried_rates) > 1
@@ -79,10 +87,10 @@ def test_sweeps_vary_one_thing():
 
 
 def test_a_cell_of_two_grids_is_one_cell():
-    main, length = expand(PLANS["imdb"]), expand(PLANS["length"])
+    main, length = expand(study_plan("imdb")), expand(study_plan("length"))
     shared = {cell.id for cell in main} & {cell.id for cell in length}
     assert len(shared) == 18
-    faithful = {cell.id: cell for cell in expand(PLANS["faithful"])}
+    faithful = {cell.id: cell for cell in expand(study_plan("faithful"))}
     both = [(cell, faithful[cell.id]) for cell in main if cell.id in faithful]
     assert len(both) == 20
     assert all(one.setting != other.setting for one, other in both)  # under another label
@@ -157,17 +165,15 @@ def test_responses_have_the_lengths_of_their_range():
 
 
 def test_betas_go_to_the_methods_that_have_one():
-    cells = expand(
-        plan_for("--preset", "imdb", "--methods", "sparse", "red", "--credit-betas", "0.5", "1", "--seeds", "1")
-    )
+    cells = expand(study_plan("imdb", "--methods", "sparse", "red", "--credit-betas", "0.5", "1", "--seeds", "1"))
     assert [cell.method for cell in cells] == ["sparse", "red credit_beta=0.5", "red credit_beta=1"]
 
 
 def test_the_command_line_changes_a_preset(tmp_path):
     file = tmp_path / "rates.json"
     file.write_text(json.dumps({"attention": 2e-5, "attention credit_beta=0.4": 3e-5}))
-    plan = plan_for(
-        "--preset", "imdb", "--methods", "attention", "attention:credit_beta=0.4", "--seeds", "3", "4", "4",
+    plan = study_plan(
+        "imdb", "--methods", "attention", "attention:credit_beta=0.4", "--seeds", "3", "4", "4",
         "--lengths", "5-9", "--kl-coefs", "0.3", "--updates", "7", "--num-envs", "8", "--kl-horizon", "50",
         "--gold", "none", "--eval-every", "2", "--eval-samples", "4", "--prompts", str(file),
     )  # fmt: skip
@@ -184,12 +190,32 @@ def test_the_command_line_changes_a_preset(tmp_path):
         assert settings.config["learning_rate"] == (2e-5 if cell.method == "attention" else 3e-5)
 
 
+def test_a_plan_file_holds_options_that_the_command_line_changes(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"methods": ["sparse"], "seeds": [7], "updates": 4, "gold": "none", "gamma": 0.9}')
+    plan = plan_for("--plan", str(file), "--updates", "5", "--kl-coef", "0.4")
+    assert (plan.name, plan.methods, plan.seeds, plan.updates, plan.gold) == ("mine", ("sparse",), (7,), 5, None)
+    words = "--methods sparse --seeds 7 --gold none --updates 5 --gamma 0.9 --kl-coef 0.4"
+    assert plan == replace(plan_for("--preset", "custom", *words.split()), name="mine")
+    command = ablate.command_of(*ablate.parse_command(["--plan", str(file), "--updates", "5"]))
+    assert command == f"tokenmdp ablate --plan {file} --updates 5"
+    file.write_text('{"updates": "many"}')
+    with pytest.raises(SystemExit):
+        plan_for("--plan", str(file))
+
+
+def test_the_plans_of_the_first_edition_have_its_cells():
+    study = load_study(ABC_STUDY.parents[1] / "docs" / "study_results")
+    for name in ("imdb", "beta", "length", "kl", "faithful"):
+        assert {cell.id for cell in expand(study_plan(name))} <= study.results.keys()
+
+
 def test_another_policy_has_its_own_tokenizer_and_no_gold_model_that_reads_other_tokens(tmp_path):
-    plan = plan_for("--preset", "imdb", "--policy", str(tmp_path), "--reward-models", "lexicon")
+    plan = study_plan("imdb", "--policy", str(tmp_path), "--reward-models", "lexicon")
     (cell, *_) = expand(plan)
     assert cell.settings.policy == cell.settings.tokenizer == str(tmp_path)
     assert (cell.settings.reward_model, cell.gold) == ("lexicon", None)
-    assert plan_for("--preset", "imdb").gold == "imdb-gold"
+    assert study_plan("imdb").gold == "imdb-gold"
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
@@ -221,6 +247,9 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
         (["--learning-rates", "text.json"], "is not a JSON object"),
         (["--learning-rates", "missing.json"], "missing.json"),
         (["--report-only"], "holds no study"),
+        (["--plan", "missing.json"], "--plan missing.json cannot be read"),
+        (["--plan", "text.json"], "--plan text.json has no object; it is a JSON object of adam_eps, align"),
+        (["--plan", "rates.json"], "--plan rates.json has sparse; it is a JSON object of adam_eps"),
         (["--reward-models", "no-such-model"], "no-such-model"),
     ],
 )
@@ -239,18 +268,20 @@ def test_wrong_arguments_are_refused_before_anything_is_written(words, message, 
 def test_directories_of_one_name_are_told_apart(tmp_path):
     models = [str(tmp_path / folder / "model") for folder in ("a", "b")]
     with pytest.raises(StudyError, match="two different cells would both be called"):
-        expand(replace(PLANS["imdb"], reward_models=tuple(models)))
+        expand(replace(study_plan("imdb"), reward_models=tuple(models)))
 
 
 def test_shards_share_out_all_cells():
-    cells = expand(PLANS["imdb"])
+    cells = expand(study_plan("imdb"))
     shards = [shard_of(cells, f"{number}/7") for number in range(1, 8)]
     assert sorted(cell.id for shard in shards for cell in shard) == sorted(cell.id for cell in cells)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_longer_cells_cost_more():
-    short, middle, long = (expand(replace(PLANS["length"], lengths=(text,)))[0] for text in PLANS["length"].lengths)
+    short, middle, long = (
+        expand(replace(study_plan("length"), lengths=(text,)))[0] for text in study_plan("length").lengths
+    )
     assert load_cost(short) < load_cost(middle) < load_cost(long)
 
 
@@ -273,17 +304,17 @@ def test_settings_without_a_range_are_recorded_as_they_were():
     ],
 )
 def test_the_recorded_command_is_the_one_that_was_given(given):
-    arguments, config = ablate.plan_options("imdb", **given), {"kl_target": None, "dtype": "float32", "anneal_lr": True}
+    arguments, config = ablate.plan_options("custom", **given), {"dtype": "float32", "anneal_lr": True}
     command = ablate.command_of(arguments, config)
     assert ablate.parse_command(shlex.split(command)[2:]) == (arguments, config)
 
 
 def test_every_option_is_in_the_recorded_command():
-    arguments = ablate.plan_options("imdb", methods=("red", "attention"), lengths=("8-15",), jobs=2)
+    arguments = ablate.plan_options("custom", methods=("red", "attention"), lengths=("8-15",), jobs=2)
     command = ablate.command_of(arguments, {"kl_coef": 0.1, "kl_target": 3.0})
     words = "--methods red attention --lengths 8-15 --kl-coef 0.1 --kl-target 3.0"
-    assert command == f"tokenmdp ablate --preset imdb {words}"
-    unrecorded = {"preset", *ablate.UNRECORDED}
+    assert command == f"tokenmdp ablate --preset custom {words}"
+    unrecorded = {"preset", "plan", *ablate.UNRECORDED}
     assert unrecorded < {field.name for field in fields(ablate.Ablate)}
 
 

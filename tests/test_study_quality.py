@@ -53,7 +53,7 @@ def small(tmp_path):
 def test_one_reward_model_has_its_table_without_a_figure(small, tmp_path):
     text = write_report(load_study(small), tmp_path / "report").read_text(encoding="utf-8")
     section = re.search(r'<section id="quality">.*?</section>', text)[0]
-    assert "No figure: needs two reward models" in section
+    assert "No figure: needs several reward models" in section
     assert "credit quality on the reward model imdb-tiny" in section
     assert "is informative: rank correlation 0.57" in section
     numbers = "<td>0.57<small>[0.53, 0.61]</small></td>" * 5

@@ -12,16 +12,14 @@ import matplotlib.image
 import pytest
 from study_doubles import paper_like, quality_record, synthetic_study
 
-from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting
 from tokenmdp.study.report.page import write_report
-from tokenmdp.study.report.parts import typeset
+from tokenmdp.study.report.parts import Section, main_grids, typeset
 from tokenmdp.study.report.protocol import protocol, shared_settings
 from tokenmdp.study.report.quality import correlations
 from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
 from tokenmdp.study.tuning import rates_of
-from tokenmdp.study.verdicts import verdicts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DARK, LIGHT = 0, 1  # Chromium's preferredColorScheme
@@ -114,7 +112,7 @@ def test_the_page_needs_nothing_else(page, outline):
 def test_the_navigation_names_every_section(page, outline):
     links = re.findall(r'<a href="#(\w+)">(.*?)</a>', page)
     assert links == re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', page)
-    assert {id for id, _ in links} == {*FIGURES, "claims", "samples", "unfinished", "how"}
+    assert {id for id, _ in links} == {*FIGURES, "samples", "unfinished", "how"}
 
 
 def test_every_section_has_its_figure_as_png_and_svg(full, outline):
@@ -132,17 +130,11 @@ def test_every_section_has_its_figure_as_png_and_svg(full, outline):
 
 
 def test_the_numbers_are_those_of_the_tables(full, page, outline):
-    words = " ".join(outline.words)
-    for verdict in verdicts(full):
-        for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where):
-            assert typeset(text) in words
     numbers = re.findall(r"<td>(.*?)</td>", page)
     for row in method_table(full, "imdb"):
         texts = method_texts(row)
         assert len(texts) == len(METHOD_HEADINGS)
         assert typeset(texts[3]).replace(" [", "<small>[") + "</small>" in numbers
-    stored = json.loads((full.path / "report" / "verdicts.json").read_text())
-    assert [record["claim"] for record in stored] == [verdict.claim for verdict in verdicts(full)]
     tables = (full.path / "report" / "tables.md").read_text()
     assert all(f"## {grid}\n" in tables for grid in full.grids)
 
@@ -151,7 +143,7 @@ def test_what_is_not_there_is_left_out_and_said(partial):
     text = (partial.path / "report" / "index.html").read_text(encoding="utf-8")
     words = " ".join(Outline(text).words)
     assert text.count("Not in this study") == 5  # beta, length, kl, gold, quality
-    assert "tokenmdp ablate --preset length" in words
+    assert "needs several lengths: --lengths" in words
     assert "MemoryError: 8.0 GiB for the <logits>" in words
     assert "uniform: seed 2" in words
     assert "The search for learning rates" not in words
@@ -161,24 +153,20 @@ def test_what_is_not_there_is_left_out_and_said(partial):
     }
 
 
-def test_a_study_of_the_readers_own_does_not_open_with_the_papers_claims(partial, tmp_path):
-    def renamed(*grids):
-        return replace(
-            partial,
-            grids=dict.fromkeys(grids, partial.grids["quick"]),
-            labels=dict.fromkeys(grids, partial.labels["quick"]),
-        )
+def test_a_study_of_the_readers_own_meets_no_paper(partial):
+    text = (partial.path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<h1>Credit methods compared</h1>" in text
+    assert "in different ways: sparse, uniform, ABC, RED." in text
+    assert not re.search("claim|reproduced|Chan et al", text)
 
-    first = {}
-    for grids in (("custom",), ("tune", "custom"), ("smoke",), ("quick",), ("custom", "quick")):
-        text = write_report(renamed(*grids), tmp_path / "-".join(grids)).read_text(encoding="utf-8")
-        ids = re.findall(r'<section id="(\w+)"', text)
-        first[grids] = ids[0]
-        assert ids.count("claims") == 1
-        assert (ids.index("claims") == ids.index("samples") - 1) == (ids[0] == "curves")
-        assert ("Dense reward for free" in text) == (ids[0] == "claims")
-        assert ("in different ways: sparse, uniform, ABC, RED." in text) == (ids[0] == "curves")
-    assert [grids for grids in first if first[grids] == "claims"] == [("quick",), ("custom", "quick")]
+
+def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path):
+    mine = Section("mine", "A < B", html="<p>my table</p>", markdown="| mine |\n")
+    text = write_report(partial, tmp_path, title="C & D", intro="<p>Why.</p>", first=[mine]).read_text(encoding="utf-8")
+    assert "<h1>C &amp; D</h1>" in text
+    assert "<p>Why.</p>" in text
+    assert '<main><section id="mine"><h2>A &lt; B</h2><p>my table</p></section><section id="curves">' in text
+    assert "## A < B\n\n| mine |\n" in (tmp_path / "tables.md").read_text(encoding="utf-8")
 
 
 def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_path):
@@ -220,7 +208,7 @@ def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
     study = moved(load_study(path), folder)
     write_report(study, tmp_path / "report")
     files = [file for file in (tmp_path / "report").rglob("*.*") if file.is_file()]
-    assert {file.stem.partition("-")[0] for file in files} >= {"index", "tables", "verdicts", "quality", "gold"}
+    assert {file.stem.partition("-")[0] for file in files} >= {"index", "tables", "quality", "gold"}
     for file in files:
         assert "someone" not in file.name
         assert b"someone" not in file.read_bytes(), file.name
@@ -228,19 +216,6 @@ def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
     assert "no file named model.safetensors" in words
     assert "second reward model: imdb-gold" in words
     assert "tokenmdp ablate --gold imdb-gold" in words
-
-
-def test_the_papers_claims_are_counted_and_shown_apart_from_our_own_questions(full, page):
-    summary = page[page.index("</h1>") : page.index("<nav>")]
-    counts = re.findall(r"(\d+) (claims of the paper|questions of our own): (.*?)\.", summary)
-    assert [int(number) for number, *_ in counts] == [10, 6]
-    for number, _, kinds in counts:
-        assert sum(map(int, re.findall(r"<b>(\d+)</b>", kinds))) == int(number)
-    assert "reproduced" in counts[0][2]
-    assert "reproduced" not in counts[1][2]
-    rows = re.findall(r'<span class="verdict \w+">\S+ (.*?)</span>', page)
-    assert set(rows[10:]) <= {"yes", "no", "open"}
-    assert "imdb-plain is the same model before that" in summary
 
 
 def test_runs_that_broke_are_named_below_the_curves(tmp_path):
@@ -262,10 +237,6 @@ def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path):
     assert page != without
     tables, before = ((path / "tables.md").read_text() for path in (tmp_path, partial.path / "report"))
     assert tables == before.replace("# Study\n", f"# Study\n\n> {first}\n\n> {second}\n", 1)
-
-
-def test_the_page_says_how_many_claims_there_are(full, page):
-    assert markup.escape(multiplicity(verdicts(full))) in page
 
 
 def test_the_page_shows_versions_settings_rates_and_the_search_for_them(partial, tmp_path):
@@ -352,3 +323,8 @@ def test_a_browser_shows_it(page, tmp_path, scheme, width):
     assert facts["scroll"] <= facts["width"] == width  # the body does not scroll sideways
     assert (facts["inner"] > 0) == (width == 400)  # figures and tables do, where they must
     assert min(facts["contrast"] + facts["other"]) >= 4.5
+
+
+def test_the_main_grid_compares_methods_at_one_setting(full):
+    assert main_grids(full) == ["imdb"]
+    assert main_grids(replace(full, grids={"length": full.grids["length"], "tune": full.grids["imdb"]})) == ["length"]

@@ -4,26 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
+from abc_study.estimates import jackknife, share_of_runs, slope
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from tokenmdp.intervals import Estimate
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.study.statistics import (
     censored_median,
     interquartile_mean,
-    jackknife,
     mean,
     mean_level,
-    mean_over_seeds,
     median_steps,
     overtaking,
     paired_difference,
     percentile_interval,
     probability_of_improvement,
-    share_of_runs,
-    slope,
     steps_to_reach,
     stratified_bootstrap,
     trailing_mean,
@@ -119,7 +116,7 @@ def test_how_often_a_bootstrap_interval_holds_the_truth(seeds, coverage):
 
 
 def test_the_jackknife_of_a_mean_is_the_t_interval():
-    assert jackknife(TEN, np.mean) == pytest.approx(mean_over_seeds(TEN))
+    assert jackknife(TEN, np.mean) == pytest.approx(mean_interval(TEN))
 
 
 def test_the_jackknife_of_a_ratio_covers_where_a_known_denominator_does_not():

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from abc_study.verdicts import verdicts
 from scipy import stats
 from study_doubles import LENGTHS, SHORT, Course, grid_cells, make_cell, make_result, quality_record
 from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on, without
 
 from tokenmdp.study.outcomes import collapsed
-from tokenmdp.study.verdicts import verdicts
 
 BETA = "the score over training rises with credit_beta (linear trend)"
 GROWS = "ABC's advantage over sparse grows with length"

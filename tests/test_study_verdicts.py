@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from abc_study.claims import multiplicity
+from abc_study.verdicts import verdicts
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, make_cell, make_result
 from verdict_doubles import check, effect, every_outcome, quiet, study_of, verdict_on, without
 
-from tokenmdp.study.claims import multiplicity
 from tokenmdp.study.directory import Study
-from tokenmdp.study.verdicts import verdicts
 
 STEPS = "ABC reaches sparse's maximum in fewer than half the steps"
 RED = "RED above ABC"
@@ -142,7 +142,7 @@ def test_gold_needs_a_second_model():
 def test_an_empty_study_measures_nothing_and_names_the_command_for_each_claim():
     found = verdicts(Study(Path("study"), {}, {}, {}, {}, {}))
     assert {verdict.verdict for verdict in found} == {"not measured"}
-    assert all(verdict.paper and "tokenmdp ablate --preset" in verdict.rule for verdict in found)
+    assert all(verdict.paper and "tokenmdp ablate --plan examples/abc_study/" in verdict.rule for verdict in found)
     assert len({verdict.claim for verdict in found}) == len(found) == 16
 
 

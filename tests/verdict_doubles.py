@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from abc_study.verdicts import verdicts
 from study_doubles import Course, make_result, quality_record
 
 from tokenmdp.study.directory import Study
-from tokenmdp.study.verdicts import verdicts
 
 OUTCOMES = {"reproduced": 1.0, "not reproduced": -1.0, "inconclusive": None}
 

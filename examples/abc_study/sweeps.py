@@ -21,14 +21,15 @@ from abc_study.claims import (
     plain_cells,
     undecided,
 )
+from abc_study.estimates import jackknife, share_of_runs, slope
 
-from tokenmdp.intervals import Estimate
+from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import NAMES, model_name
 from tokenmdp.study.outcomes import LEAST_SHARED, equal_kl
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import jackknife, mean_difference, mean_over_seeds, share_of_runs, slope
+from tokenmdp.study.statistics import mean_difference
 from tokenmdp.wording import count
 
 COLLAPSE_TOKENS = 90  # the length from which on the paper sees it
@@ -63,7 +64,7 @@ def rises_with_beta(study: Study) -> Verdict:
             }
             listed = ", ".join(f"{value:.2f} ({beta:g})" for beta, value in zip(betas, means, strict=True))
             return claim.decide(
-                mean_over_seeds(slopes),
+                mean_interval(slopes),
                 len(rows),
                 f"slope {slopes.mean():+.2f}: {listed}; in the last tenth {mean_difference(ends)}",
                 place_of(study, grid, setting, len(rows), swept_cells),
@@ -104,7 +105,7 @@ def grows_with_length(study: Study) -> Verdict:
     leads = [outcomes.areas(found).mean(0) @ [1, -1] for pair in uniform if (found := outcomes.paired(*pair))]
     over = f"; over uniform {', '.join(f'{value:+.2f}' for value in leads)}" if len(leads) == len(lengths) else ""
     return claim.decide(
-        mean_over_seeds(slopes),
+        mean_interval(slopes),
         len(rows),
         f"{listed}; {slopes.mean():+.2f} for ten tokens more{over}",
         place_of(study, grid, f"{len(lengths)} lengths", len(rows), cells_of(study, grid, PAIR)),
@@ -221,7 +222,7 @@ def leads_at_equal_kl(study: Study) -> Verdict:
             why = f"too little KL in common: compared is {over}; add KL coefficients to the grid"
             return Verdict(claim.says, claim.paper, "", "", INCONCLUSIVE, why, place.text)
         return claim.decide(
-            mean_over_seeds(found.differences),
+            mean_interval(found.differences),
             seeds,
             f"{found.differences.mean():+.2f} at the same KL, {seeds} of {count(found.seeds, 'seed')}",
             place,

@@ -195,7 +195,7 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
         raise StudyError(f"--quality-texts is {arguments.quality_texts}; it must be 0 or at least 2")
     with console.status("loading the models once, to find errors before the work"):
         check_models(cells)
-    declare(out, plan.name, cells, {"command": command_of(arguments, config), **_given(arguments), **config})
+    declare(out, plan.name, cells, {"command": command_of(arguments, config), **_given(arguments, config)})
     share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
     finished = sum(cell_file(out, cell.id).exists() for cell in mine)
     console.print(
@@ -392,7 +392,7 @@ def command_of(arguments: Ablate, config: Mapping[str, Any]) -> str:
     'tokenmdp ablate --preset quick --seeds 1 2 --kl-coef 0.1 --anneal-lr'
     """
     grid = ["--preset", arguments.preset] if arguments.plan is None else ["--plan", str(arguments.plan)]
-    return shlex.join(["tokenmdp", "ablate", *grid, *_words({**_given(arguments), **config})])
+    return shlex.join(["tokenmdp", "ablate", *grid, *_words(_given(arguments, config))])
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:
@@ -407,12 +407,14 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _given(arguments: Ablate) -> dict[str, Any]:
-    """The arguments given beside the preset or the plan that change what is computed, as JSON values."""
+def _given(arguments: Ablate, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given beside the preset or the plan that change what is computed, as JSON values."""
     plan = arguments.plan
-    default = plan_options(arguments.preset) if plan is None else parse_command(["--plan", str(plan)])[0]
+    default = (plan_options(arguments.preset), {}) if plan is None else parse_command(["--plan", str(plan)])
+    given = {name: value for name, value in asdict(arguments).items() if value != getattr(default[0], name)}
+    given = {name: value for name, value in given.items() if name not in ("preset", "plan", *UNRECORDED)}
+    given |= {name: value for name, value in config.items() if name not in default[1] or value != default[1][name]}
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        for name, value in asdict(arguments).items()
-        if value != getattr(default, name) and name not in ("preset", "plan", *UNRECORDED)
+        for name, value in given.items()
     }

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from scipy import stats
 
 from tokenmdp.intervals import RESAMPLES, Estimate, mean_interval
 
@@ -70,26 +69,14 @@ def stratified_bootstrap(
     return percentile_interval(value, statistic(np.concatenate(drawn, axis=-1)))
 
 
-def mean_over_seeds(values: Values) -> Estimate:
-    """Mean of one number per seed, such as a difference, with its t interval; a single seed has an infinite one.
-
-    >>> print(mean_over_seeds([1.0, 2.0, 3.0]))
-    2.00 [-0.48, 4.48]
-
-    Raises:
-        ValueError: no values.
-    """
-    return mean_interval(values)
-
-
 def mean_level(strata: Sequence[Values]) -> Estimate:
-    """Mean of all values: `stratified_bootstrap`, but `mean_over_seeds` for one stratum of too few seeds for that.
+    """Mean of all values: `stratified_bootstrap`, but `mean_interval` for one stratum of too few seeds for that.
 
     Raises:
         ValueError: no values.
     """
     if len(strata) == 1 and 0 < len(strata[0]) < FEWEST_RESAMPLED:
-        return mean_over_seeds(strata[0])
+        return mean_interval(strata[0])
     return stratified_bootstrap(strata)
 
 
@@ -103,8 +90,8 @@ def level(values: Values) -> Estimate:
 
 
 def mean_difference(values: Values) -> Estimate:
-    """`mean_over_seeds` of one difference per seed, without an interval below `FEWEST_DECIDING` seeds."""
-    return mean_over_seeds(values) if len(values) >= FEWEST_DECIDING else without_interval(float(np.mean(values)))
+    """`mean_interval` of one difference per seed, without an interval below `FEWEST_DECIDING` seeds."""
+    return mean_interval(values) if len(values) >= FEWEST_DECIDING else without_interval(float(np.mean(values)))
 
 
 def without_interval(value: float) -> Estimate:
@@ -137,39 +124,7 @@ def paired_difference(values: Values, baseline: Values) -> Estimate:
         raise ValueError(
             f"{left.size} values and {right.size} of the baseline are not pairs; give one per seed of each"
         )
-    return mean_over_seeds(left - right)
-
-
-def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """A statistic of seeds that is not their mean, such as a ratio of means, with a t interval.
-
-    ``pseudo_i = n * statistic(rows) - (n - 1) * statistic(rows without i)``; their mean is the estimate (Tukey 1958).
-
-    Args:
-        rows: (n, ...), one row per seed.
-        statistic: (m, ...) -> a number, for m = n and n - 1.
-
-    >>> jackknife(np.array([1.0, 2.0, 6.0]), np.mean) == mean_over_seeds([1.0, 2.0, 6.0])
-    True
-    """
-    seeds, value = len(rows), statistic(rows)
-    if seeds < 2:
-        return without_interval(value)
-    left_out = [statistic(np.delete(rows, seed, axis=0)) for seed in range(seeds)]
-    return mean_over_seeds(seeds * value - (seeds - 1) * np.array(left_out))
-
-
-def share_of_runs(number: int, runs: int) -> Estimate:
-    """``number / runs`` with Clopper and Pearson's exact interval: what is rare among few runs may still be likely.
-
-    >>> print(share_of_runs(2, 10))
-    0.20 [0.03, 0.56]
-
-    Raises:
-        ValueError: no runs, or fewer than ``number``.
-    """
-    interval = stats.binomtest(number, runs).proportion_ci()
-    return Estimate(number / runs, float(interval.low), float(interval.high))
+    return mean_interval(left - right)
 
 
 def probability_of_improvement(
@@ -218,22 +173,6 @@ def two_standard_errors(values: Values) -> float:
     """
     sample = np.asarray(values, dtype=np.float64)
     return float(2 * sample.std(ddof=1) / math.sqrt(sample.size)) if sample.size > 1 else math.nan
-
-
-def slope(values: np.ndarray, places: Values) -> np.ndarray:
-    """Least-squares slope over the last axis; values (..., K), places (K,) -> (...).
-
-    >>> float(slope(np.array([1.0, 2.0, 3.0]), [0.0, 2.0, 4.0]))
-    0.5
-
-    Raises:
-        ValueError: all places are equal.
-    """
-    at = np.asarray(places, dtype=np.float64)
-    centred = at - at.mean()
-    if not centred.any():
-        raise ValueError(f"a slope needs two different places, all are {at[0]:g}")
-    return np.asarray(values @ centred / (centred @ centred))
 
 
 def trailing_mean(curves: np.ndarray, window: int) -> np.ndarray:

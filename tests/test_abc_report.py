@@ -1,0 +1,66 @@
+"""The page of the ABC study: its claims come first, and its verdicts are those of the shipped first edition."""
+
+import html as markup
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import abc_report
+import pytest
+from abc_study.claims import multiplicity
+from abc_study.verdicts import verdicts
+from study_doubles import synthetic_study
+
+from tokenmdp.study.directory import load_study
+from tokenmdp.study.report.parts import typeset
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "study_results"
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A study of every grid, with its report."""
+    path = synthetic_study(tmp_path_factory.mktemp("study"), seeds=3, updates=30)
+    abc_report.main([str(path)])
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def page(full):
+    return (full.path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_page_opens_with_the_claims(full, page):
+    assert re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', page)[0] == ("claims", "The claims")
+    assert "<h1>Dense reward for free: the claims, tried again</h1>" in page
+    shown = markup.unescape(page)
+    for verdict in verdicts(full):
+        for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where):
+            assert typeset(text) in shown
+    stored = json.loads((full.path / "report" / "verdicts.json").read_text())
+    assert [record["claim"] for record in stored] == [verdict.claim for verdict in verdicts(full)]
+    assert "## The claims\n\n| claim | paper |" in (full.path / "report" / "tables.md").read_text()
+
+
+def test_the_shipped_verdicts_are_those_of_the_shipped_cells():
+    study = load_study(RESULTS)
+    stored = json.loads((RESULTS / "report" / "verdicts.json").read_text())
+    assert json.loads(json.dumps([asdict(verdict) for verdict in verdicts(study)])) == stored
+
+
+def test_the_papers_claims_are_counted_and_shown_apart_from_our_own_questions(full, page):
+    summary = page[page.index("</h1>") : page.index("<nav>")]
+    counts = re.findall(r"(\d+) (claims of the paper|questions of our own): (.*?)\.", summary)
+    assert [int(number) for number, *_ in counts] == [10, 6]
+    for number, _, kinds in counts:
+        assert sum(map(int, re.findall(r"<b>(\d+)</b>", kinds))) == int(number)
+    assert "reproduced" in counts[0][2]
+    assert "reproduced" not in counts[1][2]
+    rows = re.findall(r'<span class="verdict \w+">\S+ (.*?)</span>', page)
+    assert set(rows[10:]) <= {"yes", "no", "open"}
+    assert "imdb-plain is the same model before that" in summary
+
+
+def test_the_page_says_how_many_claims_there_are(full, page):
+    assert markup.escape(multiplicity(verdicts(full))) in page
