@@ -18,6 +18,7 @@ from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
 from tokenmdp.study.presets import PLANS
+from tokenmdp.study.report import terminal
 from tokenmdp.study.results import CellResult, StudyError, cell_file, pack_cells, read_result, write_result
 
 
@@ -101,11 +102,11 @@ def test_what_is_no_study_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2}', "has format 2 and this version of tokenmdp reads 1"),
+        ('{"format": 3}', "has format 3 and this version of tokenmdp reads 2"),
         ("[]", "holds a list"),
         ("{", "cannot be read"),
-        ('{"format": 1, "version": "x", "grids": {}}', "is damaged"),
-        ('{"format": 1}', "is damaged"),
+        ('{"format": 2, "version": "x", "grids": {}}', "is damaged"),
+        ('{"format": 2}', "is damaged"),
     ],
 )
 def test_another_format_and_damage_are_named(tmp_path, text, message):
@@ -138,7 +139,7 @@ def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
 def test_a_damaged_cell_is_named(tmp_path):
     synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=5)
     id = load_study(tmp_path).grids["imdb"][0]
-    for text in ("{", "[]", '{"format": 1}'):
+    for text in ("{", "[]", '{"format": 2}'):
         cell_file(tmp_path, id).write_text(text)
         with pytest.raises(StudyError, match="delete it and the cell is run again"):
             load_study(tmp_path)
@@ -240,7 +241,7 @@ def test_damaged_quality_is_named(tmp_path, text):
 
 
 def test_a_study_json_that_lacks_a_part_is_not_added_to(tmp_path):
-    (tmp_path / "study.json").write_text('{"format": 1}')
+    (tmp_path / "study.json").write_text('{"format": 2}')
     with pytest.raises(StudyError, match="is damaged"):
         declare(tmp_path, "imdb", [make_cell()], {})
 
@@ -269,7 +270,7 @@ def test_relative_names_leave_no_path_of_this_machine(tmp_path, monkeypatch):
     cell_file("study", last.id).unlink()
     trace = f'File "{tmp_path}/credit.py", line 1\nOSError: cannot read {tmp_path}/mine/model.safetensors\n'
     cell_file("study", last.id, ".error.txt").write_text(trace)
-    ablate.report(Path("study"), "quick", Console(quiet=True))
+    terminal.report(Path("study"), "quick", Console(quiet=True))
     for file in tmp_path.glob("study/**/*"):
         if file.is_file() and file.suffix != ".txt":
             assert str(tmp_path).encode() not in file.read_bytes(), file
@@ -301,6 +302,6 @@ def test_the_search_says_where_it_was_too_narrow(tmp_path, capsys):
     declare(tmp_path, "tune", cells, {})
     for cell, area in zip(cells, (1.0, 2.0), strict=True):
         write_result(tmp_path, CellResult(cell, {"score_mean": [area, area], "kl": [0.0, 1.0]}, {}, [], 1.0, {}))
-    ablate.show_rates(load_study(tmp_path), Console(width=300))
+    terminal.show_rates(load_study(tmp_path), Console(width=300))
     assert "At the edge of the search" in capsys.readouterr().out
     assert json.loads((tmp_path / "learning_rates.json").read_text())["learning_rates"] == {"sparse": 1e-4}

@@ -222,7 +222,7 @@ def test_an_interruption_while_a_process_starts_ends_that_process_too(stand_in, 
 def test_shards_share_a_study_and_the_last_one_reports(stand_in, monkeypatch, capsys):
     study, cells = stand_in()
     reported = []
-    monkeypatch.setattr(ablate, "report", lambda out, grid, console: reported.append(grid))
+    monkeypatch.setattr(ablate.terminal, "report", lambda out, grid, console: reported.append(grid))
     for shard in ("2/3", "1/3", "3/3"):
         assert not reported
         assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", "--shard", shard]) == 0
@@ -298,6 +298,6 @@ def test_credit_quality_may_be_left_out(stand_in, monkeypatch, words, texts):
     study, _ = stand_in()
     asked = []
     monkeypatch.setattr(ablate, "measure_credit_quality", lambda out, num, device, console: asked.append(num))
-    monkeypatch.setattr(ablate, "report", lambda out, grid, console: None)
+    monkeypatch.setattr(ablate.terminal, "report", lambda out, grid, console: None)
     assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu", *words]) == 0
     assert asked == texts

@@ -9,9 +9,9 @@ from rich.console import Console
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, synthetic_study
 
-from tokenmdp.cli.ablate import tables_of
 from tokenmdp.intervals import Estimate
 from tokenmdp.study.directory import load_study
+from tokenmdp.study.report.terminal import tables_of
 from tokenmdp.study.statistics import censored_median
 from tokenmdp.study.tables import (
     LEGEND,

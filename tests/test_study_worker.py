@@ -11,7 +11,7 @@ import torch
 
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.runs.environments import make_envs, toy_policy
-from tokenmdp.runs.training import ppo_config
+from tokenmdp.runs.settings import agent_config
 from tokenmdp.study import results, worker
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
@@ -36,7 +36,7 @@ def cell():
 
 def test_a_cell_trains_as_the_agent_does_whatever_it_evaluates(cell):
     result = worker.run_cell(cell)
-    agent = PPO(toy_policy(1), make_envs(cell.settings, 4, None), ppo_config(cell.settings, 3)).learn(3)
+    agent = PPO(toy_policy(1), make_envs(cell.settings, 4, None), agent_config(cell.settings, 3)).learn(3)
     for name, column in result.metrics.items():
         assert column == [record[name] for record in agent.history], name
     assert set(worker.COLUMNS) | set(worker.REPORTED) == set(result.metrics)

@@ -8,14 +8,12 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers.utils import logging
 
 from tokenmdp.cli.options import option_class, parse_parts, preset_in
@@ -27,18 +25,13 @@ from tokenmdp.files import locked, write_text
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
 from tokenmdp.runs.settings import SET_APART, TOY_POLICY, agent_config
-from tokenmdp.study.directory import Study, declare, load_study, quality_file
+from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, read_rates, register, shard_of
 from tokenmdp.study.presets import PLANS, Plan
-from tokenmdp.study.report.page import write_report
+from tokenmdp.study.report import terminal
 from tokenmdp.study.results import Cell, StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells
-from tokenmdp.study.tables import METHOD_HEADINGS, method_table, method_texts
-from tokenmdp.study.tuning import SEARCH, chosen_rates, edge_note
-from tokenmdp.wording import clock
 
-SHOWN = ("seeds", "mean score", "last tenth", "KL, last tenth", "- sparse", "median seed's updates to sparse's maximum")
-ONE_LINE, ONE_TABLE = 150, 116  # terminal columns that fit everything, with intervals beside or below the numbers
 # These do not change what a cell computes.
 VARIED = (
     "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "reward_models", "updates", "eval_every", "eval_samples",
@@ -180,7 +173,7 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
     grid = arguments.preset if arguments.plan is None else arguments.plan.stem
     out = arguments.out or Path("runs") / grid
     if arguments.report_only:
-        report(out, grid, console)
+        terminal.report(out, grid, console)
         return 0
     device = resolve_device(arguments.device)
     config = config or {}
@@ -213,7 +206,7 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
             if arguments.quality_texts:
                 with locked(out / "cells"):  # of two that end at once the second finds it measured
                     measure_credit_quality(out, arguments.quality_texts, device, console)
-            report(out, plan.name, console)
+            terminal.report(out, plan.name, console)
         else:
             console.print(
                 f"{len(left)} of {len(cells)} cells are left to other shards; the one that ends last writes the "
@@ -326,63 +319,6 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
         }
         text = json.dumps(quality_report.record(results, given), indent=1)
         write_text(quality_file(out, reward_model), text + "\n")
-
-
-def report(out: Path, grid: str, console: Console) -> None:
-    """Write the report of a whole study and print the table of one grid.
-
-    Raises:
-        StudyError: there is no study, or no finished cell.
-    """
-    study = load_study(out)
-    if not study.results:
-        raise StudyError(f"{out} has no finished cell, so there is nothing to report; its command runs them")
-    with locked(out):
-        _report(study, grid, console)
-
-
-def _report(study: Study, grid: str, console: Console) -> None:
-    if SEARCH in study.grids:
-        show_rates(study, console)
-    for name in [grid] if grid in study.grids else study.grids:
-        for table in tables_of(study, name, console.width):
-            console.print(table)
-    seconds = sum(result.seconds for result in study.results.values())
-    console.print(f"{len(study.results)} of {len(study.cells)} cells, {clock(seconds)} of computing", highlight=False)
-    page = write_report(study, study.path / "report")
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
-
-
-def show_rates(study: Study, console: Console) -> None:
-    """Write what the grid "tune" found, and say where the search was too narrow to find it."""
-    place, chosen = study.path / "learning_rates.json", chosen_rates(study)
-    write_text(place, json.dumps(chosen, indent=1) + "\n")
-    console.print(f"learning rates: {place}", highlight=False, soft_wrap=True)
-    if note := edge_note(chosen):
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
-
-
-def tables_of(study: Study, grid: str, width: int) -> list[Table]:
-    """The main columns of a grid's table for a terminal of ``width``, one setting after another.
-
-    The page has all columns. In a narrow terminal intervals stand below their numbers; in a narrower
-    one a second table has the last columns.
-    """
-    between = " " if width >= ONE_LINE else "\n"
-    parts = (SHOWN,) if width >= ONE_TABLE else (SHOWN[:3], SHOWN[3:])
-    settings: dict[str, list[dict[str, str]]] = {}
-    for row in method_table(study, grid):
-        settings.setdefault(row.setting, []).append(dict(zip(METHOD_HEADINGS, method_texts(row), strict=True)))
-    tables = []
-    for (setting, rows), shown in product(settings.items(), parts):
-        table = Table(title=Text(f"{grid}: {setting}") if shown is parts[0] else None, title_justify="left")
-        table.add_column("method", overflow="fold")
-        for heading in shown:
-            table.add_column(heading, justify="right")
-        for texts in rows:
-            table.add_row(*(Text(texts[heading].replace(" [", f"{between}[")) for heading in ("method", *shown)))
-        tables.append(table)
-    return tables
 
 
 def command_of(arguments: Ablate, config: Mapping[str, Any]) -> str:
