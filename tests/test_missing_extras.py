@@ -32,7 +32,7 @@ def run_pytest(tmp_path):
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def run(*arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": path}
         done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
