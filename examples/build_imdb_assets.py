@@ -119,7 +119,7 @@ class Build:
             self.log("sampling prompts")
             eos, rng = tokenizer.eos_token_id, random.Random(self.arguments.seed)
             openings = quality.sample_responses(
-                policy, [[eos]] * 8000, 8, self.device, self.arguments.seed, temperature=0.8
+                policy, [[eos]] * self.arguments.openings, 8, self.device, self.arguments.seed, temperature=0.8
             )
             texts = {}
             for opening in openings:
@@ -311,6 +311,7 @@ def parse() -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--policy-tokens", type=float, default=17e6)
     add("--policy-learning-rate", type=float, default=3e-3)
+    add("--openings", type=int, default=8000, help="that the policy writes, for the prompts")
     add("--classify-steps", type=int, default=1300)
     add("--classify-learning-rate", type=float, default=5e-4)
     add("--written", type=int, default=5000, help="texts that the policy writes for phase 2")

@@ -1,10 +1,13 @@
-"""Tests that need an optional library are skipped where it is not installed, and say what they need."""
+"""One thread a process; tests that need an optional library are skipped where it is not installed, and say so."""
 
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; pytest's and the tests' processes inherit it
 
 EXTRAS = {
     "attribution": "captum",

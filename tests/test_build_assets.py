@@ -4,9 +4,8 @@ import json
 import math
 import random
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -139,23 +138,21 @@ def write_reviews(folder: Path) -> None:
         pa.parquet.write_table(pa.table(rows), folder / f"{split}-00000-of-00001.parquet")
 
 
-def test_whole_recipe_on_made_up_reviews(tmp_path):
+def test_whole_recipe_on_made_up_reviews(tmp_path, monkeypatch, capsys):
     write_reviews(tmp_path)
     sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 "
-    sizes += "--align-steps 3 --uniform-steps 3 --gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3"
+    sizes += "--align-steps 3 --uniform-steps 3 --gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3 "
+    sizes += "--openings 400 --written 60"
     bundle = tmp_path / "bundle"
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--data",
-        str(tmp_path),
-        "--work",
-        str(tmp_path / "work"),
-        "--device",
-        "cpu",
-    ]
-    command += ["--bundle", str(bundle), "--study-models", str(tmp_path), *sizes.split(), "--written", "60"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+    def build(*options):
+        paths = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--bundle", str(bundle)]
+        paths += ["--study-models", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), *paths, "--device", "cpu", *sizes.split(), *options])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    build()
     places = {
         "plain": tmp_path / "imdb-plain",
         "uniform": tmp_path / "imdb-uniform",
@@ -166,9 +163,9 @@ def test_whole_recipe_on_made_up_reviews(tmp_path):
     work = [*(tmp_path / "work").glob("*gold*"), *(tmp_path / "work").glob("*uniform*")]
     for built in [*(file.parent for file in weights), *work]:
         shutil.rmtree(built) if built.is_dir() else built.unlink()
-    subprocess.run([*command, "--gold", "--uniform"], check=True, capture_output=True, timeout=300)
+    build("--gold", "--uniform")
     assert [file.read_bytes() for file in weights] == before
-    report = subprocess.run([*command, "--evaluate"], check=True, capture_output=True, text=True, timeout=300).stdout
+    report = build("--evaluate")
     figures = json.loads(report[report.index("{\n") :])
     assert 0 < figures["bits_per_byte"] < 8
     assert f"{figures['bits_per_byte']:.3f}" in (bundle / "README.md").read_text()

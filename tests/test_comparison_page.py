@@ -125,7 +125,7 @@ def browse(tmp_path, scheme, width):
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
     options += [f"--window-size={max(width, 500)},900", f"--screenshot={tmp_path / 'page.png'}", "--dump-dom"]
     command = [BROWSER, *options, (tmp_path / "frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     found = re.search(r'<body[^>]*data-facts="([^"]*)"', done.stdout)
     assert found, f"the page's script failed: {done.stderr[-2000:]}"
     pixels = matplotlib.image.imread(tmp_path / "page.png")[:, :width, :3]

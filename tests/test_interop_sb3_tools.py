@@ -200,7 +200,7 @@ def test_gymnasium_workers_of_a_fresh_process_load_models_when_they_score_and_us
     script = tmp_path / "workers.py"
     script.write_text(WORKERS.format(context=context))
     free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=free)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=free)
     assert (done.returncode, done.stdout) == (0, "False False\nTrue True 1 1\n"), done.stderr
 
 

@@ -25,7 +25,6 @@ if not (BENCHMARKS / "learning.py").exists():
 sys.path.insert(0, str(BENCHMARKS))
 
 from learning_parts import command, engines, race, results, tables  # noqa: E402
-from learning_parts.curves import run_all  # noqa: E402
 from learning_parts.protocol import RACERS, Engine, Protocol, Run, curve_engines  # noqa: E402
 from speed_parts import trl_worker  # noqa: E402
 
@@ -252,22 +251,18 @@ def test_a_race_writes_what_its_sides_did(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_curves_command_runs_and_goes_on(tmp_path, capsys):
-    arguments = ["curves", "--smoke", "--out", str(tmp_path)]
-    assert command.main(arguments) == 0
+def test_the_curves_command_names_a_run_that_fails_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    arguments = ["curves", "--smoke", "--jobs", "1", "--out", str(tmp_path)]
+    failing = ["--engines", "ours-bad", "ours", "--variant", "bad", "dtype=float3"]
+    assert command.main([*arguments, *failing]) == 1
+    output = capsys.readouterr().out
+    assert "float3" in output
+    assert "failed: ours-bad-seed1" in output
+    assert [result.run.engine.name for result in results.curves_in(tmp_path)] == ["ours"]
     file = tmp_path / "curves" / "ours-seed1.json"
     first = file.read_text()
     assert len(json.loads(first)["records"]) == command.SMOKE["updates"]
     assert command.main(arguments) == 0
     assert file.read_text() == first
     assert "finished already" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
-    protocol = Protocol(updates=1, episodes=4, response_tokens=3)
-    bad, good = Run(Engine("ours", fields={"dtype": "float3"}), protocol, 1), Run(Engine("ours"), protocol, 2)
-    console = Console(width=1000)
-    assert run_all([bad, good], tmp_path, jobs=1, trl_venv=tmp_path, console=console) == ["ours-seed1"]
-    assert "float3" in capsys.readouterr().out
-    assert [result.run for result in results.curves_in(tmp_path)] == [good]

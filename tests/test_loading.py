@@ -314,22 +314,21 @@ def make():
 if __name__ == "__main__":
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
-    gymnasium_envs = gym.vector.AsyncVectorEnv([make], context="spawn")
-    sb3_envs = SubprocVecEnv([make], start_method="spawn")
-    for envs, call in ((gymnasium_envs, gymnasium_envs.call), (sb3_envs, sb3_envs.env_method)):
-        envs.reset()
-        fresh = call("threads")[0]
-        envs.step(np.array([5]))
-        print(fresh == torch.get_num_threads(), call("threads")[0])
-        envs.close()
+    envs = SubprocVecEnv([make], start_method="spawn")
+    envs.reset()
+    fresh = envs.env_method("threads")[0]
+    envs.step(np.array([5]))
+    print(fresh == torch.get_num_threads(), envs.env_method("threads")[0])
+    envs.close()
 """
 
 
 @pytest.mark.slow
-def test_workers_of_gymnasium_and_sb3_score_with_one_thread(tmp_path):
+def test_workers_of_sb3_score_with_one_thread(tmp_path):
+    """Those of Gymnasium are in test_interop_sb3_tools.py."""
     pytest.importorskip("stable_baselines3", reason=SB3)
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
     free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=free)
-    assert done.stdout == "True 1\nTrue 1\n", done.stderr
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=free)
+    assert done.stdout == "True 1\n", done.stderr

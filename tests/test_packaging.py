@@ -39,14 +39,18 @@ def source(tmp_path_factory):
     return copy
 
 
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
 def shipped(names):
     """The package's files in a wheel, without the metadata folder."""
     return sorted(name for name in names if ".dist-info/" not in name)
 
 
 @pytest.mark.slow
-def test_sdist_and_wheel_hold_agents_once_and_every_asset(source, tmp_path):
-    wheel = build(source, "wheel", tmp_path)
+def test_sdist_and_wheel_hold_agents_once_and_every_asset(source, wheel, tmp_path):
     sdist = build(source, "sdist", tmp_path)
     names = shipped(zipfile.ZipFile(wheel).namelist())
 
@@ -80,8 +84,8 @@ def test_checkout_without_symlinks_builds_the_same_wheel(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_installed_wheel_imports_agents_from_elsewhere(source, tmp_path):
-    zipfile.ZipFile(build(source, "wheel", tmp_path)).extractall(tmp_path / "site")
+def test_installed_wheel_imports_agents_from_elsewhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
         "import sys, tokenmdp.agents.ppo as ppo, tokenmdp.runs.training, tokenmdp.report.heatmap\n"
         "assert 'agents' not in sys.modules\nprint(ppo.__file__)"

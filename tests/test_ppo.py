@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import gymnasium as gym
 import pytest
@@ -281,10 +282,16 @@ def test_a_checkpoint_is_a_directory_that_transformers_reads(tmp_path):
     assert other.num_updates_done == 0
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    run = tmp_path_factory.mktemp("saved") / "run"
+    make_agent().save(run)
+    return run
+
+
 @pytest.fixture
-def checkpoint(tmp_path):
-    make_agent().save(tmp_path / "run")
-    return tmp_path / "run"
+def checkpoint(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
