@@ -1,4 +1,4 @@
-"""One thread a process; tests that need an optional library are skipped where it is not installed, and say so."""
+"""One thread per process; tests that need an optional library are skipped where it is not installed, and say so."""
 
 import os
 import re
