@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
-from tokenmdp.models.loading import fingerprint, from_pretrained, load_tokenizer, resolve
+from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
 from tokenmdp.reward_models.base import RewardModel, Score
 from tokenmdp.reward_models.classifier import check_score
 from tokenmdp.reward_models.lexicon import names_word_list
@@ -237,9 +237,7 @@ def _check_classifier(name: str, score: Score, slots: tuple[int, int] | None) ->
 
     ``slots`` are those of the prompt and of the response; None if the model may count in other tokens.
     """
-    from transformers import AutoConfig
-
-    config = from_pretrained(AutoConfig.from_pretrained, "reward_model", name)
+    config = load_config("reward_model", name)
     check_score(score, config, name)
     limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
     if limit is not None and slots is not None and sum(slots) > limit:

@@ -19,13 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenmdp.files import CheckpointError
+from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import install
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.onednn import use_onednn
 from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
-from tokenmdp.models.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
+from tokenmdp.models.loading import check_loads, load_causal_lm, load_tokenizer, quiet, resolve, tokenizer_home
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.types import TokenSpace, response_rows
 
@@ -88,6 +89,7 @@ class CausalLMPolicy(nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        refuse_adapters(lm)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
@@ -158,6 +160,9 @@ class CausalLMPolicy(nn.Module):
         Args:
             directory: created if it does not exist.
             state: weights to write instead of the policy's own, named as in its ``state_dict()``.
+
+        Raises:
+            CheckpointError: what was written cannot be loaded again.
         """
         state = self.state_dict() if state is None else state
         lm, head = (
@@ -167,6 +172,7 @@ class CausalLMPolicy(nn.Module):
         with quiet():
             self.lm.save_pretrained(directory, state_dict=lm)
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
+        check_loads(directory)
 
     def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
         """The trained parameters in two optimizer groups: the language model (or its adapters), then the value head.
@@ -177,9 +183,18 @@ class CausalLMPolicy(nn.Module):
         Args:
             learning_rate: of the language model.
             vf_learning_rate: of the value head.
+
+        Raises:
+            ValueError: no weight of the language model learns, so that training would change nothing.
         """
         heads = set(self.value_head.parameters())
         body = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        if not body:
+            raise ValueError(
+                f"no weight of the language model {type(self.lm).__name__} learns (all have requires_grad=False), so "
+                "training would change nothing; call model.requires_grad_(True) before, or set lora_rank to train "
+                "adapters beside frozen weights"
+            )
         return [
             {"params": body, "lr": learning_rate},
             {"params": list(self.value_head.parameters()), "lr": vf_learning_rate},
@@ -358,10 +373,10 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         VocabularyMismatch: with the first token that differs.
     """
-    path = resolve("policy", name)
-    if Path(path).is_dir() and not holds_tokenizer(path):
+    home = tokenizer_home("policy", name)
+    if home is None:
         return
-    theirs = load_tokenizer(path).get_vocab()
+    theirs = load_tokenizer(resolve("policy", home)).get_vocab()
     different = [(index, token) for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
     if different:
         index, token = min(different)

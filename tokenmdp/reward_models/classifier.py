@@ -7,14 +7,14 @@ the credit row, is the last response token of a causal model and the first token
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
-from tokenmdp.models.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
+from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights, tokenizer_home
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
 from tokenmdp.types import Episode, RewardOutput
@@ -95,7 +95,7 @@ class HFRewardModel(RewardModel):
         name: what `load_reward_model` reloads it from (specs and pickles).
 
     Raises:
-        ValueError: several labels and no index, an index out of range, an encoder-decoder.
+        ValueError: several labels and no index, an index out of range, an encoder-decoder, adapters of peft.
         VocabularyMismatch: the tokenizer has more tokens than the model has rows.
     """
 
@@ -107,6 +107,7 @@ class HFRewardModel(RewardModel):
         score: Score = "auto",
         name: str | None = None,
     ) -> None:
+        refuse_adapters(model)
         dtype = str(model.dtype).removeprefix("torch.")
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
@@ -304,10 +305,10 @@ def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRe
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
     model = load_weights(AutoModelForSequenceClassification.from_pretrained, "reward_model", name, DTYPES[dtype])
-    path, tokenizer = resolve("reward_model", name), None
-    if not Path(path).is_dir() or holds_tokenizer(path):
+    home, tokenizer = tokenizer_home("reward_model", name), None
+    if home is not None:
         try:
-            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", name)
+            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", home)
         except ModelNotFound:  # a hub repository without tokenizer files: sizes are compared instead
             tokenizer = None
     model.to(torch.device(device))  # type: ignore[arg-type]
