@@ -13,6 +13,7 @@ import torch
 
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
+from tokenmdp.models.sizes import PositionLimit, configured_limit
 from tokenmdp.reward_models.base import RewardModel, Score
 from tokenmdp.reward_models.classifier import check_score
 from tokenmdp.reward_models.lexicon import names_word_list
@@ -63,7 +64,8 @@ class TextGenTask:
         model = source if isinstance(source, RewardModel) else load_reward_model(source, **self.reward_options)
         model = self._readable(model)
         if model.max_tokens is not None and self.max_prompt_tokens + self.max_new_tokens > model.max_tokens:
-            raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, model.max_tokens, model))
+            limit = PositionLimit(model.max_tokens, model.limit_reason)
+            raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, limit, model))
         return model
 
     def check_needs(self, needs: frozenset[str]) -> None:
@@ -239,8 +241,8 @@ def _check_classifier(name: str, score: Score, slots: tuple[int, int] | None) ->
     """
     config = load_config("reward_model", name)
     check_score(score, config, name)
-    limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    if limit is not None and slots is not None and sum(slots) > limit:
+    limit = configured_limit(config)
+    if limit is not None and slots is not None and sum(slots) > limit.tokens:
         raise ValueError(too_long(*slots, limit, name))
 
 
@@ -255,11 +257,11 @@ def _check_alignment(align: Align | None, reward_template: str) -> None:
         )
 
 
-def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: int, model: object) -> str:
+def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: PositionLimit, model: object) -> str:
     """The message for prompt and response slots beyond a reward model's positions."""
     return (
         f"max_prompt_tokens={max_prompt_tokens} + max_new_tokens={max_new_tokens} = "
-        f"{max_prompt_tokens + max_new_tokens} tokens exceed the {limit} positions of the reward model {model}; "
+        f"{max_prompt_tokens + max_new_tokens} tokens exceed the reward model {model}, which has {limit}; "
         "lower one of them or use a reward model with more positions"
     )
 

@@ -6,6 +6,7 @@ the credit row, is the last response token of a causal model and the first token
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import nn
 from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
 from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights, tokenizer_home
+from tokenmdp.models.sizes import position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
 from tokenmdp.types import Episode, RewardOutput
@@ -28,7 +30,11 @@ PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than t
 IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
 SLOTS_AT_ONCE = {"cpu": 1 << 12}  # texts times length in a forward
 OTHER_SLOTS_AT_ONCE = 1 << 17
+LONG_PROBE, SHORT_PROBES = 48, 3  # the length of one text, the number of shorter ones, which try what padding changes
+PROBE_TOLERANCE = 1e-4  # of the largest score
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
@@ -88,6 +94,9 @@ class HFRewardModel(RewardModel):
     the logit of that label. Scores are float32 whatever the model's dtype. The model is put in eval mode and switched
     to an attention implementation that is sdpa and can capture a row.
 
+    Scores of a text do not depend on the texts beside it: that is tried on a few tokens, and where the model reads the
+    padding behind a text (FNet, ConvBERT, ...) only texts of one length are read together, and no rows are captured.
+
     Args:
         model: from AutoModelForSequenceClassification, on its device and in its dtype.
         tokenizer: the model's own; None compares vocabulary sizes only.
@@ -115,7 +124,13 @@ class HFRewardModel(RewardModel):
         check_score(score, model.config, type(model).__name__)
         self.model = model.eval()
         self.score = score
-        self.max_tokens = _positions(model)
+        if getattr(model.config, "attention_type", None) == "block_sparse":
+            raise ValueError(
+                f"{type(model).__name__} with attention_type='block_sparse' draws its attention at random and changes "
+                "it for good with the first short text; load it with attention_type='original_full' (in config.json)"
+            )
+        if (limit := position_limit(model)) is not None:
+            self.max_tokens, self.limit_reason = limit
         self._check_rows(tokenizer)
         can_capture = install(model)
         self.head = _last_token_head(model)
@@ -123,7 +138,12 @@ class HFRewardModel(RewardModel):
         if self.head is None and model.config.pad_token_id is not None:
             self.fill = model.config.pad_token_id  # RoBERTa derives its positions from it
         pooled_first = self.head is None and model.config.model_type in FIRST_TOKEN_POOLED
+        self.by_length = False
+        self.by_length = self._reads_padding()
         provides = {"gradients"}
+        if self.by_length:
+            self.provides = frozenset(provides)
+            return
         if can_capture and (self.head is not None or pooled_first) and self._captures():
             provides |= {"attention", "attention_layers"}
         if self.head is not None:  # an encoder's first token has read the whole text: there are no prefix scores
@@ -197,6 +217,8 @@ class HFRewardModel(RewardModel):
 
         ``embeddings`` (N, L, C), if given, stand in for those of ``rows.input_ids``.
         """
+        if self.by_length and not rows.mask.all():
+            return self._forward_by_length(rows, embeddings), None
         inputs = {"input_ids": rows.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         if self.head is None:
             return self._number(self.model(attention_mask=rows.mask.long(), **inputs).logits), None
@@ -206,6 +228,47 @@ class HFRewardModel(RewardModel):
         hidden = self.model.base_model(attention_mask=everything, use_cache=False, **inputs).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), rows.last]  # (N, L, C) -> (N, C)
         return self._number(self.head(last)), hidden
+
+    def _forward_by_length(self, rows: Rows, embeddings: torch.Tensor | None) -> torch.Tensor:
+        """Scores (N,) from one forward per length of text, so that there is no padding to read."""
+        lengths, scores, places = rows.last + 1, [], []
+        for length in lengths.unique().tolist():
+            members = (lengths == length).nonzero()[:, 0]
+            part = Rows(*(column[members, :length] for column in rows))
+            scores.append(self._forward(part, None if embeddings is None else embeddings[members, :length])[0])
+            places.append(members)
+        return torch.cat(scores)[torch.cat(places).argsort()]
+
+    def _reads_padding(self) -> bool:
+        """Whether a text's score changes with the padding behind it; then texts of one length are read together.
+
+        Raises:
+            ValueError: it changes with the other texts even where all have one length.
+        """
+        room = LONG_PROBE if self.max_tokens is None else min(self.max_tokens, LONG_PROBE)
+        short, long = _probe(self.model, SHORT_PROBES, max(room // 4, 1)), _probe(self.model, 1, room)
+        padded = torch.full((SHORT_PROBES, room), self.fill, device=self.model.device)
+        padded[:, : short.shape[1]] = short
+        mask = torch.ones(SHORT_PROBES + 1, room, dtype=torch.bool, device=self.model.device)
+        mask[:-1, short.shape[1] :] = False
+        with torch.no_grad():
+            alone = torch.cat([self._forward(_whole(row[None]))[0] for row in short])
+            together = self._forward(_whole(short))[0]
+            ids = torch.cat([padded, long])
+            beside = self._forward(Rows(ids, mask, torch.arange(room).expand_as(ids)))[0]
+        if not torch.isfinite(beside).all():
+            return False  # its first scores are refused as such
+        rounding = max(PROBE_TOLERANCE, 8 * torch.finfo(self.model.dtype).eps) * float(beside.abs().max()) + 1e-6
+        if (together - alone).abs().max() > rounding:
+            raise ValueError(
+                f"{self} scores a text otherwise beside other texts of its length (largest difference "
+                f"{(together - alone).abs().max():.3g}), so its scores would depend on the batch; use another "
+                "reward model, such as GPT-2, Llama, BERT or DistilBERT"
+            )
+        if (beside[:-1] - alone).abs().max() <= rounding:
+            return False
+        logger.info("%s reads padding: texts of one length are scored together, without attention rows", self)
+        return True
 
     def _number(self, logits: torch.Tensor) -> torch.Tensor:
         """The score that the logits (..., K) stand for; (...,) float32."""
@@ -291,6 +354,18 @@ class HFRewardModel(RewardModel):
         return capture.seen
 
 
+def _probe(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    """(rows, length) ids, the same at every call, none of them the padding's."""
+    kept = [index for index in range(_vocabulary_rows(model)) if index != model.config.pad_token_id][:1000]
+    places = torch.arange(rows * length).view(rows, length) * 7 + 3
+    return torch.tensor(kept)[places % len(kept)].to(model.device)
+
+
+def _whole(ids: torch.Tensor) -> Rows:
+    """Texts without padding."""
+    return Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1]).expand_as(ids))
+
+
 def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
     """A sequence classifier and its tokenizer from an alias, a directory or a hub repository.
 
@@ -337,15 +412,6 @@ def check_score(score: Score, config: PretrainedConfig, name: str) -> None:
 
 def _vocabulary_rows(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model has; None if its configuration names no limit."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
-    limit = getattr(model.config, "max_position_embeddings", None)  # relative positions (ALiBi) have no such entry
-    return None if limit is None else int(limit)
 
 
 def _last_token_head(model: PreTrainedModel) -> nn.Module | None:
