@@ -53,6 +53,8 @@ class Train:
     """Bundled name, directory or hub name; None takes the policy's."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier; None takes the preset's."""
+    score: str | None = None
+    """Which output of the reward model is the score: an index, a label or "LABEL - LABEL"; default: by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     reward_template: str | None = None
@@ -137,6 +139,8 @@ class Score:
     """The policy whose attention abc-d and abc-d2 follow: bundled name, directory or hub name."""
     reward_model: str = "imdb-tiny"
     """Bundled name, directory or hub name of a sequence classifier."""
+    score: str = "auto"
+    """Which of its outputs is the score: an index, a label or "LABEL - LABEL"; auto decides by its labels."""
     tokenizer: str | None = None
     """Bundled name, directory or hub name; None takes the reward model's."""
     device: str = "auto"

@@ -45,6 +45,7 @@ def settings_from(arguments: Train) -> RunSettings:
         "max_new_tokens": arguments.max_new_tokens,
         "max_prompt_tokens": arguments.max_prompt_tokens,
         "truncate_prompt": arguments.truncate_prompt,
+        "score": arguments.score,
         "align": arguments.align,
         "reward_template": arguments.reward_template,
         "num_envs": arguments.num_envs,

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,6 @@ from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Score = int | Literal["auto"]
 
 
 class NonFiniteScore(ValueError):
@@ -51,6 +49,7 @@ class RewardModel(ABC):
 
     provides: frozenset[str] = frozenset()  # what `needs` may ask for, such as "attention"
     max_tokens: int | None = None  # the longest prompt + response it reads; None is unlimited
+    meaning: str = ""  # of the score, in words, such as "logit[positive] - logit[negative]"; "": nothing to say
     limit_reason: str = ""  # why that is less than its positions, in parentheses
     reloader: Callable[[str, dict[str, Any]], RewardModel] | None = None
 

@@ -6,23 +6,26 @@ the credit row, is the last response token of a causal model and the first token
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tokenmdp.models.adapters import refuse_adapters
+from tokenmdp.models.adapters import HEADS, refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
 from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights, tokenizer_home
 from tokenmdp.models.sizes import position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
-from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
+from tokenmdp.reward_models.scores import Score, score_rule
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
@@ -90,9 +93,11 @@ def _response_positions(rows: Rows, episodes: Episode) -> torch.Tensor:
 class HFRewardModel(RewardModel):
     """A transformers sequence classifier.
 
-    ``score="auto"``: the logit of a model with one label, ``logit[1] - logit[0]`` of one with two; an integer picks
-    the logit of that label. Scores are float32 whatever the model's dtype. The model is put in eval mode and switched
-    to an attention implementation that is sdpa and can capture a row.
+    ``score="auto"``: the logit of a model with one label, ``logit[positive] - logit[negative]`` of one with two whose
+    names say which is which; an index or a label picks one logit, "A - B" a difference (see
+    `tokenmdp.reward_models.scores.score_rule`; ``meaning`` says in words what was taken). Scores are float32 whatever
+    the model's dtype. The model is put in eval mode and switched to an attention implementation that is sdpa and can
+    capture a row.
 
     Scores of a text do not depend on the texts beside it: that is tried on a few tokens, and where the model reads the
     padding behind a text (FNet, ConvBERT, ...) only texts of one length are read together, and no rows are captured.
@@ -100,11 +105,12 @@ class HFRewardModel(RewardModel):
     Args:
         model: from AutoModelForSequenceClassification, on its device and in its dtype.
         tokenizer: the model's own; None compares vocabulary sizes only.
-        score: "auto" or the index of a label.
+        score: "auto", the index of a label, its name, or "LABEL - LABEL".
         name: what `load_reward_model` reloads it from (specs and pickles).
 
     Raises:
-        ValueError: several labels and no index, an index out of range, an encoder-decoder, adapters of peft.
+        ValueError: several labels that do not tell the score and no index, an index out of range, an encoder-decoder,
+            adapters of peft, a model that mixes the texts of a batch.
         VocabularyMismatch: the tokenizer has more tokens than the model has rows.
     """
 
@@ -121,7 +127,8 @@ class HFRewardModel(RewardModel):
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal classifier or an encoder")
-        check_score(score, model.config, type(model).__name__)
+        self._rule = score_rule(score, model.config, name or type(model).__name__)
+        self.meaning = self._rule.words
         self.model = model.eval()
         self.score = score
         if getattr(model.config, "attention_type", None) == "block_sparse":
@@ -272,10 +279,7 @@ class HFRewardModel(RewardModel):
 
     def _number(self, logits: torch.Tensor) -> torch.Tensor:
         """The score that the logits (..., K) stand for; (...,) float32."""
-        logits = logits.float()
-        if self.score != "auto":
-            return logits[..., self.score]
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+        return self._rule(logits)
 
     def _prefix_scores(self, hidden: torch.Tensor | None, rows: Rows, episodes: Episode) -> torch.Tensor:
         """(N, H+1): the score of the prompt and the first t response tokens; 0 after the end and for an empty text."""
@@ -311,6 +315,32 @@ class HFRewardModel(RewardModel):
                 stacklevel=2,
             )
         self._check_rows(tokenizer)
+
+    def save_one_label(self, directory: str | Path) -> None:
+        """Write the model with one output, the score, as other libraries read reward models (TRL: ``num_labels=1``).
+
+        The head's rows are subtracted, in float32: ``score = (w[plus] - w[minus]) h + b[plus] - b[minus]``, the same
+        number up to rounding. The tokenizer is written too.
+
+        Raises:
+            ValueError: the model's last layer is not linear.
+        """
+        name = next((name for name in HEADS if _is_head(self.model, name)), None)
+        if name is None:
+            raise ValueError(f"{self} ends in no linear layer with a row per label, so its outputs cannot become one")
+        plain = copy.deepcopy(self.model).float()
+        head, rule = plain.get_submodule(name), self._rule
+        one = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+        for part, whole in ((one.weight, head.weight), (one.bias, head.bias)):
+            if part is not None:
+                rows = whole[rule.plus] if rule.minus is None else whole[rule.plus] - whole[rule.minus]
+                part.data.copy_(rows.detach())
+        plain.set_submodule(name, one)
+        plain.config.num_labels = plain.num_labels = 1
+        plain.config.id2label, plain.config.label2id = {0: rule.words}, {rule.words: 0}
+        plain.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @property
     def device(self) -> torch.device:
@@ -354,6 +384,12 @@ class HFRewardModel(RewardModel):
         return capture.seen
 
 
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the module ``name`` is a linear layer with a row per label."""
+    module = dict(model.named_modules()).get(name)
+    return isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+
+
 def _probe(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
     """(rows, length) ids, the same at every call, none of them the padding's."""
     kept = [index for index in range(_vocabulary_rows(model)) if index != model.config.pad_token_id][:1000]
@@ -388,26 +424,9 @@ def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRe
             tokenizer = None
     model.to(torch.device(device))  # type: ignore[arg-type]
     loaded = HFRewardModel(model, tokenizer, score=score, name=name)
+    logger.info("the score of %s is %s", loaded, loaded.meaning)
     loaded.options = {"score": score, "dtype": dtype, "device": device}  # "cuda", not the "cuda:0" it became
     return loaded
-
-
-def check_score(score: Score, config: PretrainedConfig, name: str) -> None:
-    """Refuse a ``score`` that the classifier ``name`` with this ``config`` cannot give.
-
-    Raises:
-        ValueError: several labels and no index, or an index out of range.
-    """
-    id2label = config.id2label or {}
-    labels = len(id2label)
-    names = ", ".join(f"{index}: {label}" for index, label in id2label.items())
-    if score == "auto" and labels > 2:
-        raise ValueError(
-            f"{name} has {labels} labels ({names}), so score='auto' cannot choose; "
-            "pass score=INDEX of the label whose logit is the score"
-        )
-    if score != "auto" and (isinstance(score, bool | str) or not 0 <= score < labels):
-        raise ValueError(f"score={score!r} is not 'auto' or the index of one of the {labels} labels ({names})")
 
 
 def _vocabulary_rows(model: PreTrainedModel) -> int:

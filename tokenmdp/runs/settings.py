@@ -14,7 +14,7 @@ from tokenmdp.runs.credit_options import POLICIES
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
 EXAMPLES = {"--ppo": "kl_coef=0.1", "--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
-    "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
+    "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
     "truncate_prompt",
 )  # fmt: skip
 
@@ -33,6 +33,7 @@ class RunSettings:
     credit: str = "attention"
     credit_beta: float = 0.8
     credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
+    score: str | None = None  # which number of the reward model: an index, a label or "LABEL - LABEL"; None: "auto"
     align: str | None = None  # "offsets": the reward model has a tokenizer of its own
     reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
     horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included
