@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
@@ -174,12 +174,12 @@ def test_a_saved_policy_comes_back_with_its_value_head(tmp_path):
 
 
 def test_models_that_scoring_would_get_wrong_are_refused():
-    config = Gemma2Config(
+    config = CohereConfig(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.1, initializer_range=0.5,
+        num_key_value_heads=1, logit_scale=0.1, initializer_range=0.5,
     )  # fmt: skip
     with pytest.raises(ValueError, match="changes its logits after the output layer"):
-        CausalLMPolicy(Gemma2ForCausalLM(config), V, EOS)
+        CausalLMPolicy(CohereForCausalLM(config), V, EOS)
 
 
 @pytest.mark.parametrize(

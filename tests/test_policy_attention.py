@@ -1,10 +1,21 @@
 """The live policy's attention: rows kept while sampling against one eager forward over the finished texts."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.credit import MissingResource, make_credit
@@ -140,3 +151,55 @@ def test_a_rollouts_rows_credit_no_later_episode():
     attached = envs.unwrapped.policy_attention = ForwardAttention(policy)
     collect(envs, policy, policy, torch.Generator().manual_seed(0), seed=1)
     assert envs.unwrapped.policy_attention is attached
+
+
+GROUPED = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 30, "eos_token_id": 30, "pad_token_id": 31,
+}  # fmt: skip
+WINDOWS = {
+    "mistral": MistralConfig(**GROUPED, sliding_window=6),
+    "mistral, a window of 3": MistralConfig(**GROUPED, sliding_window=3),
+    "qwen2, the last layer only": Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"]
+    ),
+    "gemma 3, the last layer only": Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=5, layer_types=["full_attention", "sliding_attention"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@torch.no_grad()
+def test_rows_of_sliding_windows_lie_on_the_tokens_that_were_read(name):
+    """Prompts of different length, a window shorter than the text, rows that end early and leave the batch."""
+    model = build(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(WINDOWS[name])))
+    eager = build(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(WINDOWS[name])))
+    eager.set_attn_implementation("eager")
+    policy, seen = CausalLMPolicy(model, 32, 30, min_new_tokens=2), []
+    envs = vector.CreditReward(
+        gym.make_vec(TOY, num_envs=6, autoreset_mode="Disabled", max_new_tokens=12, min_new_tokens=2), "abc-d"
+    )
+    base = envs.unwrapped
+    step = type(base).step
+
+    def keeping(*arguments):
+        result = step(base, *arguments)
+        if base.outcome is not None:
+            seen.append((base.outcome, base.policy_attention(base.outcome)))
+        return result
+
+    base.step = keeping
+    collect(
+        envs,
+        policy,
+        CausalLMPolicy(build(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(WINDOWS[name]))), 32, 30),
+        seed=5,
+    )
+    assert sum(len(outcome.rows) for outcome, _ in seen) == 6
+    for outcome, sampled in seen:
+        expected, forward = eager_attention(eager, outcome), ForwardAttention(policy)(outcome)
+        for row, mask in enumerate(outcome.episode.response_mask):
+            read = int(mask.sum()) - 1  # the last token is never read
+            assert torch.allclose(sampled[row, :read, :read], expected[row, :read, :read], atol=1e-4)
+            assert torch.allclose(forward[row, :read, :read], expected[row, :read, :read], atol=1e-4)

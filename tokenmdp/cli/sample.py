@@ -108,7 +108,8 @@ def sample(arguments: SampleOptions) -> int:
         name = str(run.checkpoint)
     else:
         name = arguments.source
-        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        files = ("config.json", "adapter_config.json")
+        if Path(name).is_dir() and not any((Path(name) / file).exists() for file in files):
             raise RunError(
                 f"{name} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
                 "its checkpoint/, or a directory that save_pretrained wrote"
@@ -128,6 +129,8 @@ def sample(arguments: SampleOptions) -> int:
     }
     if arguments.credit is not None:  # the run's options belong to the run's method
         settings = replace(settings, credit_beta=default_beta(arguments.credit), credit_options={})
+    if arguments.reward_model is not None:  # the run's score is an output of the run's model
+        settings = replace(settings, score=None)
     own = settings.credit_options | parse_options(arguments.credit_option, "--credit-option")
     given["credit_options"] = absolute_options(own)
     settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})

@@ -24,6 +24,7 @@ from tokenmdp.report import comparison, heatmap
 from tokenmdp.report.comparison import refusals
 from tokenmdp.report.samples import Sample
 from tokenmdp.reward_models import RewardModel, load_reward_model
+from tokenmdp.reward_models.scores import read_score
 from tokenmdp.runs.credit_options import credit_method, credit_methods, declared, grouped_options, policy_access
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
@@ -55,6 +56,8 @@ class Score:
     """The policy whose attention abc-d and abc-d2 follow: bundled name, directory or hub name."""
     reward_model: str = "imdb-tiny"
     """Bundled name, directory or hub name of a sequence classifier."""
+    score: str = "auto"
+    """Which of its outputs is the score: an index, a label or "LABEL - LABEL"; auto decides by its labels."""
     tokenizer: str | None = None
     """Bundled name, directory or hub name. Default: the reward model's."""
     device: str = "auto"
@@ -102,6 +105,8 @@ def score(arguments: Score) -> int:
     console.print(token_table(item))
     relation = " = sum of the credits" if method.conserves_return else "; the credits sum to"
     console.print(f"score {item.score:+.4f}{relation} {sum(credits):+.4f}", highlight=False)
+    if scored.model.meaning:
+        console.print(f"the score is {scored.model.meaning}", style="dim", highlight=False)
     report = counted.credit.report
     if "attention_mass" in report:
         # A share of one row only where the method reads one: abc-d averages columns, heads="max" takes maxima.
@@ -126,7 +131,7 @@ def _read(arguments: Score, device: str, needs: frozenset[str]) -> Scored:
         ValueError: the text has no tokens, or the reward model no tokenizer.
     """
     name = arguments.reward_model
-    model = load_reward_model(name, device=device)
+    model = load_reward_model(name, device=device, score=read_score(arguments.score))
     tokenizer = model.tokenizer if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer is None:
         raise ValueError(f"the reward model {name!r} has no tokenizer files; pass --tokenizer")

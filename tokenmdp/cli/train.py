@@ -58,6 +58,8 @@ class Train:
     """Bundled name, directory or hub name. Default: the policy's."""
     reward_model: str
     """Bundled name, directory or hub name of a sequence classifier."""
+    score: str | None = None
+    """Which output of the reward model is the score: an index, a label or "LABEL - LABEL". Default: by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     reward_template: str | None = None
@@ -165,7 +167,7 @@ def settings_from(
     }
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (
-        "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "align", "reward_template", "num_envs",
+        "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "score", "align", "reward_template", "num_envs",
         "eval_samples", "credit", "seed",
     )  # fmt: skip
     settings = replace(

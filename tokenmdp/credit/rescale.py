@@ -48,6 +48,13 @@ JOINT = frozenset({
     "special_logsumexp", "prod", "glu", "std", "var", "norm", "linalg_norm", "linalg_vector_norm", "layer_norm",
     "rms_norm", "group_norm", "normalize", "scaled_dot_product_attention",
 })  # fmt: skip
+# What takes indices or masks, which then must not differ between the input and the reference.
+SELECTIONS = frozenset({
+    "__getitem__", "__setitem__", "masked_select", "masked_scatter", "masked_scatter_", "index_put", "index_put_",
+    "index_add", "index_add_", "index_select", "index_copy", "index_copy_", "gather", "scatter", "scatter_",
+    "scatter_add", "scatter_add_", "take", "take_along_dim", "nonzero", "one_hot", "bincount", "histc", "embedding",
+    "tolist", "item", "__bool__",
+})  # fmt: skip
 RULES = ONE_NUMBER | PRODUCTS | JOINT
 
 
@@ -57,6 +64,9 @@ def rescale_multipliers(
     """``multipliers`` with ``sum (multipliers * (inputs - reference))[n] == score(inputs)[n] - score(reference)[n]``.
 
     Equal but for rounding, for the quadrature of joint functions and for operations without a rule.
+
+    Raises:
+        PathDependsOnInput: the score picks things by their values, as a mixture of experts does.
 
     Args:
         score: (N, ...) -> (N,), each row on its own, made of torch functions.
@@ -97,7 +107,36 @@ class Paired(torch.Tensor):
             with torch.no_grad():
                 others, named = tree_map_only(Paired, lambda paired: paired.reference, call)
                 reference = func(*others, **named)
-            return tree_map(_pair, _value(func, call), reference)
+            value = _value(func, call)
+            _check_path(name, call, value, reference)
+            return tree_map(_pair, value, reference)
+
+
+class PathDependsOnInput(ValueError):
+    """The score takes other steps for the input than for the reference, so that nothing stands beside anything."""
+
+
+def _check_path(name: str, call: tuple[Any, dict[str, Any]], value: Any, reference: Any) -> None:
+    """Refuse indices and sizes that the input decides: then the nth number is not about the same thing in both.
+
+    A mixture of experts picks tokens by their scores, across the whole batch, and pairs of different tokens would make
+    one text's multipliers depend on another text.
+    """
+    pairs = zip(tree_flatten(value)[0], tree_flatten(reference)[0], strict=True)
+    differs = any(isinstance(here, torch.Tensor) and here.shape != there.shape for here, there in pairs)
+    if name in SELECTIONS and not differs:
+        chosen = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Paired) and not _varies(leaf)]
+        differs = any(not torch.equal(index.as_subclass(torch.Tensor), index.reference) for index in chosen)
+    if differs:
+        raise PathDependsOnInput(
+            f"{name} picks other things for the text than for its baseline, as the router of a mixture of experts "
+            "does, so DeepLIFT has no pairs of numbers to compare; use integrated-gradients"
+        )
+
+
+def _varies(number: torch.Tensor) -> bool:
+    """Whether it is a number to explain, and not an index or a mask."""
+    return number.is_floating_point() or number.is_complex()
 
 
 def _in_place(func: Any, types: Any, args: Any, options: dict[str, Any]) -> Paired:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
-from tokenmdp.models.loading import fingerprint, from_pretrained, load_tokenizer, resolve
-from tokenmdp.reward_models.base import RewardModel, Score
-from tokenmdp.reward_models.classifier import check_score
+from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
+from tokenmdp.models.sizes import PositionLimit, configured_limit
+from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.lexicon import names_word_list
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
+from tokenmdp.reward_models.scores import Score, score_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,8 @@ class TextGenTask:
         model = source if isinstance(source, RewardModel) else load_reward_model(source, **self.reward_options)
         model = self._readable(model)
         if model.max_tokens is not None and self.max_prompt_tokens + self.max_new_tokens > model.max_tokens:
-            raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, model.max_tokens, model))
+            limit = PositionLimit(model.max_tokens, model.limit_reason)
+            raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, limit, model))
         return model
 
     def check_needs(self, needs: frozenset[str]) -> None:
@@ -166,7 +168,8 @@ def make_task(
         max_prompt_tokens: the prompt slots P, at least 1.
         prompt_tokens: (least, most) tokens of a text that make a prompt, for data-set sources.
         truncate_prompt: what to cut from a prompt longer than P: None refuses it, "left" or "right" drops that side.
-        score: which number of a classifier is the score; see `HFRewardModel`.
+        score: which number of a classifier is the score: "auto", an index, a label or "LABEL - LABEL"; see
+            `tokenmdp.reward_models.scores.score_rule`.
         eos_token_id: the id that ends a response; default the tokenizer's.
         min_new_tokens: tokens before end-of-text becomes legal; `action_masks` shows it.
         horizon_range: (least, most), both included: draw each episode's horizon; it joins the observation.
@@ -237,12 +240,10 @@ def _check_classifier(name: str, score: Score, slots: tuple[int, int] | None) ->
 
     ``slots`` are those of the prompt and of the response; None if the model may count in other tokens.
     """
-    from transformers import AutoConfig
-
-    config = from_pretrained(AutoConfig.from_pretrained, "reward_model", name)
-    check_score(score, config, name)
-    limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    if limit is not None and slots is not None and sum(slots) > limit:
+    config = load_config("reward_model", name)
+    score_rule(score, config, name)  # raises if it is not clear
+    limit = configured_limit(config)
+    if limit is not None and slots is not None and sum(slots) > limit.tokens:
         raise ValueError(too_long(*slots, limit, name))
 
 
@@ -257,11 +258,11 @@ def _check_alignment(align: Align | None, reward_template: str) -> None:
         )
 
 
-def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: int, model: object) -> str:
+def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: PositionLimit, model: object) -> str:
     """The message for prompt and response slots beyond a reward model's positions."""
     return (
         f"max_prompt_tokens={max_prompt_tokens} + max_new_tokens={max_new_tokens} = "
-        f"{max_prompt_tokens + max_new_tokens} tokens exceed the {limit} positions of the reward model {model}; "
+        f"{max_prompt_tokens + max_new_tokens} tokens exceed the reward model {model}, which has {limit}; "
         "lower one of them or use a reward model with more positions"
     )
 

@@ -19,10 +19,11 @@ from gymnasium.error import Error
 from safetensors import SafetensorError
 
 from tokenmdp.files import CheckpointError, recover_directory
+from tokenmdp.models.adapters import Adapter, cached_adapter, merge_adapter, read_adapter
 from tokenmdp.models.tokens import toy_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
 Loaded = TypeVar("Loaded")
@@ -74,9 +75,44 @@ def resolve(kind: Kind, name: str) -> str:
 
 
 def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
-    """Names and modification times of a directory's files, so that a cache notices a rewritten directory."""
+    """Names and modification times of a directory's files, so that a cache notices a rewritten directory.
+
+    Of an adapter those of its base model too.
+    """
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
-    return tuple((file.name, file.stat().st_mtime_ns) for file in files)
+    own = tuple((file.name, file.stat().st_mtime_ns) for file in files)
+    if (adapter := find_adapter("policy", path)) is None:
+        return own
+    return own + fingerprint(resolve("policy", adapter.base))
+
+
+def find_adapter(kind: Kind, name: str) -> Adapter | None:
+    """The adapter of this name, in a directory or in the hub's local cache; None for anything else.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if name in ALIASES or name in BUILT_IN.get(kind, ()):
+        return None
+    directory = cached_adapter(resolve(kind, name))
+    return None if directory is None else read_adapter(directory)
+
+
+def load_config(kind: Kind, name: str) -> PreTrainedConfig:
+    """The configuration of a model, without its weights; of an adapter that of its base, with the adapter's labels.
+
+    Raises:
+        ModelNotFound, CheckpointError: as for the model itself.
+    """
+    from transformers import AutoConfig
+
+    adapter = find_adapter(kind, name)
+    if adapter is None:
+        return from_pretrained(AutoConfig.from_pretrained, kind, name)
+    config = load_config(kind, adapter.base)
+    if kind == "reward_model" and adapter.num_labels is not None and adapter.num_labels != config.num_labels:
+        config.num_labels = adapter.num_labels
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -98,6 +134,8 @@ def _read_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if Path(path).is_dir() and not holds_tokenizer(path):
+        if (home := tokenizer_home("tokenizer", path)) is not None:
+            return load_tokenizer(home)  # of an adapter's base model
         # AutoTokenizer would build an empty tokenizer from config.json and say nothing.
         raise CheckpointError(f"{path} holds no tokenizer files; write them there with tokenizer.save_pretrained")
     return from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name)
@@ -107,6 +145,18 @@ def holds_tokenizer(path: str) -> bool:
     """Whether a directory holds the files of a tokenizer."""
     names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     return any((Path(path) / name).exists() for name in names)
+
+
+def tokenizer_home(kind: Kind, name: str) -> str | None:
+    """The name whose files hold the tokenizer of a model: its own, or for an adapter without one its base's.
+
+    None: its directory holds none.
+    """
+    path = resolve(kind, name)
+    if not Path(path).is_dir() or holds_tokenizer(path):
+        return name
+    adapter = find_adapter(kind, name)
+    return None if adapter is None else tokenizer_home(kind, adapter.base)
 
 
 def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -124,9 +174,52 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch.dtype) -> PreTrainedModel:
     """`from_pretrained` for models: safetensors only, every weight present in its shape, eval mode, in ``dtype``.
 
-    In a worker process of environments PyTorch gets one thread: see `use_one_thread_in_workers`.
+    An adapter is merged into its base model: it becomes the whole model that it stands for. In a worker process of
+    environments PyTorch gets one thread: see `use_one_thread_in_workers`.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged, lacks weights, or is an adapter that cannot be merged.
     """
     use_one_thread_in_workers()
+    adapter = find_adapter(kind, name)
+    if adapter is not None:
+        return _load_merged(loader, kind, adapter, dtype)
+    model = _load_whole(loader, kind, name, dtype)
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter of the hub, which is in the local cache by now
+        adapter = find_adapter(kind, name)
+        if adapter is None:
+            raise CheckpointError(f"{name} is an adapter; download it with `hf download {name} --local-dir DIR`")
+        return _load_merged(loader, kind, adapter, dtype)
+    return model
+
+
+def _load_merged(loader: Callable[..., Any], kind: Kind, adapter: Adapter, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
+    if kind == "reward_model" and adapter.num_labels is not None:
+        options["num_labels"] = adapter.num_labels
+    if find_adapter(kind, adapter.base) is not None:
+        base = load_weights(loader, kind, adapter.base, dtype)
+    else:
+        try:
+            base = _load_whole(loader, kind, adapter.base, dtype, adapter, **options)
+        except ModelNotFound as error:
+            raise ModelNotFound(
+                f"{adapter.path} is an adapter of the model {adapter.base!r} (base_model_name_or_path in its "
+                f"adapter_config.json), and that is not to be had: {error}"
+            ) from error
+    return merge_adapter(adapter, base).eval()
+
+
+def _load_whole(
+    loader: Callable[..., Any],
+    kind: Kind,
+    name: str,
+    dtype: torch.dtype,
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """`load_weights` of what is not an adapter; weights that ``adapter`` brings whole may be missing here."""
     reporter = logging.getLogger("transformers.modeling_utils")
 
     def no_warning(record: logging.LogRecord) -> bool:  # its own for each call: another thread may still be loading
@@ -138,7 +231,7 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
     try:
         model, report = from_pretrained(
             loader, kind, name,
-            dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     finally:
         reporter.removeFilter(no_warning)
@@ -150,23 +243,39 @@ def load_weights(loader: Callable[..., Any], kind: Kind, name: str, dtype: torch
             type(model).__name__,
             min(report["unexpected_keys"]),
         )
-    if report["mismatched_keys"]:  # as for missing ones
-        weight, stored, expected = min(report["mismatched_keys"])
+    supplied = (lambda name: False) if adapter is None else adapter.supplies
+    mismatched = {entry for entry in report["mismatched_keys"] if not supplied(entry[0])}
+    missing = {name for name in report["missing_keys"] if not supplied(name)}
+    if mismatched:  # as for missing ones
+        weight, stored, expected = min(mismatched)
         raise CheckpointError(
             f"{name} has {weight} of shape {tuple(stored)}, and its config.json asks for {tuple(expected)}; restore a "
             "copy or save it again"
         )
-    if report["missing_keys"]:  # transformers would fill them with random numbers and continue
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
+    if missing:  # transformers would fill them with random numbers and continue
+        first = ", ".join(sorted(missing)[:5])
         raise CheckpointError(
-            f"{name} has no weights for {missing}, so it is not a trained {type(model).__name__}; "
+            f"{name} has no weights for {first}, so it is not a trained {type(model).__name__}; "
             f"pass a {_words(kind)} that was saved with these weights"
         )
-    for weight in model.parameters():
+    for weight in () if "device_map" in options else model.parameters():
         # So far a view of the mapped file, at whatever offset its header leaves. Kernels round differently there, and a
         # resumed run would not repeat the unbroken one.
         weight.data = weight.data.clone()
     return model.eval()
+
+
+def check_loads(directory: str | Path) -> None:
+    """Refuse a directory just written that `load_causal_lm` would refuse; where possible without reading the weights.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_accelerate_available
+
+    options: dict[str, Any] = {"device_map": "meta"} if is_accelerate_available() else {}
+    _load_whole(AutoModelForCausalLM.from_pretrained, "policy", str(directory), torch.float32, **options)
 
 
 def use_one_thread_in_workers() -> None:

@@ -7,6 +7,7 @@ text, top-k), because a log-probability under any other distribution makes the K
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenmdp.files import CheckpointError
+from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import install
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.onednn import use_onednn
 from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
-from tokenmdp.models.loading import holds_tokenizer, load_causal_lm, load_tokenizer, quiet, resolve
+from tokenmdp.models.loading import check_loads, load_causal_lm, load_tokenizer, quiet, resolve, tokenizer_home
+from tokenmdp.models.policy_checks import check_logits, reads_padding
+from tokenmdp.models.sizes import capped, logit_cap, output_layer, position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.types import TokenSpace, response_rows
 
@@ -36,6 +40,7 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 SETTINGS = (
     "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
 )  # fmt: skip
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # of attention, of Mamba
 NEVER = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would make the entropy NaN
 
 
@@ -62,7 +67,9 @@ class CausalLMPolicy(nn.Module):
     """Language model plus value head (zero at first, so a fresh policy values every state at 0).
 
     Attributes:
-        lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))``. It is changed in place,
+        lm: Any Hugging Face causal language model whose logits are ``lm_head(backbone(ids))`` or the soft cap of that,
+            and which reads behind padding and through its cache as it reads a whole text (all three are tried). Where
+            only the padding before a prompt matters, prompts of one length are needed. It is changed in place,
             to the same function: attention goes through `tokenmdp.models.attention_rows` where the architecture allows
             it (sdpa, whose rows can be captured), GPT-2's activation becomes one kernel, and on some CPUs layers
             multiply by oneDNN.
@@ -88,20 +95,35 @@ class CausalLMPolicy(nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        refuse_adapters(lm)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
             raise ValueError(f"top_k is {top_k}; choose 0 (all tokens) to {vocab_size} (the vocabulary)")
-        if lm.config.vocab_size < vocab_size:
+        head = output_layer(lm)
+        width: int = head.weight.shape[1]
+        self.rows: int = head.weight.shape[0]
+        if self.rows < vocab_size:
             raise ValueError(
-                f"the language model has {lm.config.vocab_size} logits and the environment {vocab_size} tokens: "
-                "pass the environment the tokenizer that belongs to the policy"
+                f"the language model has {self.rows} logits and the environment {vocab_size} tokens: either the "
+                "tokenizer is another model's, then pass the environment tokenizer= with the policy's; or tokens such "
+                "as [PAD] were added to it, then call model.resize_token_embeddings(len(tokenizer)) and save the "
+                "model, or give up the token (tokenizer.pad_token = tokenizer.eos_token before it is saved)"
             )
         self.lm = lm
+        self.logit_cap = logit_cap(lm)
+        accepted = inspect.signature(type(lm.base_model).forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), None)
+        if self._cache_argument is None:
+            raise ValueError(
+                f"{type(lm).__name__} keeps no cache of what it has read, so it cannot sample a token at a time; use a "
+                "causal language model such as GPT-2, Llama or Qwen2"
+            )
         fuse_activations(lm)
         use_onednn(lm)
         install(lm)
-        self.value_head = nn.Linear(lm.config.hidden_size, 1, device=lm.device, dtype=torch.float32)
+        self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, eos_token_id, min_new_tokens
@@ -110,7 +132,8 @@ class CausalLMPolicy(nn.Module):
         if gradient_checkpointing:
             transformer_layers(lm)  # raises if there are none
         self.eval()
-        self._check_head()
+        check_logits(self)
+        self._one_prompt_length = reads_padding(self)
 
     @classmethod
     def from_pretrained(cls, name: str, vocab_size: int, eos_token_id: int, **options: Any) -> CausalLMPolicy:
@@ -158,6 +181,9 @@ class CausalLMPolicy(nn.Module):
         Args:
             directory: created if it does not exist.
             state: weights to write instead of the policy's own, named as in its ``state_dict()``.
+
+        Raises:
+            CheckpointError: what was written cannot be loaded again.
         """
         state = self.state_dict() if state is None else state
         lm, head = (
@@ -167,6 +193,7 @@ class CausalLMPolicy(nn.Module):
         with quiet():
             self.lm.save_pretrained(directory, state_dict=lm)
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
+        check_loads(directory)
 
     def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
         """The trained parameters in two optimizer groups: the language model (or its adapters), then the value head.
@@ -177,9 +204,18 @@ class CausalLMPolicy(nn.Module):
         Args:
             learning_rate: of the language model.
             vf_learning_rate: of the value head.
+
+        Raises:
+            ValueError: no weight of the language model learns, so that training would change nothing.
         """
         heads = set(self.value_head.parameters())
         body = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        if not body:
+            raise ValueError(
+                f"no weight of the language model {type(self.lm).__name__} learns (all have requires_grad=False), so "
+                "training would change nothing; call model.requires_grad_(True) before, or set lora_rank to train "
+                "adapters beside frozen weights"
+            )
         return [
             {"params": body, "lr": learning_rate},
             {"params": list(self.value_head.parameters()), "lr": vf_learning_rate},
@@ -215,6 +251,7 @@ class CausalLMPolicy(nn.Module):
         With ``step`` every row's last ``step`` tokens are its response so far: the state before response token
         ``step``.
         """
+        self._check_padding(attention_mask)
         return self._advance(make_cache(self.lm.config), input_ids, attention_mask.long(), step)
 
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
@@ -278,12 +315,13 @@ class CausalLMPolicy(nn.Module):
                 the ratio, like the KL, is infinite. None: this policy's own top k.
         """
         mask = attention_mask.long()
+        self._check_padding(mask[:, :prompt_slots])
         again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
         with self.autocast(), again:
             # The last token predicts nothing, so it is not read.
             hidden = self._backbone(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
             hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t
-            raw_logits = self.lm.get_output_embeddings()(hidden)  # only at response rows: V is the wide axis
+            raw_logits = self.logits(hidden)  # only at response rows: V is the wide axis
         logits, support = self._process(raw_logits, 0, support)  # (N, H, V) or (N, H, k)
         response = input_ids[:, prompt_slots:]
         column = response if support is None else (support == response[..., None]).int().argmax(-1)
@@ -296,14 +334,34 @@ class CausalLMPolicy(nn.Module):
         return type(self).evaluate(self, *arguments, **options)
 
     def _backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # padding takes no position
-        return self.lm.base_model(input_ids, attention_mask=attention_mask, position_ids=positions, **options)
+        if self._takes_positions:  # padding takes no position
+            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if self._cache_argument == "cache_params":  # recurrent layers multiply their inputs by the mask
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        return self.lm.base_model(input_ids, attention_mask=attention_mask, **options)
+
+    def caching(self, cache: Any) -> dict[str, Any]:
+        """Arguments of the backbone for reading behind ``cache`` and adding to it."""
+        assert self._cache_argument is not None
+        return {self._cache_argument: cache, "use_cache": True}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits (..., rows) of hidden states (..., C), a soft cap included."""
+        return capped(self.lm.get_output_embeddings()(hidden), self.logit_cap)
+
+    def _check_padding(self, prompt_mask: torch.Tensor) -> None:
+        if self._one_prompt_length and not prompt_mask.all():
+            raise ValueError(
+                f"{type(self.lm).__name__} reads the padding before a prompt, so its numbers would depend on the other "
+                "prompts; give prompts of one length in tokens (prompt_tokens=(K, K) for a data set), or use a model "
+                "with attention, such as GPT-2, Llama or Qwen2"
+            )
 
     def _advance(self, cache: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int) -> DecodeState:
         with self.autocast():
-            output = self._backbone(input_ids, attention_mask, past_key_values=cache, use_cache=True)
+            output = self._backbone(input_ids, attention_mask, **self.caching(cache))
             hidden = output.last_hidden_state[:, -1:]  # (N, 1, C)
-            raw_logits = self.lm.get_output_embeddings()(hidden)
+            raw_logits = self.logits(hidden)
         logits, support = self._process(raw_logits, step, None)
         chosen_from = None if support is None else support[:, 0]
         return DecodeState(cache, attention_mask, step, logits[:, 0].float(), chosen_from, self._values(hidden)[:, 0])
@@ -331,24 +389,11 @@ class CausalLMPolicy(nn.Module):
         Raises:
             ValueError: with both numbers.
         """
-        positions = self.lm.config.max_position_embeddings
-        if slots > positions:
+        limit = position_limit(self.lm)
+        if limit is not None and slots > limit.tokens:
             raise ValueError(
-                f"prompt and response take up to {slots} slots and the policy has {positions} positions; "
+                f"prompt and response take up to {slots} slots and the policy has {limit}; "
                 "lower max_prompt_tokens or max_new_tokens"
-            )
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Refuse models that change the logits after the head (scaling, soft caps): scoring here would be wrong."""
-        ids = torch.tensor([[0, self.eos_token_id]], device=self.lm.device)
-        ours = self.lm.get_output_embeddings()(self._backbone(ids, torch.ones_like(ids)).last_hidden_state)
-        theirs = self.lm(ids).logits
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                f"{type(self.lm).__name__} changes its logits after the output layer (largest difference "
-                f"{(ours - theirs).abs().max():.3g}); use a model whose logits are lm_head(backbone(ids)), "
-                "such as GPT-2, Llama, Qwen2 or GPT-NeoX"
             )
 
 
@@ -358,10 +403,10 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         VocabularyMismatch: with the first token that differs.
     """
-    path = resolve("policy", name)
-    if Path(path).is_dir() and not holds_tokenizer(path):
+    home = tokenizer_home("policy", name)
+    if home is None:
         return
-    theirs = load_tokenizer(path).get_vocab()
+    theirs = load_tokenizer(resolve("policy", home)).get_vocab()
     different = [(index, token) for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
     if different:
         index, token = min(different)

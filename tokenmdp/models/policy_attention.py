@@ -38,8 +38,11 @@ class SampledAttention:
         """Around the policy's `append` of the next response token to the episodes ``rows`` (n,): keep their rows."""
         with capture_rows(torch.zeros_like(rows)[:, None]) as capture:  # the only query of a step
             yield
-        row = capture.rows()[:, 0, self._prompt_columns :].float()  # (n, step + 1)
-        self._attention[rows, self._step, : row.shape[-1]] = row
+        row = capture.rows()[:, 0]  # (n, columns of the layer's cache), the token just read last
+        # A layer with a sliding window keeps the latest columns only: so count from the right.
+        first = self._prompt_columns + self._step + 1 - row.shape[-1]  # the column of the text that row[:, 0] is about
+        row = row[:, max(self._prompt_columns - first, 0) :].float()  # (n, at most step + 1)
+        self._attention[rows, self._step, self._step + 1 - row.shape[-1] : self._step + 1] = row
         self._step += 1
 
     def __call__(self, outcome: Outcome) -> torch.Tensor:

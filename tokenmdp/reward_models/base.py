@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,6 @@ from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Score = int | Literal["auto"]
 
 
 class NonFiniteScore(ValueError):
@@ -51,6 +49,8 @@ class RewardModel(ABC):
 
     provides: frozenset[str] = frozenset()  # what `needs` may ask for, such as "attention"
     max_tokens: int | None = None  # the longest prompt + response it reads; None is unlimited
+    meaning: str = ""  # of the score, in words, such as "logit[positive] - logit[negative]"; "": nothing to say
+    limit_reason: str = ""  # why that is less than its positions, in parentheses
     reloader: Callable[[str, dict[str, Any]], RewardModel] | None = None
 
     def __init__(
@@ -169,8 +169,9 @@ class RewardModel(ABC):
         longest = int(attention_mask.sum(-1).max())
         if self.max_tokens is not None and longest > self.max_tokens:
             raise ValueError(
-                f"a text of {longest} tokens exceeds the {self.max_tokens} positions of {self}: shorten it (in an "
-                "environment, lower max_new_tokens or max_prompt_tokens), or use a reward model with more positions"
+                f"a text of {longest} tokens exceeds the {self.max_tokens} positions{self.limit_reason} of {self}: "
+                "shorten it (in an environment, lower max_new_tokens or max_prompt_tokens), or use a reward model with "
+                "more positions"
             )
 
     def _text(self, episodes: Episode, row: int) -> str:

@@ -6,6 +6,8 @@ the credit row, is the last response token of a causal model and the first token
 
 from __future__ import annotations
 
+import copy
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,14 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from tokenmdp.models.adapters import HEADS, refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
-from tokenmdp.models.loading import ModelNotFound, from_pretrained, holds_tokenizer, load_weights, resolve
+from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights, tokenizer_home
+from tokenmdp.models.sizes import position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
-from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel, Score
+from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
+from tokenmdp.reward_models.scores import Score, score_rule
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Encoders whose classification head reads the first token and whose attention goes through AttentionInterface.
 FIRST_TOKEN_POOLED = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert"})
@@ -28,7 +33,11 @@ PADDED_ROWS = 1024  # a vocabulary padded for speed has fewer unused rows than t
 IDS_AT_ONCE = 4096  # embeddings to hold while they are averaged
 SLOTS_AT_ONCE = {"cpu": 1 << 12}  # texts times length in a forward
 OTHER_SLOTS_AT_ONCE = 1 << 17
+LONG_PROBE, SHORT_PROBES = 48, 3  # the length of one text, the number of shorter ones, which try what padding changes
+PROBE_TOLERANCE = 1e-4  # of the largest score
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
@@ -84,18 +93,24 @@ def _response_positions(rows: Rows, episodes: Episode) -> torch.Tensor:
 class HFRewardModel(RewardModel):
     """A transformers sequence classifier.
 
-    ``score="auto"``: the logit of a model with one label, ``logit[1] - logit[0]`` of one with two; an integer picks
-    the logit of that label. Scores are float32 whatever the model's dtype. The model is put in eval mode and switched
-    to an attention implementation that is sdpa and can capture a row.
+    ``score="auto"``: the logit of a model with one label, ``logit[positive] - logit[negative]`` of one with two whose
+    names say which is which; an index or a label picks one logit, "A - B" a difference (see
+    `tokenmdp.reward_models.scores.score_rule`; ``meaning`` says in words what was taken). Scores are float32 whatever
+    the model's dtype. The model is put in eval mode and switched to an attention implementation that is sdpa and can
+    capture a row.
+
+    Scores of a text do not depend on the texts beside it: that is tried on a few tokens, and where the model reads the
+    padding behind a text (FNet, ConvBERT, ...) only texts of one length are read together, and no rows are captured.
 
     Args:
         model: from AutoModelForSequenceClassification, on its device and in its dtype.
         tokenizer: the model's own; None compares vocabulary sizes only.
-        score: "auto" or the index of a label.
+        score: "auto", the index of a label, its name, or "LABEL - LABEL".
         name: what `load_reward_model` reloads it from (specs and pickles).
 
     Raises:
-        ValueError: several labels and no index, an index out of range, an encoder-decoder.
+        ValueError: several labels that do not tell the score and no index, an index out of range, an encoder-decoder,
+            adapters of peft, a model that mixes the texts of a batch.
         VocabularyMismatch: the tokenizer has more tokens than the model has rows.
     """
 
@@ -107,14 +122,22 @@ class HFRewardModel(RewardModel):
         score: Score = "auto",
         name: str | None = None,
     ) -> None:
+        refuse_adapters(model)
         dtype = str(model.dtype).removeprefix("torch.")
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal classifier or an encoder")
-        check_score(score, model.config, type(model).__name__)
+        self._rule = score_rule(score, model.config, name or type(model).__name__)
+        self.meaning = self._rule.words
         self.model = model.eval()
         self.score = score
-        self.max_tokens = _positions(model)
+        if getattr(model.config, "attention_type", None) == "block_sparse":
+            raise ValueError(
+                f"{type(model).__name__} with attention_type='block_sparse' draws its attention at random and changes "
+                "it for good with the first short text; load it with attention_type='original_full' (in config.json)"
+            )
+        if (limit := position_limit(model)) is not None:
+            self.max_tokens, self.limit_reason = limit
         self._check_rows(tokenizer)
         can_capture = install(model)
         self.head = _last_token_head(model)
@@ -122,7 +145,12 @@ class HFRewardModel(RewardModel):
         if self.head is None and model.config.pad_token_id is not None:
             self.fill = model.config.pad_token_id  # RoBERTa derives its positions from it
         pooled_first = self.head is None and model.config.model_type in FIRST_TOKEN_POOLED
+        self.by_length = False
+        self.by_length = self._reads_padding()
         provides = {"gradients"}
+        if self.by_length:
+            self.provides = frozenset(provides)
+            return
         if can_capture and (self.head is not None or pooled_first) and self._captures():
             provides |= {"attention", "attention_layers"}
         if self.head is not None:  # an encoder's first token has read the whole text: there are no prefix scores
@@ -196,6 +224,8 @@ class HFRewardModel(RewardModel):
 
         ``embeddings`` (N, L, C), if given, stand in for those of ``rows.input_ids``.
         """
+        if self.by_length and not rows.mask.all():
+            return self._forward_by_length(rows, embeddings), None
         inputs = {"input_ids": rows.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         if self.head is None:
             return self._number(self.model(attention_mask=rows.mask.long(), **inputs).logits), None
@@ -206,12 +236,50 @@ class HFRewardModel(RewardModel):
         last = hidden[torch.arange(len(hidden), device=hidden.device), rows.last]  # (N, L, C) -> (N, C)
         return self._number(self.head(last)), hidden
 
+    def _forward_by_length(self, rows: Rows, embeddings: torch.Tensor | None) -> torch.Tensor:
+        """Scores (N,) from one forward per length of text, so that there is no padding to read."""
+        lengths, scores, places = rows.last + 1, [], []
+        for length in lengths.unique().tolist():
+            members = (lengths == length).nonzero()[:, 0]
+            part = Rows(*(column[members, :length] for column in rows))
+            scores.append(self._forward(part, None if embeddings is None else embeddings[members, :length])[0])
+            places.append(members)
+        return torch.cat(scores)[torch.cat(places).argsort()]
+
+    def _reads_padding(self) -> bool:
+        """Whether a text's score changes with the padding behind it; then texts of one length are read together.
+
+        Raises:
+            ValueError: it changes with the other texts even where all have one length.
+        """
+        room = LONG_PROBE if self.max_tokens is None else min(self.max_tokens, LONG_PROBE)
+        short, long = _probe(self.model, SHORT_PROBES, max(room // 4, 1)), _probe(self.model, 1, room)
+        padded = torch.full((SHORT_PROBES, room), self.fill, device=self.model.device)
+        padded[:, : short.shape[1]] = short
+        mask = torch.ones(SHORT_PROBES + 1, room, dtype=torch.bool, device=self.model.device)
+        mask[:-1, short.shape[1] :] = False
+        with torch.no_grad():
+            alone = torch.cat([self._forward(_whole(row[None]))[0] for row in short])
+            together = self._forward(_whole(short))[0]
+            ids = torch.cat([padded, long])
+            beside = self._forward(Rows(ids, mask, torch.arange(room).expand_as(ids)))[0]
+        if not torch.isfinite(beside).all():
+            return False  # its first scores are refused as such
+        rounding = max(PROBE_TOLERANCE, 8 * torch.finfo(self.model.dtype).eps) * float(beside.abs().max()) + 1e-6
+        if (together - alone).abs().max() > rounding:
+            raise ValueError(
+                f"{self} scores a text otherwise beside other texts of its length (largest difference "
+                f"{(together - alone).abs().max():.3g}), so its scores would depend on the batch; use another "
+                "reward model, such as GPT-2, Llama, BERT or DistilBERT"
+            )
+        if (beside[:-1] - alone).abs().max() <= rounding:
+            return False
+        logger.info("%s reads padding: texts of one length are scored together, without attention rows", self)
+        return True
+
     def _number(self, logits: torch.Tensor) -> torch.Tensor:
         """The score that the logits (..., K) stand for; (...,) float32."""
-        logits = logits.float()
-        if self.score != "auto":
-            return logits[..., self.score]
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+        return self._rule(logits)
 
     def _prefix_scores(self, hidden: torch.Tensor | None, rows: Rows, episodes: Episode) -> torch.Tensor:
         """(N, H+1): the score of the prompt and the first t response tokens; 0 after the end and for an empty text."""
@@ -247,6 +315,32 @@ class HFRewardModel(RewardModel):
                 stacklevel=2,
             )
         self._check_rows(tokenizer)
+
+    def save_one_label(self, directory: str | Path) -> None:
+        """Write the model with one output, the score, as other libraries read reward models (TRL: ``num_labels=1``).
+
+        The head's rows are subtracted, in float32: ``score = (w[plus] - w[minus]) h + b[plus] - b[minus]``, the same
+        number up to rounding. The tokenizer is written too.
+
+        Raises:
+            ValueError: the model's last layer is not linear.
+        """
+        name = next((name for name in HEADS if _is_head(self.model, name)), None)
+        if name is None:
+            raise ValueError(f"{self} ends in no linear layer with a row per label, so its outputs cannot become one")
+        plain = copy.deepcopy(self.model).float()
+        head, rule = plain.get_submodule(name), self._rule
+        one = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+        for part, whole in ((one.weight, head.weight), (one.bias, head.bias)):
+            if part is not None:
+                rows = whole[rule.plus] if rule.minus is None else whole[rule.plus] - whole[rule.minus]
+                part.data.copy_(rows.detach())
+        plain.set_submodule(name, one)
+        plain.config.num_labels = plain.num_labels = 1
+        plain.config.id2label, plain.config.label2id = {0: rule.words}, {rule.words: 0}
+        plain.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @property
     def device(self) -> torch.device:
@@ -290,6 +384,24 @@ class HFRewardModel(RewardModel):
         return capture.seen
 
 
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the module ``name`` is a linear layer with a row per label."""
+    module = dict(model.named_modules()).get(name)
+    return isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+
+
+def _probe(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    """(rows, length) ids, the same at every call, none of them the padding's."""
+    kept = [index for index in range(_vocabulary_rows(model)) if index != model.config.pad_token_id][:1000]
+    places = torch.arange(rows * length).view(rows, length) * 7 + 3
+    return torch.tensor(kept)[places % len(kept)].to(model.device)
+
+
+def _whole(ids: torch.Tensor) -> Rows:
+    """Texts without padding."""
+    return Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1]).expand_as(ids))
+
+
 def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
     """A sequence classifier and its tokenizer from an alias, a directory or a hub repository.
 
@@ -304,47 +416,21 @@ def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRe
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
     model = load_weights(AutoModelForSequenceClassification.from_pretrained, "reward_model", name, DTYPES[dtype])
-    path, tokenizer = resolve("reward_model", name), None
-    if not Path(path).is_dir() or holds_tokenizer(path):
+    home, tokenizer = tokenizer_home("reward_model", name), None
+    if home is not None:
         try:
-            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", name)
+            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", home)
         except ModelNotFound:  # a hub repository without tokenizer files: sizes are compared instead
             tokenizer = None
     model.to(torch.device(device))  # type: ignore[arg-type]
     loaded = HFRewardModel(model, tokenizer, score=score, name=name)
+    logger.info("the score of %s is %s", loaded, loaded.meaning)
     loaded.options = {"score": score, "dtype": dtype, "device": device}  # "cuda", not the "cuda:0" it became
     return loaded
 
 
-def check_score(score: Score, config: PretrainedConfig, name: str) -> None:
-    """Refuse a ``score`` that the classifier ``name`` with this ``config`` cannot give.
-
-    Raises:
-        ValueError: several labels and no index, or an index out of range.
-    """
-    id2label = config.id2label or {}
-    labels = len(id2label)
-    names = ", ".join(f"{index}: {label}" for index, label in id2label.items())
-    if score == "auto" and labels > 2:
-        raise ValueError(
-            f"{name} has {labels} labels ({names}), so score='auto' cannot choose; "
-            "pass score=INDEX of the label whose logit is the score"
-        )
-    if score != "auto" and (isinstance(score, bool | str) or not 0 <= score < labels):
-        raise ValueError(f"score={score!r} is not 'auto' or the index of one of the {labels} labels ({names})")
-
-
 def _vocabulary_rows(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model has; None if its configuration names no limit."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
-    limit = getattr(model.config, "max_position_embeddings", None)  # relative positions (ALiBi) have no such entry
-    return None if limit is None else int(limit)
 
 
 def _last_token_head(model: PreTrainedModel) -> nn.Module | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.models.loading import ALIASES, fingerprint, resolve
-from tokenmdp.reward_models.base import RewardModel, Score
+from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.classifier import load_classifier
 from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
+from tokenmdp.reward_models.scores import Score
 
 _loaded: dict[tuple[Any, ...], RewardModel] = {}
 _lock = threading.RLock()
@@ -32,7 +33,7 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
         CheckpointError: the directory is damaged or holds no trained sequence classifier.
-        ValueError: the model has several labels and ``score`` does not say which.
+        ValueError: the model has several labels and neither their names nor ``score`` say which is the score.
     """
     if not isinstance(name, str):
         raise TypeError(f"a name is a string, not {type(name).__name__}; wrap a model: HFRewardModel(model, tokenizer)")

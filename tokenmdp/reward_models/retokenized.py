@@ -96,6 +96,7 @@ class RetokenizedRewardModel(RewardModel):
         self.inner_tokenizer = inner.tokenizer
         self.template = template
         self.provides = inner.provides & MOVABLE
+        self.meaning = inner.meaning
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = added | set(tokenizer.all_special_ids)
 

@@ -12,6 +12,7 @@ import torch
 from tokenmdp.credit import CreditMethod
 from tokenmdp.envs.prompts import FILE_SUFFIXES, read_prompt_file
 from tokenmdp.models.loading import load_tokenizer, resolve
+from tokenmdp.reward_models.scores import read_score
 from tokenmdp.runs.credit_options import credit_method
 from tokenmdp.runs.settings import RunSettings
 from tokenmdp.wrappers import vector
@@ -83,6 +84,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
     """The vector environment of a run under its credit wrapper, with its reward model loaded and checked."""
     given: dict[str, Any] = {
         "prompts": prompts,
+        "score": None if settings.score is None else read_score(settings.score),
         "reward_template": settings.reward_template,
         "horizon_range": settings.horizon_range,
         "max_prompt_tokens": settings.max_prompt_tokens,

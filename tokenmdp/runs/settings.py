@@ -16,7 +16,7 @@ TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
 SET_APART = ("seed", "device", "total_updates")  # fields of a configuration that a run sets by itself
 EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
-    "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
+    "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
     "truncate_prompt",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ class RunSettings:
     credit: str = "attention"
     credit_beta: float = 0.8
     credit_options: dict[str, Any] = field(default_factory=dict)  # of the credit method, other than credit_beta
+    score: str | None = None  # which number of the reward model: an index, a label or "LABEL - LABEL"; None: "auto"
     align: str | None = None  # "offsets": the reward model has a tokenizer of its own
     reward_template: str | None = None  # with align: the text that it reads; None: prompt and response
     horizon_range: tuple[int, int] | None = None  # each episode's horizon is drawn from it, both ends included

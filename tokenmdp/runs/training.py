@@ -140,6 +140,8 @@ def set_up(
             if agent.config.lora_rank:
                 console.print("adapters learn little on it: the weights beside them stay random")
     console.print(f"{describe(agent)}; {split.note}", highlight=False, soft_wrap=True)
+    if meaning := envs.unwrapped.task.reward_model.meaning:  # type: ignore[attr-defined]
+        console.print(f"the score is {meaning}", highlight=False, soft_wrap=True)
     return agent, split
 
 
