@@ -101,8 +101,7 @@ class CausalLMPolicy(nn.Module):
         if not 0 <= top_k <= vocab_size:
             raise ValueError(f"top_k is {top_k}; choose 0 (all tokens) to {vocab_size} (the vocabulary)")
         head = output_layer(lm)
-        width: int = head.weight.shape[1]
-        self.rows: int = head.weight.shape[0]
+        self.rows, width = (int(size) for size in head.weight.shape)  # type: ignore[union-attr]
         if self.rows < vocab_size:
             raise ValueError(
                 f"the language model has {self.rows} logits and the environment {vocab_size} tokens: either the "
