@@ -117,7 +117,7 @@ def evaluate_cell(
     kept: list[Sample] = []
     columns: defaultdict[str, list[float]] = defaultdict(list)
     for rollout in played(envs, policy, reference, samples=samples, seed=seed):
-        rows = _per_episode(rollout, task.eos_token_id)
+        rows = _per_episode(rollout, task.eos_token_ids)
         if judge is not None:
             rows["gold"] = gold_scores(judge, rollout)
         for name, column in rows.items():
@@ -135,13 +135,15 @@ def evaluate_cell(
     return row, kept
 
 
-def _per_episode(rollout: Rollout, eos_token_id: int) -> dict[str, torch.Tensor]:
+def _per_episode(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
     """Numbers (N,) of each episode."""
     response = rollout.input_ids[:, rollout.prompt_slots :]
     return {
         "score": rollout.scores,
         "kl": (rollout.logprobs - rollout.ref_logprobs).sum(-1),
         "response_length": rollout.response_mask.sum(-1),
-        "ended_by_eos": ((response == eos_token_id) & rollout.response_mask).any(-1).float(),
+        "ended_by_eos": (torch.isin(response, response.new_tensor(eos_token_ids)) & rollout.response_mask)
+        .any(-1)
+        .float(),
         "ref_logprob": rollout.ref_logprobs.sum(-1),
     }
