@@ -37,7 +37,11 @@ class TokenSpace(Protocol):
 
     @property
     def eos_token_id(self) -> int:
-        """Ends a response."""
+        """Ends a response; the first of `eos_token_ids`."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a response."""
 
     @property
     def min_new_tokens(self) -> int:

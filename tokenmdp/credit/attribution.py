@@ -13,6 +13,7 @@ from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.rescale import rescale_multipliers
 from tokenmdp.credit.weights import check_credit_beta, conserve
+from tokenmdp.models.encoding import vocab_size
 from tokenmdp.types import Credit, Episode, Outcome
 
 if TYPE_CHECKING:
@@ -243,8 +244,8 @@ def _baseline_embeddings(
         raise ValueError("baseline='pad', and there is no padding token; use 'mean' or the id of a token")
     else:
         token = tokenizer.pad_token_id
-    if tokenizer is not None and token >= len(tokenizer):
-        raise ValueError(f"baseline is {token}, and the tokenizer's ids are 0..{len(tokenizer) - 1}")
+    if tokenizer is not None and token >= (size := vocab_size(tokenizer)):
+        raise ValueError(f"baseline is {token}, and the tokenizer's ids are 0..{size - 1}")
     ids = episode.input_ids.clone()
     ids[:, episode.prompt_slots :] = token
     blank = model.embedded(episode._replace(input_ids=ids))

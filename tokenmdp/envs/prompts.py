@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import gymnasium as gym
 import numpy as np
 
+from tokenmdp.models.encoding import chat_ids, is_chat, opening_ids, vocab_size
 from tokenmdp.models.loading import resolve
 
 if TYPE_CHECKING:
@@ -43,26 +44,36 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns one prompt into token ids that fit the prompt slots; nothing is added to the text."""
+    """Turns one prompt into token ids that fit the prompt slots.
+
+    A text gets the ``start`` tokens in front, a chat what the tokenizer's chat template says, ids are taken as they
+    are.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_prompt_tokens: int
     truncate: Truncate | None = None
+    start: tuple[int, ...] = ()  # what the tokenizer puts before every text
+    chat: bool = False  # a text is the message of a user
 
-    def __call__(self, prompt: str | Sequence[int], name: str = "the prompt") -> list[int]:
-        """Token ids of ``prompt`` (a text, or ids already).
+    def __call__(self, prompt: str | Sequence[Any], name: str = "the prompt") -> list[int]:
+        """Token ids of ``prompt``: a text, a chat (a list of dicts with "role" and "content"), or ids already.
 
         Raises:
-            ValueError: the prompt is empty, or longer than its slots and ``truncate`` is None.
-            TypeError: the prompt is neither a text nor a sequence of ids.
+            ValueError: the prompt is empty, or longer than its slots and ``truncate`` is None, or holds ids beyond the
+                vocabulary, or the tokenizer has no chat template.
+            TypeError: the prompt is none of these.
         """
-        # Not verbose: transformers would first warn about a text beyond the model's positions, which is refused below.
-        ids = (
-            self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
-            if isinstance(prompt, str)
-            else self._ids(prompt)
-        )
+        if isinstance(prompt, str) and self.chat:
+            ids = chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+        elif isinstance(prompt, str):
+            ids = opening_ids(self.tokenizer, prompt, self.start)
+        elif is_chat(prompt):
+            ids = chat_ids(self.tokenizer, prompt)  # type: ignore[arg-type]
+        else:
+            ids = self._ids(prompt)  # type: ignore[arg-type]
+        self._check(ids)
         if not ids:
             raise ValueError(
                 f"{name} is empty ({prompt!r} has no tokens); give at least one token, "
@@ -71,7 +82,9 @@ class Encoder:
         if len(ids) <= self.max_prompt_tokens:
             return ids
         if self.truncate == "left":
-            return ids[-self.max_prompt_tokens :]
+            kept = len(self.start) if ids[: len(self.start)] == list(self.start) else 0
+            kept = min(kept, self.max_prompt_tokens - 1)  # the start tokens stay in front
+            return ids[:kept] + ids[len(ids) - (self.max_prompt_tokens - kept) :]
         if self.truncate == "right":
             return ids[: self.max_prompt_tokens]
         shown = prompt if isinstance(prompt, str) else str(self.tokenizer.decode(ids))
@@ -86,10 +99,21 @@ class Encoder:
             ids = [operator.index(token) for token in prompt]
         except TypeError as error:
             raise TypeError(f"a prompt is a text or a list of token ids, not {prompt!r}") from error
+        return ids
+
+    def _check(self, ids: list[int]) -> None:
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} in a prompt is not in [0, {self.vocab_size})")
-        return ids
+                grown = vocab_size(self.tokenizer)
+                raise ValueError(
+                    f"token id {token} in a prompt is not in [0, {self.vocab_size})"
+                    + (
+                        f": tokens were added to the tokenizer, which now has {grown}, after the environment was made; "
+                        "make a new environment, and resize the policy's embeddings"
+                        if grown > self.vocab_size
+                        else ""
+                    )
+                )
 
 
 @dataclass(frozen=True)
@@ -114,8 +138,9 @@ class Openings:
     def draw(self, rng: np.random.Generator) -> list[int]:
         """The opening of a random text."""
         index, k = rng.integers(len(self.texts)), rng.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1)
-        ids = self.encoder.tokenizer.encode(self.texts[index], add_special_tokens=False, verbose=False)[:k]
-        return self.encoder(ids, name=f"the opening of text {index}")
+        encoder, text = self.encoder, self.texts[index]
+        ids = opening_ids(encoder.tokenizer, text, encoder.start)[: k + len(encoder.start)]
+        return encoder(ids, name=f"the opening of text {index}")
 
 
 def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: tuple[int, int]) -> PromptSource:
@@ -146,7 +171,12 @@ def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: 
     least, most = prompt_tokens
     if not 1 <= least <= most:
         raise ValueError(f"prompt_tokens is {prompt_tokens}; give (least, most) with 1 <= least <= most")
-    if most > encoder.max_prompt_tokens and encoder.truncate is None:
+    if encoder.chat:
+        raise ValueError(
+            f"prompts {source!r} is a data set, of whose texts the beginnings are prompts, and prompt_template='chat' "
+            "wants whole messages; pass a list or a file of them"
+        )
+    if most + len(encoder.start) > encoder.max_prompt_tokens and encoder.truncate is None:
         raise ValueError(
             f"prompt_tokens {prompt_tokens} does not fit max_prompt_tokens={encoder.max_prompt_tokens}; raise "
             "max_prompt_tokens, lower prompt_tokens, or choose truncate_prompt='left' or 'right'"

@@ -56,8 +56,13 @@ class TokenEpisodes:
 
     @property
     def eos_token_id(self) -> int:
-        """The action that ends an episode."""
+        """The action that ends an episode; the first of `eos_token_ids`."""
         return self.task.eos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All actions that end an episode."""
+        return self.task.eos_token_ids
 
     @property
     def min_new_tokens(self) -> int:
@@ -109,12 +114,12 @@ class TokenEpisodes:
                 f"{_place(row, tokens)}action {tokens[row]} is not a token id; legal ids are 0..{task.vocab_size - 1}"
             )
         too_early = state.n_tokens < task.min_new_tokens
-        for row in np.flatnonzero(state.running & (tokens == task.eos_token_id) & too_early):
+        for row in np.flatnonzero(state.running & np.isin(tokens, task.eos_token_ids) & too_early):
             raise InvalidAction(
                 f"{_place(row, tokens)}action {tokens[row]} is the end-of-text token, illegal after "
                 f"{state.n_tokens[row]} tokens with min_new_tokens={task.min_new_tokens}; action_masks() marks it"
             )
-        self._state, ended = token_mdp.append(state, tokens, task.eos_token_id)
+        self._state, ended = token_mdp.append(state, tokens, task.eos_token_ids)
         self.outcome = None
         return ended
 
@@ -138,7 +143,7 @@ class TokenEpisodes:
 
     def _legal(self) -> np.ndarray:
         task = self.task
-        return token_mdp.legal_tokens(self._state, task.vocab_size, task.eos_token_id, task.min_new_tokens)
+        return token_mdp.legal_tokens(self._state, task.vocab_size, task.eos_token_ids, task.min_new_tokens)
 
     def _frame(self, row: int) -> str | np.ndarray:
         """``row`` in the current render mode."""

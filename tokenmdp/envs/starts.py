@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenmdp.envs.prompts import shorten
 from tokenmdp.envs.task import TextGenTask
+from tokenmdp.models.encoding import continuing_ids
 
 
 class Start(NamedTuple):
@@ -26,7 +27,7 @@ def read_start(task: TextGenTask, prompt: Any, response_prefix: Any, horizon: An
     Args:
         task: the environment's.
         prompt: text or token ids; None: drawn.
-        response_prefix: text (encoded on its own, as a response is) or token ids; None: none.
+        response_prefix: text (encoded as the continuation of a text, as a response is) or token ids; None: none.
         horizon: response tokens at which the episode ends, in the task's ``horizon_range``; None: drawn.
 
     Raises:
@@ -59,11 +60,11 @@ def _prefix(task: TextGenTask, prefix: Any, horizon: int | None) -> list[int]:
     name = "options['response_prefix']"
     if prefix is None:
         return []
-    ids = task.tokenizer.encode(prefix, add_special_tokens=False) if isinstance(prefix, str) else _ids(prefix, name)
+    ids = continuing_ids(task.tokenizer, prefix) if isinstance(prefix, str) else _ids(prefix, name)
     for token in ids:
         if not 0 <= token < task.vocab_size:
             raise ValueError(f"{name} holds token id {token}; legal ids are 0..{task.vocab_size - 1}")
-        if token == task.eos_token_id:
+        if token in task.eos_token_ids:
             raise ValueError(
                 f"{name} holds the end-of-text token {token}, after which the episode is over; leave it out"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
+from tokenmdp.models import encoding
 from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
 from tokenmdp.models.sizes import PositionLimit, configured_limit
 from tokenmdp.reward_models.base import RewardModel
@@ -36,7 +38,7 @@ class TextGenTask:
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int  # V
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]  # a response ends with any of them
     pad_token_id: int
     max_prompt_tokens: int  # P
     max_new_tokens: int  # H
@@ -48,8 +50,14 @@ class TextGenTask:
     reward_options: dict[str, Any]
     align: Align | None
     reward_template: str
+    add_special_tokens: bool
     arguments: dict[str, Any]  # arguments of make_task, to rebuild the task from
     policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
+
+    @property
+    def eos_token_id(self) -> int:
+        """The first id that ends a response."""
+        return self.eos_token_ids[0]
 
     @cached_property
     def reward_model(self) -> RewardModel:
@@ -103,7 +111,7 @@ class TextGenTask:
 
     def _readable(self, model: RewardModel) -> RewardModel:
         if self.align is not None:
-            return readable_by(model, self.tokenizer, self.reward_template)
+            return readable_by(model, self.tokenizer, self.reward_template, self.add_special_tokens)
         model.check_tokenizer(self.tokenizer)
         return model
 
@@ -150,13 +158,15 @@ def make_task(
     prompt_tokens: Sequence[int] = (2, 8),
     truncate_prompt: Truncate | None = None,
     score: Score = "auto",
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     min_new_tokens: int = 0,
     horizon_range: Sequence[int] | None = None,
     reward_device: str = "cpu",
     reward_dtype: str = "float32",
     align: Align | None = None,
     reward_template: str = PLAIN,
+    prompt_template: Literal["chat"] | None = None,
+    add_special_tokens: bool = True,
 ) -> TextGenTask:
     """Check the arguments of an environment and load what they name. Names resolve alias -> directory -> hub.
 
@@ -170,7 +180,8 @@ def make_task(
         truncate_prompt: what to cut from a prompt longer than P: None refuses it, "left" or "right" drops that side.
         score: which number of a classifier is the score: "auto", an index, a label or "LABEL - LABEL"; see
             `tokenmdp.reward_models.scores.score_rule`.
-        eos_token_id: the id that ends a response; default the tokenizer's.
+        eos_token_id: the id that ends a response, or several; default the tokenizer's, and those that a
+            generation_config.json or config.json beside a named tokenizer lists.
         min_new_tokens: tokens before end-of-text becomes legal; `action_masks` shows it.
         horizon_range: (least, most), both included: draw each episode's horizon; it joins the observation.
         reward_device: where a named reward model runs.
@@ -178,7 +189,12 @@ def make_task(
         align: what to do if the reward model has another vocabulary. None refuses it; "offsets" lets it read the
             decoded text with its own tokenizer and moves its credit to the environment's tokens by characters, see
             `tokenmdp.reward_models.RetokenizedRewardModel`. Where the vocabularies are the same this changes nothing.
-        reward_template: with ``align``, the text that the reward model reads, such as "Q: {prompt} A: {response}".
+        reward_template: with ``align``, the text that the reward model reads, such as "Q: {prompt} A: {response}", or
+            "chat": by the chat template of the reward model's tokenizer.
+        prompt_template: "chat": a prompt that is a text is a user's message in the tokenizer's chat template. (A list
+            of messages is always put through it.)
+        add_special_tokens: put before a text what its tokenizer puts there by itself, such as <s>: before prompts, and
+            with ``align`` around what the reward model reads, as its own tokenizer has it. Ids are taken as they are.
 
     Raises:
         gymnasium.error.MissingArgument: a part that the environment id does not preset was not given.
@@ -194,12 +210,13 @@ def make_task(
             )
     source = _reward_source(reward_model, score, reward_device, reward_dtype)
     tokens = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else _tokenizer_object(tokenizer)
-    vocab_size = len(tokens)
-    eos = tokens.eos_token_id if eos_token_id is None else eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no end-of-text token; pass eos_token_id=ID")
-    if not 0 <= eos < vocab_size:
-        raise ValueError(f"eos_token_id={eos} is not a token: the tokenizer's ids are 0..{vocab_size - 1}")
+    vocab_size = encoding.vocab_size(tokens)
+    ends = _ends(tokens, tokenizer if isinstance(tokenizer, str) else None, eos_token_id)
+    for eos in ends:
+        if not 0 <= eos < vocab_size:
+            raise ValueError(f"eos_token_id={eos} is not a token: the tokenizer's ids are 0..{vocab_size - 1}")
+    if prompt_template not in (None, encoding.CHAT):
+        raise ValueError(f"prompt_template={prompt_template!r} is neither None nor 'chat'")
     if max_new_tokens < 1 or max_prompt_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, max_prompt_tokens={max_prompt_tokens}: both are at least 1")
     if not 0 <= min_new_tokens <= max_new_tokens:
@@ -210,12 +227,13 @@ def make_task(
     horizons = None if horizon_range is None else _pair("horizon_range", horizon_range)
     if horizons is not None and not 1 <= horizons[0] <= horizons[1] <= max_new_tokens:
         raise ValueError(f"horizon_range={horizons} needs 1 <= least <= most <= max_new_tokens={max_new_tokens}")
-    encoder = Encoder(tokens, vocab_size, max_prompt_tokens, truncate_prompt)
+    start = tuple(encoding.start_ids(tokens)) if add_special_tokens else ()
+    encoder = Encoder(tokens, vocab_size, max_prompt_tokens, truncate_prompt, start, prompt_template == encoding.CHAT)
     task = TextGenTask(
         tokenizer=tokens,
         vocab_size=vocab_size,
-        eos_token_id=int(eos),
-        pad_token_id=int(eos if tokens.pad_token_id is None else tokens.pad_token_id),
+        eos_token_ids=ends,
+        pad_token_id=int(ends[0] if tokens.pad_token_id is None else tokens.pad_token_id),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -226,6 +244,7 @@ def make_task(
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
         align=align,
         reward_template=reward_template,
+        add_special_tokens=add_special_tokens,
         arguments=arguments,
     )
     if isinstance(source, RewardModel) or names_word_list(source):
@@ -247,6 +266,18 @@ def _check_classifier(name: str, score: Score, slots: tuple[int, int] | None) ->
         raise ValueError(too_long(*slots, limit, name))
 
 
+def _ends(tokenizer: PreTrainedTokenizerBase, name: str | None, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a response, without repetition."""
+    if given is not None:
+        ends = [given] if isinstance(given, (int, np.integer)) else list(given)
+    else:
+        path = None if name is None else Path(resolve("tokenizer", name))
+        ends = encoding.ends_of_text(tokenizer, path)
+    if not ends:
+        raise ValueError("the tokenizer has no end-of-text token; pass eos_token_id=ID")
+    return tuple(dict.fromkeys(int(end) for end in ends))
+
+
 def _check_alignment(align: Align | None, reward_template: str) -> None:
     if align not in (None, "offsets"):
         raise ValueError(f"align={align!r} is neither None nor 'offsets'")
@@ -262,7 +293,7 @@ def too_long(max_prompt_tokens: int, max_new_tokens: int, limit: PositionLimit, 
     """The message for prompt and response slots beyond a reward model's positions."""
     return (
         f"max_prompt_tokens={max_prompt_tokens} + max_new_tokens={max_new_tokens} = "
-        f"{max_prompt_tokens + max_new_tokens} tokens exceed the reward model {model}, which has {limit}; "
+        f"{max_prompt_tokens + max_new_tokens} tokens exceed the {limit} of the reward model {model}; "
         "lower one of them or use a reward model with more positions"
     )
 

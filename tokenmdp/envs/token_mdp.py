@@ -71,7 +71,7 @@ def start(
     return TokenState(input_ids, attention_mask, n_tokens, horizon, running, state.prompt_slots)
 
 
-def append(state: TokenState, tokens: np.ndarray, eos_token_id: int) -> tuple[TokenState, np.ndarray]:
+def append(state: TokenState, tokens: np.ndarray, eos_token_id: int | Sequence[int]) -> tuple[TokenState, np.ndarray]:
     """``state' = state + token`` in the running rows; the others ignore their token and stay as they are.
 
     A row ends with the end-of-text token, which belongs to the response, or at its horizon.
@@ -79,7 +79,7 @@ def append(state: TokenState, tokens: np.ndarray, eos_token_id: int) -> tuple[To
     Args:
         state: N rows.
         tokens: (N,) int64, in ``[0, V)`` wherever the row runs.
-        eos_token_id: the end-of-text id.
+        eos_token_id: the id that ends a text, or several.
 
     Returns:
         The next state and ``ended`` (N,) bool: the rows that ended with this token.
@@ -97,12 +97,14 @@ def append(state: TokenState, tokens: np.ndarray, eos_token_id: int) -> tuple[To
     input_ids[rows, slots] = tokens[rows]
     attention_mask[rows, slots] = True
     n_tokens = state.n_tokens + state.running
-    ended = state.running & ((tokens == eos_token_id) | (n_tokens >= state.horizon))
+    ended = state.running & (np.isin(tokens, eos_token_id) | (n_tokens >= state.horizon))
     after = TokenState(input_ids, attention_mask, n_tokens, state.horizon, state.running & ~ended, state.prompt_slots)
     return after, ended
 
 
-def legal_tokens(state: TokenState, vocab_size: int, eos_token_id: int, min_new_tokens: int) -> np.ndarray:
+def legal_tokens(
+    state: TokenState, vocab_size: int, eos_token_id: int | Sequence[int], min_new_tokens: int
+) -> np.ndarray:
     """Which ids each row may take next: all, except end-of-text before ``min_new_tokens`` other tokens.
 
     Rows that do not run ignore their action, so everything is legal there.
@@ -115,7 +117,7 @@ def legal_tokens(state: TokenState, vocab_size: int, eos_token_id: int, min_new_
     [[False, True, True]]
     """
     legal = np.ones((len(state.running), vocab_size), dtype=np.bool_)
-    legal[:, eos_token_id] = ~state.running | (state.n_tokens >= min_new_tokens)
+    legal[:, np.atleast_1d(eos_token_id)] = (~state.running | (state.n_tokens >= min_new_tokens))[:, None]
     return legal
 
 

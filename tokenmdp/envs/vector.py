@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from tokenmdp.envs.single import METADATA, TokenEpisodes
 from tokenmdp.envs.starts import Start, read_start
 from tokenmdp.envs.task import TextGenTask, make_task
+from tokenmdp.models.encoding import is_chat
 
 DRAWN = Start(prompt=None, response_prefix=[], horizon=None)
 ScoreWhen = Literal["ended", "all_done"]
@@ -244,7 +245,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
     def _row_values(self, name: str, value: Any) -> list[Any]:
         """One entry of a reset option for each row."""
-        if value is None or isinstance(value, (str, int, np.integer)):
+        if value is None or isinstance(value, (str, int, np.integer)) or is_chat(value):
             return [value] * self.num_envs
         if not isinstance(value, (Sequence, np.ndarray)) or len(value) != self.num_envs:
             raise ValueError(

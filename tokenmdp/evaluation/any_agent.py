@@ -264,6 +264,11 @@ class _LanguageModel:
         ids, mask = (torch.as_tensor(np.atleast_2d(obs[key]), device=device) for key in ("input_ids", "attention_mask"))
         state = self._reader.read(ids, mask.bool())
         logits, support = state.logits, None  # (N, V)
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f"{type(policy.lm).__name__} gave logits that are NaN or infinite; look for NaN in its weights, load "
+                "an earlier checkpoint, or use compute_dtype=torch.float32"
+            )
         if policy.min_new_tokens:
             legal = torch.as_tensor(np.atleast_2d(_action_masks(self._envs)), device=device)
             logits = logits.masked_fill(~legal, NEVER)

@@ -104,7 +104,8 @@ def evaluate_cell(
     task: TextGenTask = envs.unwrapped.task  # type: ignore[attr-defined]
     judge = None if gold is None else task.load_reward_model(gold)
     played = evaluate(policy, reference, envs, samples=samples, seed=seed, shown=KEPT_SAMPLES, judge=judge)
-    ended = [float(task.eos_token_id in text) for text in played.tokens]
+    ends = set(task.eos_token_ids)
+    ended = [float(not ends.isdisjoint(text)) for text in played.tokens]
     columns: dict[str, Sequence[float]] = {
         "score": played.scores,
         "kl": played.kls,

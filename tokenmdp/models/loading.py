@@ -49,7 +49,8 @@ _THREADS_AT_IMPORT = torch.get_num_threads()  # if the number differs later, tor
 
 logger = logging.getLogger(__name__)
 
-_tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], PreTrainedTokenizerBase] = {}
+# By path and files: the tokenizer and its `_mark` as it was read.
+_tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[PreTrainedTokenizerBase, tuple[object, ...]]] = {}
 _lock = threading.RLock()
 
 
@@ -125,9 +126,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = resolve("tokenizer", name)
     key = (path, fingerprint(path))
     with _lock:
-        if key not in _tokenizers:
-            _tokenizers[key] = toy_tokenizer() if path == "toy" else _read_tokenizer(name, path)
-        return _tokenizers[key]
+        kept = _tokenizers.get(key)
+        if kept is not None and _mark(kept[0]) != kept[1]:
+            logger.warning(
+                "the tokenizer %r was changed after it was loaded (%d tokens); environments made from here on get it "
+                "as its files have it: pass your changed tokenizer as an object", name, len(kept[0]),
+            )  # fmt: skip
+            kept = None
+        if kept is None:
+            tokenizer = toy_tokenizer() if path == "toy" else _read_tokenizer(name, path)
+            kept = _tokenizers[key] = (tokenizer, _mark(tokenizer))
+        return kept[0]
+
+
+def _mark(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+    """What changes with the tokens that somebody adds to a tokenizer."""
+    return len(tokenizer), str(tokenizer.special_tokens_map), tokenizer.chat_template
 
 
 def _read_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:

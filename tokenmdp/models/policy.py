@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
 from tokenmdp.models.loading import check_loads, load_causal_lm, load_tokenizer, quiet, resolve, tokenizer_home
 from tokenmdp.models.policy_checks import check_logits, reads_padding
-from tokenmdp.models.sizes import capped, logit_cap, output_layer, position_limit
+from tokenmdp.models.sizes import capped, check_finite, logit_cap, output_layer, position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.types import TokenSpace, response_rows
 
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 VALUE_HEAD_FILE = "value_head.safetensors"
 # What a policy does to its logits, and how it computes.
 SETTINGS = (
-    "vocab_size", "eos_token_id", "min_new_tokens", "temperature", "top_k", "compute_dtype", "gradient_checkpointing",
+    "vocab_size", "eos_token_id", "eos_token_ids", "min_new_tokens", "temperature", "top_k", "compute_dtype",
+    "gradient_checkpointing",
 )  # fmt: skip
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # of attention, of Mamba
 NEVER = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would make the entropy NaN
@@ -74,7 +75,8 @@ class CausalLMPolicy(nn.Module):
             it (sdpa, whose rows can be captured), GPT-2's activation becomes one kernel, and on some CPUs layers
             multiply by oneDNN.
         vocab_size: V; models with padded vocabularies are sliced to the first V logits.
-        eos_token_id: Masked out of the first ``min_new_tokens`` response tokens.
+        eos_token_id: Masked out of the first ``min_new_tokens`` response tokens; the first of ``eos_token_ids``, which
+            all are.
         min_new_tokens: Response tokens before the text may end.
         temperature: Divides the logits.
         top_k: Sample among the k most likely tokens; 0 is all.
@@ -87,7 +89,7 @@ class CausalLMPolicy(nn.Module):
         self,
         lm: PreTrainedModel,
         vocab_size: int,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         min_new_tokens: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -96,6 +98,7 @@ class CausalLMPolicy(nn.Module):
     ):
         super().__init__()
         refuse_adapters(lm)
+        check_finite(lm, type(lm).__name__)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
@@ -125,7 +128,8 @@ class CausalLMPolicy(nn.Module):
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, eos_token_id, min_new_tokens
+        self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, self.eos_token_ids[0], min_new_tokens
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -135,7 +139,9 @@ class CausalLMPolicy(nn.Module):
         self._one_prompt_length = reads_padding(self)
 
     @classmethod
-    def from_pretrained(cls, name: str, vocab_size: int, eos_token_id: int, **options: Any) -> CausalLMPolicy:
+    def from_pretrained(
+        cls, name: str, vocab_size: int, eos_token_id: int | Sequence[int], **options: Any
+    ) -> CausalLMPolicy:
         """Load an alias, a local directory or a hub name; a `save_pretrained` directory brings its value head.
 
         Raises:
@@ -151,6 +157,7 @@ class CausalLMPolicy(nn.Module):
                 raise CheckpointError(
                     f"{path} is not this model's value head ({error}); restore or delete it"
                 ) from error
+            check_finite(policy.value_head, str(path))
         return policy
 
     @classmethod
@@ -163,7 +170,7 @@ class CausalLMPolicy(nn.Module):
         """
         options |= {
             "vocab_size": task.vocab_size,
-            "eos_token_id": task.eos_token_id,
+            "eos_token_id": task.eos_token_ids,
             "min_new_tokens": task.min_new_tokens,
         }
         if isinstance(model, str):
@@ -171,6 +178,7 @@ class CausalLMPolicy(nn.Module):
             policy = cls.from_pretrained(model, **options)
         else:
             policy = cls(model.float(), **options)
+        warn_of_other_ends(policy)
         policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
         return policy
 
@@ -318,7 +326,7 @@ class CausalLMPolicy(nn.Module):
         again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
         with self.autocast(), again:
             # The last token predicts nothing, so it is not read.
-            hidden = self._backbone(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
+            hidden = self.read(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
             hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t
             raw_logits = self.logits(hidden)  # only at response rows: V is the wide axis
         logits, support = self._process(raw_logits, 0, support)  # (N, H, V) or (N, H, k)
@@ -332,8 +340,15 @@ class CausalLMPolicy(nn.Module):
         # The class's: sharding wraps the instance's own in a second pair of its forward hooks.
         return type(self).evaluate(self, *arguments, **options)
 
-    def _backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
-        if self._takes_positions:  # padding takes no position
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        """The output of the model without its output layer; padding, where ``attention_mask`` is 0, takes no position.
+
+        Args:
+            input_ids: (N, L) int64.
+            attention_mask: (N, S) int64, S >= L: of the cached slots too.
+            **options: further arguments of the model.
+        """
+        if self._takes_positions:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         if self._cache_argument == "cache_params":  # recurrent layers multiply their inputs by the mask
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
@@ -358,7 +373,7 @@ class CausalLMPolicy(nn.Module):
 
     def _advance(self, cache: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int) -> DecodeState:
         with self.autocast():
-            output = self._backbone(input_ids, attention_mask, **self.caching(cache))
+            output = self.read(input_ids, attention_mask, **self.caching(cache))
             hidden = output.last_hidden_state[:, -1:]  # (N, 1, C)
             raw_logits = self.logits(hidden)
         logits, support = self._process(raw_logits, step, None)
@@ -377,7 +392,9 @@ class CausalLMPolicy(nn.Module):
         if self.temperature != 1.0:
             logits = logits.float() / self.temperature
         if (too_early := self.min_new_tokens - first_step) > 0:
-            logits[:, :too_early, self.eos_token_id] = torch.finfo(logits.dtype).min  # -inf would make the entropy NaN
+            logits[:, :too_early, list(self.eos_token_ids)] = torch.finfo(
+                logits.dtype
+            ).min  # -inf would make the entropy NaN
         if self.top_k and support is None:
             support = logits.topk(self.top_k, dim=-1).indices  # (N, T, k)
         return (logits, None) if support is None else (logits.gather(-1, support), support)
@@ -394,6 +411,18 @@ class CausalLMPolicy(nn.Module):
                 f"prompt and response take up to {slots} slots and the policy has {limit}; "
                 "lower max_prompt_tokens or max_new_tokens"
             )
+
+
+def warn_of_other_ends(policy: CausalLMPolicy) -> None:
+    """Warn where the model's generation configuration lists ends of text that do not end an episode."""
+    listed = policy.lm.generation_config.eos_token_id if policy.lm.generation_config is not None else None
+    if isinstance(listed, list) and (others := sorted(set(listed) - set(policy.eos_token_ids))):
+        logger.warning(
+            "%s ends its texts with any of the ids %s and the environment with %s only, so it will write on after %s; "
+            "make the environment with eos_token_id=%s",
+            type(policy.lm).__name__, listed, list(policy.eos_token_ids), others,
+            sorted({*listed, *policy.eos_token_ids}),
+        )  # fmt: skip
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

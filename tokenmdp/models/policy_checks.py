@@ -6,20 +6,36 @@ one another behind padding. Where these disagree every log-probability would be 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.kv_cache import make_cache
 
 SHORT, LONG = 3, 9  # tokens of the probes
 TOLERANCE = 1e-3  # of the largest difference between logits
 LARGE = 100.0  # raw logits at which a cap shows
 
 
+class Reads(Protocol):
+    """The parts of a `CausalLMPolicy` that are tried."""
+
+    lm: Any
+    vocab_size: int
+    rows: int  # of the output layer
+
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        """The output of the backbone."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states."""
+
+    def caching(self, cache: Any) -> dict[str, Any]:
+        """Arguments of `read` for a cache."""
+
+
 @torch.no_grad()
-def check_logits(policy: CausalLMPolicy) -> None:
+def check_logits(policy: Reads) -> None:
     """Refuse models that change the logits after the output layer in a way that is not known here.
 
     Tried with hidden states as they are and so large that a soft cap would show.
@@ -45,14 +61,13 @@ def check_logits(policy: CausalLMPolicy) -> None:
 
 
 @torch.no_grad()
-def reads_padding(policy: CausalLMPolicy) -> bool:
+def reads_padding(policy: Reads) -> bool:
     """Whether the numbers of a text change with the padding before it, so that all prompts need one length.
 
     Raises:
         ValueError: reading token by token through the cache gives other numbers than reading the whole text.
     """
     short, long = _probe(policy, SHORT), _probe(policy, LONG)
-    # With gradients off, as sampling does: the padding's own id must not matter.
     beside = torch.stack([torch.cat([short.new_zeros(LONG - SHORT), short]), long])
     mask = torch.ones_like(beside)
     mask[0, : LONG - SHORT] = 0
@@ -71,25 +86,23 @@ def reads_padding(policy: CausalLMPolicy) -> bool:
             f"it reads a whole text (largest difference {(stepwise - whole).abs().max():.3g}), so what it samples "
             "could not be scored; use a causal language model with a key-value cache, such as GPT-2, Llama or Qwen2"
         )
-    padded = policy.logits(policy._backbone(beside, mask, use_cache=False).last_hidden_state)[0, -1]
+    padded = policy.logits(policy.read(beside, mask, use_cache=False).last_hidden_state)[0, -1]
     return differs(padded) or differs(_last_logits(policy, beside, mask))
 
 
-def _probe(policy: CausalLMPolicy, length: int) -> torch.Tensor:
+def _probe(policy: Reads, length: int) -> torch.Tensor:
     """``length`` different ids, the same at every call."""
     ids = (torch.arange(length, device=policy.lm.device) * 7 + 2) % min(policy.vocab_size, policy.rows)
     return ids
 
 
-def _hidden(policy: CausalLMPolicy, ids: torch.Tensor) -> torch.Tensor:
-    return policy._backbone(ids, torch.ones_like(ids), use_cache=False).last_hidden_state
+def _hidden(policy: Reads, ids: torch.Tensor) -> torch.Tensor:
+    return policy.read(ids, torch.ones_like(ids), use_cache=False).last_hidden_state
 
 
-def _last_logits(policy: CausalLMPolicy, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _last_logits(policy: Reads, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The first row's logits after its last token, which is read alone behind a cache of the others; float32, raw."""
-    from tokenmdp.models.kv_cache import make_cache
-
     cache = make_cache(policy.lm.config)
-    policy._backbone(ids[:, :-1], mask[:, :-1], **policy.caching(cache))
-    hidden = policy._backbone(ids[:, -1:], mask, **policy.caching(cache)).last_hidden_state
+    policy.read(ids[:, :-1], mask[:, :-1], **policy.caching(cache))
+    hidden = policy.read(ids[:, -1:], mask, **policy.caching(cache)).last_hidden_state
     return policy.logits(hidden)[0, -1]

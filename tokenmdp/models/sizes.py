@@ -81,6 +81,20 @@ def output_layer(lm: PreTrainedModel) -> nn.Module:
     return layer
 
 
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights that are NaN or infinite: most texts would not show it.
+
+    Raises:
+        ValueError: with the first such weight and how many of its numbers are wrong.
+    """
+    for key, weight in model.named_parameters():
+        if not weight.is_meta and weight.is_floating_point() and (wrong := int((~weight.isfinite()).sum())):
+            raise ValueError(
+                f"{name} has a weight {key} in which {wrong} of {weight.numel()} numbers are NaN or infinite; restore "
+                "a copy, or load a checkpoint from before"
+            )
+
+
 def logit_cap(lm: PreTrainedModel) -> float | None:
     """``cap`` of a model whose logits are ``cap * tanh(raw / cap)``; None: they are raw."""
     text = lm.config.get_text_config()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -41,6 +41,33 @@ def token_pieces(
         pieces.append("" if unfinished or not whole.startswith(shown) else whole[len(shown) :])
         shown += pieces[-1]
     return prompt, pieces
+
+
+def growing_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int], first: int) -> list[str]:
+    """``[decode(ids[:count]) for count in range(first, len(ids) + 1)]``, for T tokens with O(T) tokens decoded.
+
+    Only the latest tokens are decoded again: behind a whole character the text goes on in the same way whatever came
+    before. Where that is not so, as the last text shows, all are decoded in full.
+
+    >>> tokenizer = toy_tokenizer()
+    >>> growing_texts(tokenizer.decode, [1, 20, 6], first=1)
+    ['a', 'a great', 'a great film']
+    """
+    texts = [decode(ids[:first])]
+    left, right, known = 0, first, texts[0]  # the text of ids[:right] is known and whole; ids[left:] is decoded again
+    shown = known
+    for count in range(first + 1, len(ids) + 1):
+        whole = decode(ids[left:count])
+        if shown.endswith("\ufffd") or not whole.startswith(shown):
+            break
+        texts.append(known + whole[len(shown) :])
+        if not whole.endswith("\ufffd"):
+            left, right, known = right, count, texts[-1]
+            shown = decode(ids[left:right])
+    else:
+        if texts[-1] == decode(ids):
+            return texts
+    return [decode(ids[:count]) for count in range(first, len(ids) + 1)]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

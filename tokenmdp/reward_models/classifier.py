@@ -17,8 +17,9 @@ from torch import nn
 
 from tokenmdp.models.adapters import HEADS, refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
+from tokenmdp.models.encoding import start_ids, vocab_size
 from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights, tokenizer_home
-from tokenmdp.models.sizes import position_limit
+from tokenmdp.models.sizes import check_finite, position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
 from tokenmdp.reward_models.scores import Score, score_rule
@@ -123,6 +124,7 @@ class HFRewardModel(RewardModel):
         name: str | None = None,
     ) -> None:
         refuse_adapters(model)
+        check_finite(model, name or type(model).__name__)
         dtype = str(model.dtype).removeprefix("torch.")
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
@@ -141,6 +143,9 @@ class HFRewardModel(RewardModel):
         self._check_rows(tokenizer)
         can_capture = install(model)
         self.head = _last_token_head(model)
+        self._start = [] if tokenizer is None else start_ids(tokenizer)
+        if tokenizer is not None and not self._start and self.head is None and tokenizer.cls_token_id is not None:
+            self._start = [tokenizer.cls_token_id]
         self.fill = 0
         if self.head is None and model.config.pad_token_id is not None:
             self.fill = model.config.pad_token_id  # RoBERTa derives its positions from it
@@ -302,7 +307,7 @@ class HFRewardModel(RewardModel):
         if self.tokenizer is not None:
             super().check_tokenizer(tokenizer)
         else:
-            spare = _vocabulary_rows(self.model) - len(tokenizer)
+            spare = _vocabulary_rows(self.model) - vocab_size(tokenizer)
             if not 0 <= spare < PADDED_ROWS:
                 raise VocabularyMismatch(
                     f"the environment's tokenizer has {len(tokenizer)} tokens and {self} has "
@@ -359,21 +364,25 @@ class HFRewardModel(RewardModel):
         return super().__reduce__()
 
     def _check_rows(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        if tokenizer is not None and _vocabulary_rows(self.model) < len(tokenizer):
+        if tokenizer is not None and _vocabulary_rows(self.model) < vocab_size(tokenizer):
             raise VocabularyMismatch(
-                f"{self} has {_vocabulary_rows(self.model)} embedding rows, fewer than the {len(tokenizer)} tokens of "
-                "the tokenizer; pass the tokenizer it was trained with, or call model.resize_token_embeddings and train"
+                f"{self} has {_vocabulary_rows(self.model)} embedding rows, fewer than the "
+                f"{vocab_size(tokenizer)} ids of the tokenizer; pass the tokenizer it was trained with, without tokens "
+                "that were added later such as [PAD], or call model.resize_token_embeddings and train"
             )
 
     def _check_first_token(self, rows: Rows) -> None:
-        if self.head is not None or self.tokenizer is None or self.tokenizer.cls_token_id is None:
+        first = rows.input_ids[:, : len(self._start)].cpu()
+        if not self._start or first.shape[1] < len(self._start) or (first == torch.tensor(self._start)).all():
             return
-        if (rows.input_ids[:, 0] != self.tokenizer.cls_token_id).any():
-            warnings.warn(
-                f"{self} pools the first token of the text, and that is not {self.tokenizer.cls_token!r}; texts are "
-                "scored as they are, so begin the prompts with it if the model was trained so",
-                stacklevel=4,
-            )
+        assert self.tokenizer is not None  # it has start tokens
+        pooled = " and pools the first token" if self.head is None else ""
+        warnings.warn(
+            f"{self} reads texts that begin with {self.tokenizer.decode(self._start)!r}{pooled}, and this text does "
+            "not; it is scored as it is, so begin the prompts with it (an environment does so for prompts given as "
+            "texts)",
+            stacklevel=4,
+        )
 
     def _captures(self) -> bool:
         """Whether attention calls of this architecture reach our implementation; tested on two tokens."""

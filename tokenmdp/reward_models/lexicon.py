@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import growing_texts
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.types import Episode, RewardOutput
 
@@ -78,8 +79,8 @@ class LexiconRewardModel(RewardModel):
     def _total(self, ids: list[int]) -> float:
         return float(sum(weight for _, _, weight in self._words(self._decode(ids))))
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,7 +113,7 @@ class LexiconRewardModel(RewardModel):
     def _spread(self, ids: list[int], words: list[tuple[int, int, float]]) -> torch.Tensor:
         """Each word's number over the tokens that cover its characters, in proportion; (T,) float64."""
         # Prefixes, because a token's own text depends on its neighbours: blanks, and characters of several bytes.
-        ends = [len(self._decode(ids[: count + 1])) for count in range(len(ids))]
+        ends = [len(text) for text in growing_texts(self._decode, ids, 0)[1:]]
         spread = torch.zeros(len(ids), dtype=torch.float64)
         for start, end, number in words:
             left = 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.models.encoding import CHAT, chat_format, chat_frame, start_ids
+from tokenmdp.models.tokens import VocabularyMismatch, growing_texts
 from tokenmdp.reward_models.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
 from tokenmdp.types import Episode, RewardOutput, lay_out
@@ -54,8 +55,8 @@ class RetokenizedRewardModel(RewardModel):
 
     The text: prompt and response as the environment's tokenizer decodes them, without its special tokens (end of text
     among them), so these get no credit. A character begun in the prompt and finished in the response belongs to the
-    response. ``inner`` reads the text as its tokenizer encodes it: with [CLS] and [SEP] where that has a cls token,
-    with nothing added otherwise. Special tokens spelled out in the template or the response are read as such.
+    response. ``inner`` reads the text as its tokenizer encodes it, with what that adds ([CLS] and [SEP], <s>), unless
+    the text begins with it already. Special tokens spelled out in the template or the response are read as such.
 
     ``prefix_scores[t]`` is the score of the template filled with the first t response tokens. That costs one forward
     per token: prefixes do not end at the ends of ``inner``'s tokens, so a single forward does not give their scores.
@@ -63,7 +64,10 @@ class RetokenizedRewardModel(RewardModel):
     Args:
         inner: a reward model with a fast tokenizer.
         tokenizer: of the episodes, the environment's.
-        template: has ``{response}`` once and may have ``{prompt}``; literal braces are doubled.
+        template: has ``{response}`` once and may have ``{prompt}``; literal braces are doubled. "chat": the chat
+            template of ``inner``'s tokenizer, with the prompt as the user's message (taken out of the chat template of
+            ``tokenizer``, if it stands in one) and nothing added by the tokenizer.
+        add_special_tokens: False leaves out what ``inner``'s tokenizer adds.
 
     Raises:
         ValueError: a template without ``{response}``, or ``inner`` has no tokenizer that gives character offsets.
@@ -80,7 +84,13 @@ class RetokenizedRewardModel(RewardModel):
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __init__(self, inner: RewardModel, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN) -> None:
+    def __init__(
+        self,
+        inner: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = PLAIN,
+        add_special_tokens: bool = True,
+    ) -> None:
         super().__init__(tokenizer)
         if inner.tokenizer is None:
             raise ValueError(
@@ -94,11 +104,14 @@ class RetokenizedRewardModel(RewardModel):
         check_template(template)
         self.inner = inner
         self.inner_tokenizer = inner.tokenizer
-        self.template = template
+        self.template = chat_format(inner.tokenizer) if template == CHAT else template
+        self._adds = add_special_tokens and template != CHAT
+        self._start = start_ids(inner.tokenizer) if self._adds else []
         self.provides = inner.provides & MOVABLE
         self.meaning = inner.meaning
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = added | set(tokenizer.all_special_ids)
+        self._frame = chat_frame(tokenizer, self._special) if template == CHAT else None
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
         """Scores (N,) and what is asked for: one forward of ``inner``, and for prefix scores one more per token."""
@@ -168,6 +181,10 @@ class RetokenizedRewardModel(RewardModel):
         decoded = self._decode(row.prompt_ids + row.ids)
         end = shared_length(self._decode(row.prompt_ids).rstrip(UNFINISHED), decoded)
         prompt, response = decoded[:end], decoded[end:]  # of the response ids alone, the first blank would be lost
+        if self._frame is not None:  # a chat prompt: its message alone
+            head, tail = self._frame
+            if prompt.startswith(head) and prompt.endswith(tail) and len(prompt) >= len(head + tail):
+                prompt = prompt[len(head) : len(prompt) - len(tail)]
         whole, start = "", 0
         for literal, name, _, _ in Formatter().parse(self.template):
             whole += literal
@@ -182,13 +199,21 @@ class RetokenizedRewardModel(RewardModel):
         Raises:
             ValueError: more tokens than ``inner`` has positions.
         """
-        encoded = self.inner_tokenizer(
-            [text.whole for text in texts],
-            add_special_tokens=self.inner_tokenizer.cls_token is not None,
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,  # of long texts; the error below says more
-        )
+        rows = [
+            self.inner_tokenizer(
+                text.whole,
+                add_special_tokens=self._adds,
+                return_offsets_mapping=True,
+                truncation=False,
+                verbose=False,  # of long texts; the error below says more
+            )
+            for text in texts
+        ]
+        double = len(self._start)  # start tokens that the text spells out, so that they would be read twice
+        encoded = {
+            key: [row[key][double if row["input_ids"][: 2 * double] == 2 * self._start else 0 :] for row in rows]
+            for key in ("input_ids", "offset_mapping")
+        }
         heads, tails, owned, limit = [], [], [], self.inner.max_tokens
         for row, text in enumerate(texts):
             ids, ranges = encoded["input_ids"][row], encoded["offset_mapping"][row]
@@ -217,7 +242,7 @@ class RetokenizedRewardModel(RewardModel):
         ours = torch.zeros(len(rows), horizon, 2, dtype=torch.float64)
         for own, row, text in zip(ours, rows, texts, strict=True):
             # The prompt is one more token, which may hold part of the response's first character.
-            prefixes = [self._decode(row.prompt_ids + row.ids[:count]) for count in range(len(row.ids) + 1)]
+            prefixes = growing_texts(self._decode, row.prompt_ids + row.ids, len(row.prompt_ids))
             own[row.slots] = token_spans(prefix_ranges(prefixes))[1:] + (text.end - len(prefixes[-1]))
         return ours
 
@@ -243,7 +268,7 @@ class RetokenizedRewardModel(RewardModel):
 
 
 def readable_by(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN, add_special_tokens: bool = True
 ) -> RewardModel | RetokenizedRewardModel:
     """``model`` if it reads the ids of ``tokenizer`` and the template adds nothing, else a model that decodes them.
 
@@ -258,7 +283,7 @@ def readable_by(
                 raise
         else:
             return model
-    return RetokenizedRewardModel(model, tokenizer, template)
+    return RetokenizedRewardModel(model, tokenizer, template, add_special_tokens)
 
 
 def check_template(template: str) -> None:
@@ -267,6 +292,8 @@ def check_template(template: str) -> None:
     Raises:
         ValueError: with the template.
     """
+    if template == CHAT:
+        return
     try:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -99,13 +99,14 @@ def collect(
             observation = _share_prompts(envs, observation, responses_per_prompt)
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
+    _check_finite(rollout, credited_rows)
     report = {
         key: column[credited]
         for key, column in last_infos.items()
         if key not in ENVIRONMENT_KEYS and column.ndim == 1 and len(column[credited])
     }
     rollout = processes.gather_rollout(rollout)
-    return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
+    return rollout, _metrics(rollout, policy.eos_token_ids) | _column_means(processes.gather(report))
 
 
 def _share_prompts(envs: VectorEnv, drawn: dict[str, np.ndarray], group: int) -> dict[str, np.ndarray]:
@@ -209,6 +210,31 @@ def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int 
     return logprobs
 
 
+def _check_finite(rollout: Rollout, credited_rows: int | None) -> None:
+    """Refuse numbers that are NaN or infinite: a NaN among the weights still samples, and every mean looks fine.
+
+    Raises:
+        FloatingPointError: with the column and the first episode.
+    """
+    token_rewards = rollout.token_rewards.clone()
+    if credited_rows is not None:
+        token_rewards[credited_rows:] = 0.0  # they are NaN by intention
+    columns = {
+        "the policy's log-probabilities": rollout.logprobs,
+        "the reference's log-probabilities": rollout.ref_logprobs,
+        "the values": rollout.values,
+        "the token rewards": token_rewards,
+    }
+    wrong = torch.stack([(~column.isfinite()).any(-1) for column in columns.values()]).cpu()  # (4, N), one transfer
+    for name, rows in zip(columns, wrong, strict=True):
+        if rows.any():
+            raise FloatingPointError(
+                f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
+                f"{int(rows.nonzero()[0])}; look for NaN in the weights, load an earlier checkpoint, or use "
+                "dtype='float32'"
+            )
+
+
 def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
     """Copy the info of the rows that ended in this step; vector infos mark them with ``_key``."""
     for key, present in info.items():
@@ -217,7 +243,7 @@ def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
             last_infos.setdefault(key[1:], np.zeros_like(column))[present] = column[present]
 
 
-def _metrics(rollout: Rollout, eos_token_id: int) -> dict[str, float]:
+def _metrics(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, float]:
     response = rollout.input_ids[:, rollout.prompt_slots :]
     summary = torch.stack(
         [
@@ -225,7 +251,7 @@ def _metrics(rollout: Rollout, eos_token_id: int) -> dict[str, float]:
             rollout.scores.std(correction=0),
             (rollout.logprobs - rollout.ref_logprobs).sum(-1).mean(),
             rollout.response_mask.sum().float(),
-            ((response == eos_token_id) & rollout.response_mask).any(-1).float().mean(),
+            (torch.isin(response, response.new_tensor(eos_token_ids)) & rollout.response_mask).any(-1).float().mean(),
         ]
     ).tolist()  # one transfer
     metrics = dict(zip(("score_mean", "score_std", "kl", "response_tokens", "ended_by_eos"), summary, strict=True))

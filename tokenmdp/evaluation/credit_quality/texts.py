@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokenmdp.models.encoding import continuing_ids, opening_ids, plain_ids, start_ids
 from tokenmdp.types import Episode, lay_out
 
 if TYPE_CHECKING:
@@ -21,13 +22,15 @@ class Text(NamedTuple):
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "") -> Text:
     """``prompt`` and the response ``text`` in tokens; a blank joins the two where neither has one.
 
+    The prompt begins with what the tokenizer puts before every text, such as <s>.
+
     Raises:
         ValueError: the text has no tokens.
     """
     joined = text if not prompt or text[:1].isspace() or prompt[-1:].isspace() else f" {text}"
-    # Not verbose: a text beyond the reward model's positions is refused when it is scored.
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False, verbose=False) if prompt else []
-    ids = tokenizer.encode(joined, add_special_tokens=False, verbose=False)
+    start = start_ids(tokenizer)
+    prompt_ids = opening_ids(tokenizer, prompt, start) if prompt else start
+    ids = continuing_ids(tokenizer, joined) if prompt else plain_ids(tokenizer, joined)
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens; give at least one word")
     return Text(prompt_ids, ids)

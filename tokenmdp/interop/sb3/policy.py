@@ -11,7 +11,7 @@ package's own agent. One forward gives the policy and the value. During collecti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +55,7 @@ def causal_lm_kwargs(model: str, task: TextGenTask, **options: Any) -> dict[str,
     check_vocabulary(model, task.tokenizer)
     described = {
         "min_new_tokens": task.min_new_tokens,
-        "eos_token_id": task.eos_token_id,
+        "eos_token_id": task.eos_token_ids[0] if len(task.eos_token_ids) == 1 else list(task.eos_token_ids),
         "max_prompt_tokens": task.max_prompt_tokens,
     }
     return {"model": model, **described, **options}
@@ -73,7 +73,7 @@ class CausalLMMixin(BasePolicy):
             algorithms hold this name and build the model from it again before they take their weights from the file.
         temperature: Divides the logits.
         min_new_tokens: The environment's; end of text has probability 0 before. Needs the next two.
-        eos_token_id: The environment's.
+        eos_token_id: The environment's, or several.
         max_prompt_tokens: The environment's; response token 0 stands in this slot.
         compute_dtype: ``torch.bfloat16`` runs the forwards under autocast; weights stay float32.
         vf_learning_rate: Of the value head, which is new and starts at zero, where the schedule starts; from there it
@@ -101,7 +101,7 @@ class CausalLMMixin(BasePolicy):
         *,
         temperature: float = 1.0,
         min_new_tokens: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         max_prompt_tokens: int | None = None,
         compute_dtype: torch.dtype = torch.float32,
         vf_learning_rate: float = 3e-3,
@@ -133,7 +133,8 @@ class CausalLMMixin(BasePolicy):
         )  # fmt: skip
         self.causal_lm = causal_lm
         self.reuse_cache = reuse_cache
-        self._early_end = (min_new_tokens, eos_token_id or 0, max_prompt_tokens or 0)
+        ends = torch.as_tensor(eos_token_id or 0).reshape(-1)
+        self._early_end = (min_new_tokens, ends, max_prompt_tokens or 0)
         self._reader = StateReader(causal_lm)
         self._arguments = {
             "model": model, "temperature": temperature, "min_new_tokens": min_new_tokens, "eos_token_id": eos_token_id,
@@ -220,10 +221,10 @@ class CausalLMMixin(BasePolicy):
         else:
             state = read_states(self.causal_lm, input_ids, attention_mask)
         logits = state.logits
-        min_new_tokens, eos_token_id, max_prompt_tokens = self._early_end
+        min_new_tokens, eos_token_ids, max_prompt_tokens = self._early_end
         if min_new_tokens:
             too_early = last_slots(attention_mask) + 1 - max_prompt_tokens < min_new_tokens  # (N, 1)
-            is_eos = torch.arange(logits.shape[1], device=logits.device) == eos_token_id  # (V,)
+            is_eos = torch.isin(torch.arange(logits.shape[1]), eos_token_ids).to(logits.device)  # (V,)
             logits = logits.masked_fill(too_early & is_eos, NEVER)
         return logits, state.value[:, None]
 
