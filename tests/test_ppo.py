@@ -237,7 +237,7 @@ def test_a_callback_may_interrupt_and_the_run_goes_on_as_if_it_had_not():
 def test_a_nan_stops_the_run_and_names_the_remedy():
     agent = make_agent()
     torch.nn.init.constant_(agent.policy.value_head.bias, torch.nan)
-    with pytest.raises(FloatingPointError, match=r"update 1 .*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"the values are NaN or infinite.*lower learning_rate"):
         agent.learn(1)
 
 

@@ -88,7 +88,8 @@ def collect(
     with processes.raise_together(), processes.whole_weights(policy):
         rollout, last_infos = _play(envs, policy, uniforms, None if seed is None else seed + rows.start, share_ended)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    _check_finite(rollout)
+    with processes.raise_together():
+        _check_finite(rollout)
     report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_ids) | _column_means(processes.gather(report))
@@ -186,8 +187,8 @@ def _check_finite(rollout: Rollout) -> None:
         if rows.any():
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
-                f"{int(rows.nonzero()[0])}; look for NaN in the weights, load an earlier checkpoint, or use "
-                "dtype='float32'"
+                f"{int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last checkpoint and lower "
+                "learning_rate or vf_learning_rate, or set dtype='float32'"
             )
 
 
