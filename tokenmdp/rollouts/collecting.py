@@ -187,8 +187,8 @@ def _check_finite(rollout: Rollout) -> None:
         if rows.any():
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
-                f"{int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last checkpoint and lower "
-                "learning_rate or vf_learning_rate, or set dtype='float32'"
+                f"{int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last checkpoint and "
+                "lower learning_rate or vf_learning_rate, or set dtype='float32'"
             )
 
 
