@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ppo import make_agent, make_envs
 
-from tokenmdp.agents import ppo
+from tokenmdp.agents import base
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.collecting import score_under
 from tokenmdp.training.batches import by_length, length_groups, row_lengths, select_rows
@@ -80,7 +80,7 @@ def test_an_empty_prompt_keeps_the_slot_before_the_response():
 def test_an_update_in_groups_equals_one_without(monkeypatch):
     histories, weights, forwards = [], [], []
     for forward_slots in (math.inf, 0):
-        monkeypatch.setattr(ppo, "FORWARD_SLOTS", forward_slots)
+        monkeypatch.setattr(base, "FORWARD_SLOTS", forward_slots)
         agent = make_agent(make_envs(24), num_minibatches=2, ent_coef=0.01, update_epochs=2)
         calls = []
         agent.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))

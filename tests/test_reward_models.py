@@ -228,10 +228,9 @@ def test_masks_that_disagree_are_refused():
 
 
 def test_score_that_is_not_finite_names_the_text_and_the_row():
-    model = gpt2(labels=1)
-    with torch.no_grad():
-        model.transformer.wte.weight[words("awful")] = float("nan")
-    reward_model = HFRewardModel(model, toy_tokenizer())
+    reward_model = HFRewardModel(gpt2(labels=1), toy_tokenizer())
+    with torch.no_grad():  # only now: a model that comes with NaN is refused
+        reward_model.model.transformer.wte.weight[words("awful")] = float("nan")
     reward_model(of_words(("the plot", "was great")))
     with pytest.raises(NonFiniteScore, match=r"scored nan for row 1 of 2, whose text is 'the plot was awful'"):
         reward_model(of_words(("the film", "was great"), ("the plot", "was awful")))
@@ -244,11 +243,11 @@ def test_infinite_score_is_refused_too():
 
 
 def test_not_finite_without_a_tokenizer_names_the_ids():
-    model = gpt2(labels=1)
+    reward_model = HFRewardModel(gpt2(labels=1), None)
     with torch.no_grad():
-        model.score.weight.fill_(float("nan"))
+        reward_model.model.score.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteScore, match=r"token ids \[1, 2, 3\]"):
-        HFRewardModel(model, None)(episode(([1, 2], [3])))
+        reward_model(episode(([1, 2], [3])))
 
 
 # --- vocabularies

@@ -99,7 +99,8 @@ def collect(
             observation = _share_prompts(envs, observation, responses_per_prompt)
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    _check_finite(rollout, credited_rows)
+    with processes.raise_together():
+        _check_finite(rollout, credited_rows)
     report = {
         key: column[credited]
         for key, column in last_infos.items()
@@ -230,8 +231,8 @@ def _check_finite(rollout: Rollout, credited_rows: int | None) -> None:
         if rows.any():
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
-                f"{int(rows.nonzero()[0])}; look for NaN in the weights, load an earlier checkpoint, or use "
-                "dtype='float32'"
+                f"{int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last checkpoint and "
+                "lower learning_rate or vf_learning_rate, or set dtype='float32'"
             )
 
 
