@@ -18,6 +18,7 @@ from tokenmdp.reward_models.classifier import check_score
 from tokenmdp.reward_models.lexicon import names_word_list
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
+from tokenmdp.reward_models.scaled import ScaledRewardModel, check_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,8 @@ class TextGenTask:
     reward_options: dict[str, Any]
     align: Align | None
     reward_template: str
+    score_scale: float
+    score_shift: float
     arguments: dict[str, Any]  # arguments of make_task, to rebuild the task from
     policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
 
@@ -64,7 +67,7 @@ class TextGenTask:
         model = self._readable(model)
         if model.max_tokens is not None and self.max_prompt_tokens + self.max_new_tokens > model.max_tokens:
             raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, model.max_tokens, model))
-        return model
+        return self._scaled(model)
 
     def check_needs(self, needs: frozenset[str]) -> None:
         """Refuse needs that the reward model cannot meet; a named one that is not loaded yet is checked when it is."""
@@ -92,12 +95,19 @@ class TextGenTask:
     def load_reward_model(self, name: str) -> RewardModel:
         """A further reward model for this task; loaded once per process, with the device and dtype of the task's.
 
-        The task's ``score`` says which number of the task's own model to take, so it counts for that name only.
+        The task's ``score`` says which number of the task's own model to take, so it counts for that name only; so do
+        ``score_scale`` and ``score_shift``.
         """
         source, options = self.reward_source, dict(self.reward_options)
-        if not isinstance(source, str) or resolve("reward_model", name) != resolve("reward_model", source):
-            del options["score"]
+        if isinstance(source, str) and resolve("reward_model", name) == resolve("reward_model", source):
+            return self._scaled(self._readable(load_reward_model(name, **options)))
+        del options["score"]
         return self._readable(load_reward_model(name, **options))
+
+    def _scaled(self, model: RewardModel) -> RewardModel:
+        if (self.score_scale, self.score_shift) == (1, 0):
+            return model
+        return ScaledRewardModel(model, self.score_scale, self.score_shift)
 
     def _readable(self, model: RewardModel) -> RewardModel:
         if self.align is not None:
@@ -148,6 +158,8 @@ def make_task(
     prompt_tokens: Sequence[int] = (2, 8),
     truncate_prompt: Truncate | None = None,
     score: Score = "auto",
+    score_scale: float = 1.0,
+    score_shift: float = 0.0,
     eos_token_id: int | None = None,
     min_new_tokens: int = 0,
     horizon_range: Sequence[int] | None = None,
@@ -167,6 +179,8 @@ def make_task(
         prompt_tokens: (least, most) tokens of a text that make a prompt, for data-set sources.
         truncate_prompt: what to cut from a prompt longer than P: None refuses it, "left" or "right" drops that side.
         score: which number of a classifier is the score; see `HFRewardModel`.
+        score_scale: the score is ``score_scale * (what the reward model says - score_shift)``, before any credit.
+        score_shift: see there; with the mean and 1 / the standard deviation of measured scores it is normalised.
         eos_token_id: the id that ends a response; default the tokenizer's.
         min_new_tokens: tokens before end-of-text becomes legal; `action_masks` shows it.
         horizon_range: (least, most), both included: draw each episode's horizon; it joins the observation.
@@ -189,6 +203,7 @@ def make_task(
             raise gym.error.MissingArgument(
                 f"{name} is missing: pass {name}=..., or make TextGen-IMDb-v0 for a default"
             )
+    check_scale(score_scale, score_shift)
     source = _reward_source(reward_model, score, reward_device, reward_dtype)
     tokens = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else _tokenizer_object(tokenizer)
     vocab_size = len(tokens)
@@ -223,6 +238,8 @@ def make_task(
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
         align=align,
         reward_template=reward_template,
+        score_scale=score_scale,
+        score_shift=score_shift,
         arguments=arguments,
     )
     if isinstance(source, RewardModel) or names_word_list(source):

@@ -19,7 +19,8 @@ from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uni
 from tokenmdp.training.batches import by_length, row_lengths
 from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
-from tokenmdp.wrappers import find_credit_wrapper
+from tokenmdp.wrappers.base import check_above, find_credit_wrapper
+from tokenmdp.wrappers.layers import check_conversions, check_infos
 
 ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
 
@@ -28,7 +29,8 @@ def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
     """The environment under the wrappers, if `collect` can use it.
 
     Raises:
-        gymnasium.error.Error: it resets rows by itself, or no credit wrapper gives token_rewards.
+        gymnasium.error.Error: it resets rows by itself, no credit wrapper gives token_rewards, or a wrapper converts
+            arrays or infos.
         TypeError: it is not a native TextGen vector environment.
     """
     base = envs.unwrapped
@@ -47,6 +49,7 @@ def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
             "the environment gives no token_rewards because no credit wrapper is on it; "
             "for plain RLHF wrap it: tokenmdp.wrappers.vector.SparseReward(envs)"
         )
+    check_conversions(envs, "an agent")
     return base
 
 
@@ -74,6 +77,9 @@ def collect(
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
+
+    Raises:
+        ChangedReward: a wrapper has changed the rewards, which the token rewards do not follow.
 
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
@@ -115,6 +121,8 @@ def _play(
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
         )
         for step in decode(envs, policy, state, uniforms, reading, share_ended):
+            check_infos(step.info, "an agent")
+            check_above(envs, step.rewards)
             logprobs[step.rows, length], values[step.rows, length] = step.logprob, step.value
             if support is not None and step.support is not None:
                 support[step.rows, length] = step.support
