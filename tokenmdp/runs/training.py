@@ -208,7 +208,8 @@ def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, co
     writer: SummaryWriter | None = None
     with processes.raise_together():
         if not processes.rank:
-            run.keep_metrics_up_to(done)
+            if wrong := run.restore_metrics(agent.history):
+                console.print(wrong, highlight=False, soft_wrap=True)
             writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
     if done >= updates:
         console.print(f"all {updates} updates are done; raise --updates to train further")
