@@ -177,10 +177,13 @@ def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int 
 
 
 def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
-    """Copy the info of the rows that ended in this step; vector infos mark them with ``_key``."""
+    """Copy the numbers of the rows that ended in this step; vector infos mark them with ``_key``.
+
+    Other wrappers add dictionaries (RecordEpisodeStatistics), words and objects, which are no credit's report.
+    """
     for key, present in info.items():
-        if key.startswith("_"):
-            column = np.asarray(info[key[1:]])
+        column = info.get(key[1:]) if key.startswith("_") else None
+        if isinstance(column, np.ndarray) and column.dtype.kind in "biuf" and np.shape(present) == column.shape[:1]:
             last_infos.setdefault(key[1:], np.zeros_like(column))[present] = column[present]
 
 

@@ -12,6 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+from tokenmdp.wrappers.layers import check_conversions
+
 ROW_BY_ROW = frozenset({"render", "get_rng_state"})  # methods whose lists and tuples have one entry per row
 
 
@@ -33,6 +35,7 @@ class GymVectorToSB3(VecEnv):
 
     Raises:
         ValueError: another autoreset mode.
+        WrongPlace: a wrapper converts arrays or infos.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=2, autoreset_mode="SameStep")
@@ -48,6 +51,7 @@ class GymVectorToSB3(VecEnv):
             raise TypeError(
                 f"{type(envs).__name__} is no gymnasium.vector.VectorEnv; single environments go into SB3's DummyVecEnv"
             )
+        check_conversions(envs, "GymVectorToSB3")
         mode = envs.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -189,8 +193,17 @@ def _row(infos: dict[str, Any], row: int) -> dict[str, Any]:
         if key.startswith("_") or not infos.get(f"_{key}", np.zeros(row + 1, dtype=np.bool_))[row]:
             continue
         if isinstance(column, dict):
-            info[key] = {name: values[row] for name, values in column.items() if not name.startswith("_")}
+            info[key] = _entries(column, row)
         else:
             value = column[row]
             info[key] = bool(value) if isinstance(value, np.bool_) else value
     return info
+
+
+def _entries(columns: dict[str, Any], row: int) -> dict[str, Any]:
+    """One row of a dictionary of columns, which may hold further ones."""
+    return {
+        name: _entries(values, row) if isinstance(values, dict) else values[row]
+        for name, values in columns.items()
+        if not name.startswith("_")
+    }
