@@ -173,7 +173,8 @@ class Quality:
     world: Literal["negation", "keyword", "model", "all"] = "model"
     """negation: a word list with "not" and "very"; keyword: one word decides; model: the reward model."""
     texts: Path | None = None
-    """For the world "model": a .txt (a text a line), .json or .jsonl file; None samples responses of the policy."""
+    """For the world "model": a .txt (a text per line), .json, .jsonl, .csv or .parquet file; None samples responses of
+    the policy."""
     num: int = 500
     """Texts in each world."""
     max_new_tokens: int = 16

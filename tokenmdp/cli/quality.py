@@ -21,7 +21,7 @@ from tokenmdp.cli.options import Quality
 from tokenmdp.cli.sample import load_policy
 from tokenmdp.credit import CREDIT_METHODS, NEEDS
 from tokenmdp.credit.options import required_options
-from tokenmdp.envs.prompts import read_prompt_file
+from tokenmdp.envs.text_rows import read_rows
 from tokenmdp.evaluation.credit_quality import (
     MethodQuality,
     World,
@@ -153,7 +153,9 @@ def _worlds(arguments: Quality, device: str) -> list[World]:
 def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple[list[Tokens], str]:
     """The texts of a file, or the policy's responses to prompts held out of training; and what to call them."""
     if arguments.texts is not None:
-        given = [encode(tokenizer, str(text)) for text in read_prompt_file(arguments.texts)[: arguments.num]]
+        rows = read_rows(arguments.texts)
+        rows = rows.part(range(min(arguments.num, len(rows))))
+        given = [encode(tokenizer, text, place=place) for text, place in zip(rows, rows.places, strict=True)]
         if len(given) < 2:
             raise ValueError(f"{arguments.texts} holds {len(given)} texts; an interval needs at least 2")
         return given, f"the texts of {arguments.texts.name}"

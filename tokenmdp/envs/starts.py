@@ -5,8 +5,13 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from tokenmdp.envs.prompts import shorten
+from tokenmdp.envs.prompts import NoPrompt, shorten
 from tokenmdp.envs.task import TextGenTask
+from tokenmdp.models.tokens import check_text
+
+
+class WrongOptions(TypeError, ValueError):
+    """``reset(options=...)`` was given something other than a dictionary."""
 
 
 class Start(NamedTuple):
@@ -59,6 +64,8 @@ def _prefix(task: TextGenTask, prefix: Any, horizon: int | None) -> list[int]:
     name = "options['response_prefix']"
     if prefix is None:
         return []
+    if isinstance(prefix, str):
+        check_text(prefix, name)
     ids = task.tokenizer.encode(prefix, add_special_tokens=False) if isinstance(prefix, str) else _ids(prefix, name)
     for token in ids:
         if not 0 <= token < task.vocab_size:
@@ -84,4 +91,4 @@ def _ids(prefix: Any, name: str) -> list[int]:
     try:
         return [operator.index(token) for token in prefix]
     except TypeError as error:
-        raise TypeError(f"{name} is a text or a list of token ids, not {prefix!r}") from error
+        raise NoPrompt(f"{name} is a text or a list of token ids, not {prefix!r}") from error

@@ -152,7 +152,7 @@ def make_task(
     *,
     tokenizer: str | PreTrainedTokenizerBase | None = "imdb-tiny",
     reward_model: str | RewardModel | None = "imdb-tiny",
-    prompts: str | Sequence[Any] | None = "imdb-tiny",
+    prompts: Any = "imdb-tiny",
     max_new_tokens: int = 16,
     max_prompt_tokens: int = 16,
     prompt_tokens: Sequence[int] = (2, 8),
@@ -173,7 +173,7 @@ def make_task(
     Args:
         tokenizer: the vocabulary; V is its length. A name, or a tokenizer.
         reward_model: what scores a finished episode. A name (loaded at the first score), or a `RewardModel`.
-        prompts: a list of texts, or the name of a source; see `tokenmdp.envs.prompts.prompt_source`.
+        prompts: a list of texts, a table, or the name of a source; see `tokenmdp.envs.prompts.prompt_source`.
         max_new_tokens: the horizon H, at least 1.
         max_prompt_tokens: the prompt slots P, at least 1.
         prompt_tokens: (least, most) tokens of a text that make a prompt, for data-set sources.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokenmdp.models.tokens import check_text
 from tokenmdp.types import Episode, lay_out
 
 if TYPE_CHECKING:
@@ -18,18 +19,22 @@ class Text(NamedTuple):
     ids: list[int]  # of the response
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "") -> Text:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = "", place: str = "the text") -> Text:
     """``prompt`` and the response ``text`` in tokens; a blank joins the two where neither has one.
 
     Raises:
-        ValueError: the text has no tokens.
+        ValueError: the text has no tokens, or is not Unicode; ``place`` says where it is from.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"{place} is {text!r}; a text is needed here, not token ids")
+    check_text(text, place)
+    check_text(prompt, "the prompt")
     joined = text if not prompt or text[:1].isspace() or prompt[-1:].isspace() else f" {text}"
     # Not verbose: a text beyond the reward model's positions is refused when it is scored.
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False, verbose=False) if prompt else []
     ids = tokenizer.encode(joined, add_special_tokens=False, verbose=False)
     if not ids:
-        raise ValueError(f"the text {text!r} has no tokens; give at least one word")
+        raise ValueError(f"{place} is {text!r}, which has no tokens; give at least one word")
     return Text(prompt_ids, ids)
 
 
