@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenmdp.cli.options import Ablate, AllOrOne, CreditName, Credits, Eval, Quality, Sample, Score, Train
+from tokenmdp.runs.display import CLOSED_STATUS, MessageConsole, accept_any_text, discard_broken_output
+from tokenmdp.wording import visible
 
 __all__ = [
     "Ablate", "AllOrOne", "CreditName", "Credits", "Eval", "Quality", "Sample", "Score", "Train", "main",
@@ -72,8 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``tokenmdp`` command.
 
     Returns:
-        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C.
+        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C;
+        141 if nobody reads the output any more.
     """
+    accept_any_text()
+    try:
+        status = _main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_broken_output()
+        return CLOSED_STATUS
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"tokenmdp {installed_version()}")
@@ -95,22 +110,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted" + ("; run the same command to go on" if isinstance(command, Train | Ablate) else ""))
         return 130
-    except (ValueError, OSError, FloatingPointError, RuntimeError, GymnasiumError) as error:
-        own = type(error).__module__.startswith("tokenmdp")
-        if os.environ.get("TOKENMDP_TRACEBACK") or (isinstance(error, RuntimeError) and not own):
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("TOKENMDP_TRACEBACK"):
             raise
         # These errors name the value and the remedy; a trace above them would hide both.
+        own = type(error).__module__.startswith("tokenmdp")
         plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
         kind = "" if plain else f"{type(error).__name__}: "
+        expected = plain or isinstance(error, (ValueError, OSError, FloatingPointError))
         console = error_console()
-        console.print(Text.assemble(("error: ", "bold red"), f"{kind}{error}"))
-        console.print("(TOKENMDP_TRACEBACK=1 shows where)", style="dim")
+        console.print(Text.assemble(("error: ", "bold red"), visible(f"{kind}{error}")))
+        where = "shows where" if expected else "shows where: no input should end like this, so please report it"
+        console.print(f"(TOKENMDP_TRACEBACK=1 {where})", style="dim")
         return 2
 
 
 def error_console() -> Console:
     """For messages to the user, wrapped to the width of the terminal."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return MessageConsole(stderr=True, soft_wrap=True, highlight=False)
 
 
 def show_warning(
@@ -126,7 +145,7 @@ def show_warning(
     if own and issubclass(category, UserWarning):
         console = error_console()
         with console.capture() as shown:
-            console.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+            console.print(Text.assemble(("warning: ", "bold yellow"), visible(str(message))))
         # The console itself would write past a running progress display, which stands in for sys.stderr.
         sys.stderr.write(shown.get())
     else:

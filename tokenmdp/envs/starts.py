@@ -22,6 +22,21 @@ class Start(NamedTuple):
     horizon: int | None  # None: drawn, or H
 
 
+def checked_options(options: Any) -> dict[str, Any]:
+    """What ``reset(options=...)`` was given.
+
+    Raises:
+        WrongOptions: it is not a dictionary.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise WrongOptions(
+            f"options is {shorten(repr(options))}; pass a dictionary, such as options={{'prompt': 'the film was'}}"
+        )
+    return options
+
+
 def read_start(task: TextGenTask, prompt: Any, response_prefix: Any, horizon: Any) -> Start:
     """Check one episode's reset options.
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from tokenmdp.envs.single import METADATA, TokenEpisodes
-from tokenmdp.envs.starts import Start, read_start
+from tokenmdp.envs.single import METADATA, IllegalAction, TokenEpisodes
+from tokenmdp.envs.starts import Start, checked_options, read_start
 from tokenmdp.envs.task import TextGenTask, make_task
 
 DRAWN = Start(prompt=None, response_prefix=[], horizon=None)
@@ -95,7 +95,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
                 with one entry per row (None: as if it were not given) or one text or number for all rows;
                 ``"reset_mask"``: (N,) bool, reset only these rows. An error leaves every row as it is.
         """
-        options = options or {}
+        options = checked_options(options)
         rows = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
         if "reset_mask" in options and (waiting := np.flatnonzero(self._unscored[rows])).size:
             raise gym.error.Error(
@@ -105,9 +105,11 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         seeds = self._row_seeds(seed)
         columns = [self._row_values(name, options.get(name)) for name in Start._fields]
         starts = [read_start(self.task, *(column[row] for column in columns)) for row in rows]
-        for row in rows:
-            if seeds[row] is not None or self._rngs[row] is None:
-                self._rngs[row], self._seeds[row] = seeding.np_random(seeds[row])
+        fresh = {
+            row: seeding.np_random(seeds[row]) for row in rows if seeds[row] is not None or self._rngs[row] is None
+        }
+        for row, (rng, drawn) in fresh.items():  # all seeds are good
+            self._rngs[row], self._seeds[row] = rng, drawn
         self._unscored[rows] = False
         infos = self._restart(rows, starts)
         if self.render_mode == "human":
@@ -119,14 +121,14 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
         Raises:
             ResetNeeded: a row was never started.
-            InvalidAction: wrong shape or dtype, not a token id, or end-of-text before ``min_new_tokens``.
+            IllegalAction: wrong shape or dtype, not a token id, or end-of-text before ``min_new_tokens``.
         """
         never = np.flatnonzero(~self._state.running & (self._state.n_tokens == 0))
         if never.size:
             raise ResetNeeded(f"row {never[0]} has no episode; call reset() before step()")
         tokens = np.asarray(actions)
         if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
-            raise InvalidAction(
+            raise IllegalAction(
                 f"actions have shape {tokens.shape} and dtype {tokens.dtype}; one integer token id a row is needed: "
                 f"shape ({self.num_envs},), for example int64"
             )
@@ -238,9 +240,11 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             return [None] * self.num_envs
         if isinstance(seed, (int, np.integer)):
             return [int(seed) + row for row in range(self.num_envs)]
+        if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, (str, bytes)):
+            raise gym.error.Error(f"seed is {seed!r}; give one whole number, or one (or None) per row")
         if len(seed) != self.num_envs:
             raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows; give one a row, or one integer")
-        return list(seed)
+        return [int(one) if isinstance(one, np.integer) else one for one in seed]
 
     def _row_values(self, name: str, value: Any) -> list[Any]:
         """One entry of a reset option for each row."""

@@ -26,6 +26,26 @@ from tokenmdp.wording import count
 FORMAT = "tokenmdp-run"
 
 
+TAGS = {  # of TensorBoard, which shows a group for each prefix; the names are Stable-Baselines3's
+    "rollout": ("score_mean", "score_std", "kl", "response_length", "response_tokens", "ended_by_eos"),
+    "train": (
+        "loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm", "vf_grad_norm",
+        "explained_variance", "learning_rate", "kl_coef", "minibatches",
+    ),
+    "time": ("seconds", "tokens_per_second"),
+}  # fmt: skip
+OTHER_TAGS = "credit"  # what the credit method reports
+
+
+def tensorboard_tag(metric: str) -> str:
+    """The metric's name in TensorBoard, behind its group.
+
+    >>> tensorboard_tag("kl"), tensorboard_tag("loss"), tensorboard_tag("attention_mass")
+    ('rollout/kl', 'train/loss', 'credit/attention_mass')
+    """
+    return next((f"{group}/{metric}" for group, names in TAGS.items() if metric in names), f"{OTHER_TAGS}/{metric}")
+
+
 class RunError(RuntimeError):
     """The run directory cannot be used as asked; the message names the path and the remedy."""
 

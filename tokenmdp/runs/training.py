@@ -26,8 +26,8 @@ from tokenmdp.evaluation.policies import (
 from tokenmdp.files import CheckpointError, write_text
 from tokenmdp.report import curves, heatmap
 from tokenmdp.runs import process_settings
-from tokenmdp.runs.directory import RunDirectory
-from tokenmdp.runs.display import Interruption, TrainingDisplay, make_console
+from tokenmdp.runs.directory import RunDirectory, tensorboard_tag
+from tokenmdp.runs.display import Interruption, OutputClosed, TrainingDisplay, make_console
 from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, settings_record
 from tokenmdp.training.processes import launched, processes_of
@@ -223,8 +223,11 @@ def learn(run: RunDirectory, agent: PPO, updates: int, checkpoint_every: int, co
                 run.append_metrics(metrics)
                 for key, value in metrics.items():
                     if key != "update":
-                        writer.add_scalar(key, value, metrics["update"])
-            display.show(metrics)
+                        writer.add_scalar(tensorboard_tag(key), value, metrics["update"])
+            try:
+                display.show(metrics)
+            except OutputClosed:  # nobody reads the log any more: save, then end
+                interruption.asked = True
         if agent.num_updates_done % checkpoint_every == 0:
             agent.save(run.checkpoint)
             saved = agent.num_updates_done

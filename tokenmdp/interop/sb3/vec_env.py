@@ -62,7 +62,7 @@ class GymVectorToSB3(VecEnv):
         self._actions = np.zeros(envs.num_envs, dtype=np.int64)
         self._returns = np.zeros(envs.num_envs, dtype=np.float64)
         self._lengths = np.zeros(envs.num_envs, dtype=np.int64)
-        self._started = time.time()
+        self._started = time.monotonic()
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> Any:
@@ -150,7 +150,7 @@ class GymVectorToSB3(VecEnv):
 
     def _statistics(self, row: int) -> dict[str, Any]:
         """The entry that `Monitor` adds for an episode."""
-        seconds = round(time.time() - self._started, 6)
+        seconds = round(time.monotonic() - self._started, 6)
         return {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": seconds}
 
     def _batch_options(self) -> dict[str, Any] | None:
