@@ -219,6 +219,7 @@ class Build:
         """Write model and tokenizer, bf16, as one complete directory."""
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
+            tokenizer.padding_side = "left" if folder.name == "policy" else "right"  # a policy generates behind it
             tokenizer.save_pretrained(target)
 
     def bundle(self, *parts: str) -> None:

@@ -124,8 +124,10 @@ class TokenEpisodes:
 
     def _score(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Score the finished episodes of ``rows`` with one call; sets `outcome`, returns their info columns."""
+        reward_model = self.task.reward_model
+        self.task.check_needs(frozenset(self.reward_needs))  # a model that was not loaded before could not be asked
         episodes = token_mdp.finished_episodes(self._state, rows)
-        reward = self.task.reward_model(episodes, needs=frozenset(self.reward_needs))
+        reward = reward_model(episodes, needs=frozenset(self.reward_needs))
         self.outcome = Outcome(episodes, reward, torch.from_numpy(rows.copy()))
         return {
             "score": reward.score.numpy().copy(),

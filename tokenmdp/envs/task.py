@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from tokenmdp.credit import CREDIT_METHODS, REWARD_MODEL_NEEDS
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models.loading import fingerprint, from_pretrained, load_tokenizer, resolve
 from tokenmdp.reward_models.base import RewardModel, Score
@@ -73,9 +74,20 @@ class TextGenTask:
         """Refuse needs that the reward model cannot meet; a named one that is not loaded yet is checked when it is."""
         loaded = self.__dict__.get("reward_model")  # where cached_property keeps it
         if loaded is not None and (missing := needs - loaded.provides):
+            runs = [
+                name
+                for name, method in CREDIT_METHODS.items()
+                if not (method.needs & REWARD_MODEL_NEEDS) - loaded.provides  # type: ignore[attr-defined]
+            ]
+            online = (
+                "; OnlinePrefixReward pays the same numbers as red with any reward model, for one forward per token"
+                if "prefix_scores" in missing
+                else ""
+            )
+            lacking = f"{loaded} does not provide {', '.join(sorted(missing))}. With this model {', '.join(runs)} run"
             raise ValueError(
-                f"{loaded} does not provide {', '.join(sorted(missing))}; "
-                "use a reward model that does, or UniformReward or SparseReward, which need only the score"
+                f"{lacking}{online}. Use one of them, a reward model that does, or UniformReward or SparseReward, "
+                "which need the score only"
             )
 
     def load_policy(self, name: str) -> CausalLMPolicy:

@@ -39,7 +39,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         num_envs: N.
         autoreset_mode: "NextStep", "SameStep", "Disabled" or Gymnasium's enum.
         score_when: "ended" or "all_done".
-        render_mode: as for the single environment; `render` returns one frame per row.
+        render_mode: as for the single environment; `render` returns one frame per row. "rgb_array_list" and
+            "ansi_list": all frames since the last `render` or reset of all rows, one list per row.
+        max_episode_steps: refused; ``max_new_tokens`` is the limit.
         task: share the task (tokenizer, reward model, prompts) of another environment, instead of ``**arguments``.
         **arguments: of `tokenmdp.envs.task.make_task`.
 
@@ -56,9 +58,15 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         score_when: ScoreWhen = "ended",
         render_mode: str | None = None,
+        max_episode_steps: None = None,
         task: TextGenTask | None = None,
         **arguments: Any,
     ) -> None:
+        if max_episode_steps is not None:  # gym.make_vec passes it on, and has no TimeLimit for batches
+            raise ValueError(
+                f"max_episode_steps={max_episode_steps} would end episodes before they are scored; the limit is "
+                f"max_new_tokens: pass max_new_tokens={max_episode_steps}"
+            )
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}; at least 1 is needed")
         try:
@@ -72,7 +80,10 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             raise ValueError("score_when='all_done' waits for the last row: it needs autoreset_mode='Disabled'")
         if task is not None and arguments:
             raise ValueError(f"task= holds {', '.join(sorted(arguments))} already; leave out one or the other")
-        super().__init__(make_task(**arguments) if task is None else task, num_envs, render_mode)
+        collects = render_mode is not None and render_mode.endswith("_list") and render_mode != "human_list"
+        mode = render_mode.removesuffix("_list") if collects and render_mode is not None else render_mode
+        super().__init__(make_task(**arguments) if task is None else task, num_envs, mode)
+        self._frames: list[tuple[Any, ...]] | None = [] if collects else None  # of every step, as RenderCollection's
         self.num_envs = num_envs
         self.score_when = score_when
         self.metadata = METADATA | {"autoreset_mode": self.autoreset_mode}
@@ -112,6 +123,10 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             self._rngs[row], self._seeds[row] = rng, drawn
         self._unscored[rows] = False
         infos = self._restart(rows, starts)
+        if self._frames is not None:
+            if len(rows) == self.num_envs:
+                self._frames.clear()
+            self._frames.append(self._all_frames())
         if self.render_mode == "human":
             self.render()
         return self._observe(), infos
@@ -145,6 +160,8 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             rewards[rows] = columns["score"]
             infos = spread_columns(columns, due)
         infos = self._autoreset(ended, waiting, infos)
+        if self._frames is not None:
+            self._frames.append(self._all_frames())
         if self.render_mode == "human" and not (due.any() and self.credit_follows):
             self.render()
         return self._observe(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
@@ -158,11 +175,17 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         if self.render_mode is None:
             gym.logger.warn("render() without a render mode shows nothing; make the envs with render_mode='ansi'")
             return None
-        frames = tuple(self._frame(row) for row in range(self.num_envs))
+        if self._frames is not None:
+            collected, self._frames = self._frames, []
+            return tuple([frame[row] for frame in collected] for row in range(self.num_envs))
+        frames = self._all_frames()
         if self.render_mode == "human":
             print(*frames, sep="\n")
             return None
         return frames
+
+    def _all_frames(self) -> tuple[Any, ...]:
+        return tuple(self._frame(row) for row in range(self.num_envs))
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]

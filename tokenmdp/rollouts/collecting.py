@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.policy_attention import SampledAttention
+from tokenmdp.reward_models import LexiconRewardModel, RetokenizedRewardModel, ScaledRewardModel
 from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uniforms_for
 from tokenmdp.training.batches import by_length, row_lengths
 from tokenmdp.training.processes import ALONE, Processes
@@ -23,6 +25,8 @@ from tokenmdp.wrappers.base import check_above, find_credit_wrapper
 from tokenmdp.wrappers.layers import check_conversions, check_infos
 
 ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
+
+_warned_of_devices: set[str] = set()
 
 
 def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
@@ -87,6 +91,7 @@ def collect(
         and the mean of every scalar that the credit wrapper reports.
     """
     base = credited_envs(envs)
+    _warn_of_devices(base, policy)
     base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
@@ -97,6 +102,23 @@ def collect(
     report = {key: column for key, column in last_infos.items() if key not in ENVIRONMENT_KEYS and column.ndim == 1}
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_id) | _column_means(processes.gather(report))
+
+
+def _warn_of_devices(base: TextGenVectorEnv, policy: CausalLMPolicy) -> None:
+    """Warn once per reward model if a classifier scores on the CPU what a policy writes on a GPU."""
+    model = scorer = base.task.reward_model
+    while isinstance(scorer, (RetokenizedRewardModel, ScaledRewardModel)):
+        scorer = scorer.inner
+    if policy.lm.device.type == "cpu" or scorer.device.type != "cpu" or isinstance(scorer, LexiconRewardModel):
+        return
+    if str(model) not in _warned_of_devices:
+        _warned_of_devices.add(str(model))
+        warnings.warn(
+            f"the policy is on {policy.lm.device} and the reward model {model} on the CPU, where scoring will take "
+            "most of the time; make the environment with reward_device='cuda', and with score_when='all_done' for "
+            "one call per batch",
+            stacklevel=3,
+        )
 
 
 def _play(

@@ -12,6 +12,7 @@ state/sha256sums.txt                                a digest of every file above
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -131,7 +132,7 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
             with atomic_directory(path) as new:
                 record = {"format": str(form), "config": asdict(agent.config)}
                 write_text(new / form.config_file, json.dumps(record, indent=2) + "\n")
-                envs.tokenizer.save_pretrained(new)
+                _save_tokenizer(envs.tokenizer, new)
                 if agent.config.lora_rank:
                     agent.policy.save_pretrained(new, merged_state(agent.policy, state))
                     frozen = new / "state" / ("reference" if adapters_off else "base")
@@ -149,6 +150,13 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
             raise CheckpointError(
                 f"cannot write the checkpoint {path} ({error}); save to a writable directory"
             ) from error
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """With padding on the left, as `generate` of a causal language model needs it; the tokenizer stays as it is."""
+    copied = copy.deepcopy(tokenizer)
+    copied.padding_side = "left"
+    copied.save_pretrained(directory)
 
 
 def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
