@@ -1,10 +1,15 @@
 """Tests that need an optional library are skipped where it is not installed, and say what they need."""
 
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+# Before PyTorch is imported. Numbers differ in the last bits between thread counts, and tests run beside each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 EXTRAS = {
     "attribution": "captum",

@@ -114,13 +114,27 @@ class RunDirectory:
                     self.path.rmdir()
             raise
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write ``run.json``, if it does not exist."""
+    def claim(self, settings: Mapping[str, Any], threads: int) -> None:
+        """Write ``run.json``, if it does not exist; a run goes on with the threads with which it began."""
         if not self.record.exists():
-            write_text(self.record, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=2) + "\n")
+            record = {"format": FORMAT, "settings": dict(settings), "threads": threads}
+            write_text(self.record, json.dumps(record, indent=2) + "\n")
+
+    def threads(self) -> int | None:
+        """The threads with which the run began; None: an older version did not write them."""
+        threads = self._record().get("threads")
+        return threads if isinstance(threads, int) and threads > 0 else None
 
     def settings(self) -> dict[str, Any]:
         """The settings in ``run.json``.
+
+        Raises:
+            RunError: there is none, or another program wrote it.
+        """
+        return dict(self._record()["settings"])
+
+    def _record(self) -> dict[str, Any]:
+        """The content of ``run.json``.
 
         Raises:
             RunError: there is none, or another program wrote it.
@@ -143,7 +157,7 @@ class RunDirectory:
             or not isinstance(record.get("settings"), dict)
         ):
             raise RunError(f"{self.record} was written by another program; choose another directory")
-        return dict(record["settings"])
+        return record
 
     def restore_metrics(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """Let ``metrics.jsonl`` hold exactly ``history``, the records of the checkpoint that the run goes on from.

@@ -88,7 +88,9 @@ def _train(
         before: Evaluation | None = None
         with processes.raise_together(), processes.whole_weights(agent.policy, agent.reference):
             if not processes.rank:
-                run.claim(settings_record(settings))  # only now, so that a failed set-up leaves no half-made run behind
+                run.claim(
+                    settings_record(settings), torch.get_num_threads()
+                )  # only now, so that a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
         if learn(run, agent, updates, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
@@ -116,8 +118,12 @@ def set_up(
         has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
     has_checkpoint = processes.broadcast(has_checkpoint)
     console.print(f"run directory: {run.path}", highlight=False)
+    threads, reason = process_settings.thread_count(os.environ, run.threads() if has_checkpoint else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    taken = f"{count(torch.get_num_threads(), 'thread')}{reason and f' ({reason})'}"
     console.print(
-        f"{process_settings.describe(os.environ)}; {count(torch.get_num_threads(), 'thread')}",
+        f"{process_settings.describe(os.environ)}; {taken}",
         style="dim",
         highlight=False,
         soft_wrap=True,
