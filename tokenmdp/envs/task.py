@@ -245,7 +245,7 @@ def make_task(
         min_new_tokens=min_new_tokens,
         horizon_range=horizons,
         encode_prompt=encoder,
-        prompts=prompt_source(prompts, encoder, _pair("prompt_tokens", prompt_tokens)),  # type: ignore[arg-type]
+        prompts=prompt_source(prompts, encoder, _pair("prompt_tokens", prompt_tokens)),
         reward_source=source,
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
         align=align,

@@ -224,7 +224,7 @@ def checked(values: Sequence[Any], places: Sequence[str], openings: bool = False
     Raises:
         ValueError: one is neither a text nor a list of token ids; the message names its place.
     """
-    rows = []
+    rows: list[Any] = []
     for value, place in zip(values, places, strict=True):
         if isinstance(value, str):
             check_text(value, place)

@@ -12,7 +12,6 @@ state/sha256sums.txt                                a digest of every file above
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -154,9 +153,10 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """With padding on the left, as `generate` of a causal language model needs it; the tokenizer stays as it is."""
-    copied = copy.deepcopy(tokenizer)
-    copied.padding_side = "left"
-    copied.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    place = directory / "tokenizer_config.json"
+    config = json.loads(place.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    write_text(place, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
