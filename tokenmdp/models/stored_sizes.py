@@ -65,9 +65,9 @@ def _sizes(config: dict[str, Any], place: Path) -> Iterator[tuple[str, int]]:
 
 
 def _weights(directory: Path) -> tuple[int, int]:
-    """How many weights the safetensors files hold and the longest side of one; (0, 0) without such files."""
+    """How many weights the model's safetensors files hold and the longest side of one; (0, 0) without such files."""
     count, longest = 0, 0
-    for file in directory.glob("*.safetensors"):
+    for file in directory.glob("model*.safetensors"):
         try:
             with safe_open(file, framework="pt") as stream:
                 for key in stream.keys():  # noqa: SIM118 (no mapping)
