@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check lint types fast test wheel-test
+.PHONY: check lint types fast test wheel-test break
 
 check: lint types fast  ## what every commit must pass; the pre-commit hooks call these same targets
 
@@ -25,3 +25,6 @@ wheel-test:  ## builds sdist and wheel, installs the wheel in a fresh venv and t
 	mkdir "$$work/elsewhere"; cp -r tests examples docs README.md pyproject.toml "$$work/elsewhere"; \
 	cd "$$work/elsewhere"; "$$work/venv/bin/python" -m pytest tests; \
 	"$$work/venv/bin/python" -m pytest --pyargs tokenmdp
+
+break:  ## kills, damaged files, full disks, power cuts, random calls: half an hour, not part of the checks; docs/reliability.md
+	$(PYTHON) benchmarks/reliability.py

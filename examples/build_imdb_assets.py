@@ -221,6 +221,7 @@ class Build:
         """Write model and tokenizer, bf16, as one complete directory."""
         with atomic_directory(folder) as target:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
+            tokenizer.padding_side = "left" if folder.name == "policy" else "right"  # a policy generates behind it
             tokenizer.save_pretrained(target)
             file = target / "tokenizer.json"  # on one line it is half as large
             write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))

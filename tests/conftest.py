@@ -7,7 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; pytest's and the tests' processes inherit it
+# Before PyTorch is imported; the processes of tests inherit it. Numbers differ in the last bits between thread
+# counts, and tests run beside each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 EXTRAS = {
     "attribution": "captum",

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tokenmdp.files import (
+    DIGESTS,
     CheckpointError,
     atomic_directory,
+    check_digests,
     load_state,
     recover_directory,
     save_state,
+    write_digests,
     write_text,
 )
 
@@ -77,3 +82,78 @@ def test_a_crash_between_the_two_renames_is_recovered(tmp_path):
     os.replace(tmp_path / "run", tmp_path / "run.previous")  # what the first of the two renames leaves
     assert (recover_directory(tmp_path / "run") / "old").read_text() == "whole"
     assert not (tmp_path / "run.previous").exists()
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What reaches the disk, in order: synced files and directories, and renames."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(handle):
+        done.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def record_replace(source, target):
+        done.append(("rename", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return done
+
+
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads the names of open files from /proc")
+
+
+@linux
+def test_a_directory_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, synced):
+    (tmp_path / "run").mkdir()
+    with atomic_directory(tmp_path / "run") as new:
+        (new / "deep" / "er").mkdir(parents=True)
+        for name in ("weights", "deep/er/state"):
+            (new / name).write_text("content")  # as other libraries write: nothing is synced
+    swap = synced.index(("rename", "run.previous"))
+    before, after = {name for what, name in synced[:swap] if what == "sync"}, synced[swap:]
+    assert before >= {"weights", "state", "deep", "er"}
+    assert after == [("rename", "run.previous"), ("rename", "run"), ("sync", tmp_path.name)]
+
+
+@linux
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "{}"), lambda path: save_state(path, STATE)])
+def test_a_file_and_the_folders_made_for_it_are_on_the_disk(tmp_path, synced, write):
+    write(tmp_path / "new" / "folder" / "file")
+    names = [name for what, name in synced if what == "sync"]
+    assert names[:2] == ["new", tmp_path.name]  # which hold the entries of the new folders
+    assert names[-1] == "folder"
+    assert synced[-2] == ("rename", "file")
+    assert len(names) == 4
+
+
+def flip(path, place=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "state/history.json", "state/deep/more"])
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(b""), os.unlink])
+def test_digests_see_every_change(tmp_path, name, damage):
+    for file in ("weights.bin", "state/history.json", "state/deep/more"):
+        write_text(tmp_path / file, f"content of {file}")
+    assert not check_digests(tmp_path)
+    write_digests(tmp_path)
+    assert check_digests(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}.* restore a copy"):
+        check_digests(tmp_path)
+    if "/" in name:
+        assert check_digests(tmp_path, below=False)
+
+
+def test_sha256sum_reads_the_digests(tmp_path):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs the program sha256sum")
+    write_text(tmp_path / "a b.txt", "content")
+    write_digests(tmp_path)
+    assert subprocess.run(["sha256sum", "-c", DIGESTS], cwd=tmp_path, check=False).returncode == 0

@@ -54,7 +54,7 @@ def test_messages_name_options_of_the_command(tmp_path, error):
     out = tmp_path / "run"
     assert "in the command, --num-envs or --num-minibatches" in error("train", *SMALL, "--num-envs", 1, "--out", out)
     message = error("train", *SMALL, "--prompts", __file__, "--out", out)
-    assert "test_cli_messages.py is a file, but only .txt, .json, .jsonl files" in message
+    assert "test_cli_messages.py is a file, but only .txt, .json, .jsonl, .csv, .parquet files" in message
     assert "shorten it" in error("score", "a film " * 600)
     assert error("train", *SMALL, "--policy", "imdb-tiny", "--out", out).count("--align offsets") == 1
     assert not out.exists()

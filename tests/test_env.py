@@ -252,7 +252,7 @@ def test_a_named_classifier_gives_the_same_score_after_a_json_round_trip(classif
         ({"prompts": ["this movie is so very good"]}, ValueError, "prompt 0 has 6 tokens.* is 4.*truncate_prompt"),
         ({"prompts": ["the film", ""]}, ValueError, "prompt 1 is empty"),
         ({"prompts": []}, ValueError, "no prompts"),
-        ({"prompts": 7}, TypeError, "list of texts or a name, not 7"),
+        ({"prompts": 7}, TypeError, "list of texts, .* not int"),
         ({"prompts": [[1, 99]]}, ValueError, r"token id 99 in a prompt is not in \[0, 32\)"),
         ({"eos_token_id": 32}, ValueError, r"eos_token_id=32 is not a token: the tokenizer's ids are 0..31"),
         ({"eos_token_id": -1}, ValueError, "eos_token_id=-1"),
@@ -363,7 +363,7 @@ def test_stepping_without_an_episode_asks_for_a_reset():
         ("", ValueError, r"options\['prompt'\] is empty"),
         ([], ValueError, "is empty"),
         ("this movie is so very good", ValueError, "6 tokens and max_prompt_tokens is 4"),
-        (3, TypeError, "a text or a list of token ids, not 3"),
+        (3, TypeError, "is 3; a prompt is a text or a list of token ids"),
     ],
 )
 def test_bad_prompts_at_reset(prompt, error, message):

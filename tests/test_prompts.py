@@ -6,7 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tokenmdp.envs.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, read_prompt_file, unknown_words
+from tokenmdp.envs.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, unknown_words
+from tokenmdp.envs.text_rows import read_rows
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import toy_tokenizer
 
@@ -68,7 +69,7 @@ def test_files_hold_prompts(name, content, tmp_path, encoder):
         ("p.json", "{"),
         ("p.json", '{"texts": []}'),
         ("p.json", "3"),
-        ("p.jsonl", '{"text": "a"}'),
+        ("p.jsonl", '{"question": "a"}'),
         ("p.jsonl", "a film"),
         ("README.md", "the film"),
     ],
@@ -77,7 +78,7 @@ def test_other_files_are_refused_by_name(name, content, tmp_path):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError, match=name):
-        read_prompt_file(path)
+        read_rows(path)
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path, encoder):
@@ -90,7 +91,9 @@ def test_a_missing_or_empty_file_is_refused(tmp_path, encoder):
 
 def test_a_file_of_another_kind_is_no_data_set(tmp_path, encoder):
     (tmp_path / "README.md").write_text("the film")
-    with pytest.raises(ValueError, match=r"README.md is a file, but only .txt, .json, .jsonl files are read"):
+    with pytest.raises(
+        ValueError, match=r"README.md is a file, but only .txt, .json, .jsonl, .csv, .parquet files are read"
+    ):
         prompt_source(str(tmp_path / "README.md"), encoder, (1, 1))
 
 
@@ -137,14 +140,14 @@ def test_openings_must_fit_their_slots(reviews, encoder):
 
 def test_a_directory_without_the_split_or_the_column_says_so(reviews, encoder):
     datasets = pytest.importorskip("datasets", reason=DATASETS)
-    with pytest.raises(PromptsNotFound, match=r"no dev-\*.parquet below"):
+    with pytest.raises(PromptsNotFound, match=r"no dev.parquet, dev-\*.parquet, dev.jsonl"):
         prompt_source(f"{reviews}:dev", encoder, (1, 2))
     datasets.Dataset.from_dict({"review": ["a"]}).to_parquet(reviews / "other-0.parquet")
-    with pytest.raises(ValueError, match=r"columns \['review'\]; a 'text' column is needed"):
+    with pytest.raises(ValueError, match=r"columns 'review'; 'prompt' .* or 'text' .* is needed"):
         prompt_source(f"{reviews}:other", encoder, (1, 2))
-    datasets.Dataset.from_dict({"text": ["short"]}).to_parquet(reviews / "tiny-0.parquet")
-    with pytest.raises(ValueError, match="no text longer than 200 characters"):
-        prompt_source(f"{reviews}:tiny", encoder, (1, 2))
+    datasets.Dataset.from_dict({"text": ["the film", "a movie"]}).to_parquet(reviews / "tiny-0.parquet")
+    with pytest.warns(UserWarning, match="no text of .* longer than 200 characters, so each of the 2 is a prompt"):
+        assert set(drawn(prompt_source(f"{reviews}:tiny", encoder, (1, 2)), encoder)) == {"the film", "a movie"}
 
 
 def test_an_unknown_name_says_how_to_download(encoder, monkeypatch):

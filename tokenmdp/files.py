@@ -1,8 +1,10 @@
-"""Files that survive an interruption: atomic writes, nested state as safetensors plus JSON (no pickle), and locks."""
+"""Files that survive an interruption and a power cut: atomic writes, state without pickle, digests, and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +41,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """`write_text` for bytes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -48,9 +50,41 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)  # mkstemp makes 0600: other users could not read it
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk and survives a power cut."""
+    if sys.platform == "win32" and Path(path).is_dir():
+        return  # directories cannot be opened there
+    handle = os.open(path, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems refuse to sync directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: str | Path) -> None:
+    """`sync` every file and directory below ``path``, and itself last."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(folder)
+
+
+def make_directory(path: str | Path) -> None:
+    """Make a directory and those above it, so that all of them survive a power cut; it may exist."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def read_json(path: str | Path) -> Any:
@@ -70,13 +104,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty sibling directory that takes the place of ``path`` when the block ends without an error.
 
     An error or Ctrl-C inside the block leaves the previous ``path`` untouched. The swap is two renames; a crash
-    between them leaves the old version as ``path.previous``, which `recover_directory` puts back.
+    between them leaves the old version as ``path.previous``, which `recover_directory` puts back. All files are on the
+    disk before the swap, and the swap before the old version goes, so that a power cut leaves one of the two whole.
 
     Raises:
-        OSError: something could not be written; safetensors' own error for that is turned into one.
+        OSError: something could not be written (safetensors' own error for that is turned into one), or ``path`` is
+            "." or "/".
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name in ("", ".."):  # a directory that is swapped would be taken from under the feet of who stands in it
+        raise OSError(f"{str(path)!r} is where you are, or above it; give the new directory a name of its own")
+    make_directory(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     previous = path.with_name(path.name + ".previous")
     try:
@@ -85,10 +123,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         except SafetensorError as error:  # a full disk
             raise OSError(str(error)) from error
         temporary.chmod(0o755)  # mkdtemp makes 0700: other users could not read the checkpoint
+        sync_tree(temporary)
         shutil.rmtree(previous, ignore_errors=True)
         if path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+        sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -99,10 +139,24 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def recover_directory(path: str | Path) -> Path:
     """Put back ``path.previous`` if a crash between the two renames of `atomic_directory` left only that."""
     path = Path(path)
+    if path.exists():  # "." and "/" always do; they have no name to put ".previous" behind
+        return path
     previous = path.with_name(path.name + ".previous")
-    if previous.exists() and not path.exists():
+    if previous.exists():
         os.replace(previous, path)
     return path
+
+
+def expand_home(name: str) -> Path:
+    """A path with ``~`` and ``~user`` written out.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}: there is no home directory of that user; write the path out") from error
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -124,11 +178,13 @@ def save_state(path: str | Path, state: Any) -> None:
         return value
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     metadata = {"state": json.dumps(pack(state))}
     temporary = path.with_name(f".{path.name}.partial")
     save_file(tensors, temporary, metadata=metadata)
+    sync(temporary)
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def load_state(path: str | Path) -> Any:
@@ -163,6 +219,60 @@ def load_state(path: str | Path) -> Any:
         return unpack(packed)
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: its state refers to {error}, which is not there") from error
+
+
+DIGESTS = "state/sha256sums.txt"  # of a checkpoint; `sha256sum -c state/sha256sums.txt` reads it too
+
+
+def write_digests(directory: Path) -> None:
+    """Write the SHA-256 of every file below ``directory`` to its `DIGESTS`."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / DIGESTS)
+    lines = (f"{_digest(file)}  {file.relative_to(directory).as_posix()}\n" for file in files)
+    write_text(directory / DIGESTS, "".join(lines))
+
+
+def check_digests(directory: Path, *, below: bool = True) -> bool:
+    """Compare the files of a directory with its `DIGESTS`.
+
+    Args:
+        directory: What `write_digests` was given, or any other.
+        below: Also those in folders; else only its own.
+
+    Returns:
+        False where there are no digests to compare with.
+
+    Raises:
+        CheckpointError: a file is missing, or has changed since.
+    """
+    place = directory / DIGESTS
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {place}: {error}; restore a copy of {directory}") from error
+    if not lines:
+        raise CheckpointError(f"{place} is empty: {directory} is damaged; restore a copy of it")
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if not below and "/" in name:
+            continue
+        file = directory / name
+        try:
+            same = _digest(file) == digest
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error}; restore a copy of {directory}") from error
+        if not same:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one it was saved with; restore a copy of {directory}, or "
+                f"delete {place} if the file was changed on purpose"
+            )
+    return True
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -19,3 +19,12 @@ def clock(seconds: float) -> str:
     '1:15'
     """
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def visible(text: str) -> str:
+    r"""A message with its control characters written out, which could clear the reader's screen: a path may hold any.
+
+    >>> print(visible("runs/\x1b[2J"))
+    runs/\x1b[2J
+    """
+    return "".join(mark if mark.isprintable() or mark in "\n\t" else repr(mark)[1:-1] for mark in text)

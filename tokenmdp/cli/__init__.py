@@ -20,6 +20,9 @@ from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.text import Text
 
+from tokenmdp.runs.display import CLOSED_STATUS, MessageConsole, accept_any_text, discard_broken_output
+from tokenmdp.wording import visible
+
 COMMANDS = {
     "train": "train a policy against a reward model, then show what changed",
     "sample": "write texts with a policy, each token tinted by its credit",
@@ -44,8 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``tokenmdp`` command.
 
     Returns:
-        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C.
+        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C;
+        141 if nobody reads the output any more.
     """
+    accept_any_text()
+    try:
+        status = _main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_broken_output()
+        return CLOSED_STATUS
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name == "--version":
         print(f"tokenmdp {installed_version()}")
@@ -69,14 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted" + ("; run the same command to go on" if name in RESUMABLE else ""))
         return 130
-    except (ValueError, OSError, FloatingPointError, RuntimeError, GymnasiumError) as error:
-        own = type(error).__module__.startswith("tokenmdp")
-        if os.environ.get("TOKENMDP_TRACEBACK") or (isinstance(error, RuntimeError) and not own):
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("TOKENMDP_TRACEBACK"):
             raise
         # These errors name the value and the remedy; a trace above them would hide both.
+        own = type(error).__module__.startswith("tokenmdp")
         plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
         report_error(f"{'' if plain else f'{type(error).__name__}: '}{error}")
-        error_console().print("(TOKENMDP_TRACEBACK=1 shows where)", style="dim")
+        expected = plain or isinstance(error, (ValueError, OSError, FloatingPointError))
+        where = "shows where" if expected else "shows where: no input should end like this, so please report it"
+        error_console().print(f"(TOKENMDP_TRACEBACK=1 {where})", style="dim")
         return 2
 
 
@@ -95,12 +115,12 @@ def print_commands() -> None:
 
 def report_error(message: str) -> None:
     """One line on standard error."""
-    error_console().print(Text.assemble(("error: ", "bold red"), message))
+    error_console().print(Text.assemble(("error: ", "bold red"), visible(message)))
 
 
 def error_console() -> Console:
     """For messages to the user, wrapped to the width of the terminal."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return MessageConsole(stderr=True, soft_wrap=True, highlight=False)
 
 
 def show_warning(
@@ -116,7 +136,7 @@ def show_warning(
     if own and issubclass(category, UserWarning):
         console = error_console()
         with console.capture() as shown:
-            console.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
+            console.print(Text.assemble(("warning: ", "bold yellow"), visible(str(message))))
         # The console itself would write past a running progress display, which stands in for sys.stderr.
         sys.stderr.write(shown.get())
     else:

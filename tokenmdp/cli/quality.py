@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from tokenmdp.cli.options import CreditName, parse
 from tokenmdp.cli.sample import load_policy
 from tokenmdp.credit import CREDIT_METHODS
-from tokenmdp.envs.prompts import read_prompt_file
+from tokenmdp.envs.text_rows import read_rows
 from tokenmdp.evaluation.credit_quality import (
     MethodQuality,
     World,
@@ -61,7 +61,8 @@ class Quality:
     world: Literal["negation", "keyword", "model", "all"] = "model"
     """negation: a word list with "not" and "very"; keyword: one word decides; model: the reward model."""
     texts: Path | None = None
-    """For the world "model": a .txt (one text per line), .json or .jsonl file. Default: texts by the policy."""
+    """For the world "model": a .txt (one text per line), .json, .jsonl, .csv or .parquet file. Default: texts
+    by the policy."""
     num: int = 500
     """Texts in each world."""
     max_new_tokens: int = 16
@@ -165,7 +166,9 @@ def _worlds(arguments: Quality, device: str) -> list[World]:
 def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple[list[Tokens], str]:
     """The texts of a file, or the policy's responses to prompts held out of training; and what to call them."""
     if arguments.texts is not None:
-        given = [encode(tokenizer, str(text)) for text in read_prompt_file(arguments.texts)[: arguments.num]]
+        rows = read_rows(arguments.texts)
+        rows = rows.part(range(min(arguments.num, len(rows))))
+        given = [encode(tokenizer, text, place=place) for text, place in zip(rows, rows.places, strict=True)]
         if len(given) < 2:
             raise ValueError(f"{arguments.texts} holds {len(given)} texts; an interval needs at least 2")
         return given, f"the texts of {arguments.texts.name}"

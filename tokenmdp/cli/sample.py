@@ -18,6 +18,7 @@ from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.tokens import check_text
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
@@ -138,6 +139,7 @@ def sample(arguments: SampleOptions) -> int:
     options = settings.config | {key: value for key, value in sampling.items() if value is not None}
     tokenizer = load_tokenizer(settings.tokenizer)
     for prompt in arguments.prompt:
+        check_text(prompt, "--prompt")
         if unknown := unknown_words(tokenizer, prompt):
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"not in the vocabulary, so read as {tokenizer.unk_token}: {words}", stacklevel=2)

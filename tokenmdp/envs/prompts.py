@@ -6,32 +6,33 @@ first k tokens of one of them, k uniform in ``prompt_tokens``, as in Chan et al.
 
 from __future__ import annotations
 
-import json
 import operator
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import gymnasium as gym
 import numpy as np
 
+from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, read_rows
+from tokenmdp.envs.text_sets import PromptsNotFound, rows_of_name, rows_of_object
 from tokenmdp.models.encoding import chat_ids, is_chat, opening_ids, vocab_size
 from tokenmdp.models.loading import resolve
+from tokenmdp.models.tokens import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_TEXT_CHARACTERS = 200  # shorter reviews give openings that already end; the paper drops them too
 LINE_BREAKS = re.compile(r"(?:<br\s*/?>\s*)+")
-FILE_SUFFIXES = (".txt", ".json", ".jsonl")
 
 Truncate = Literal["left", "right"]
 
 
-class PromptsNotFound(gym.error.Error, OSError):
-    """A prompt source that names no file, data set or bundled list."""
+class NoPrompt(TypeError, ValueError):
+    """A prompt is neither a text nor a list of token ids."""
 
 
 class PromptSource(Protocol):
@@ -63,8 +64,10 @@ class Encoder:
         Raises:
             ValueError: the prompt is empty, or longer than its slots and ``truncate`` is None, or holds ids beyond the
                 vocabulary, or the tokenizer has no chat template.
-            TypeError: the prompt is none of these.
+            NoPrompt: the prompt is neither a text, a chat nor a sequence of ids.
         """
+        if isinstance(prompt, str):
+            check_text(prompt, name)
         if isinstance(prompt, str) and self.chat:
             ids = chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
         elif isinstance(prompt, str):
@@ -72,7 +75,7 @@ class Encoder:
         elif is_chat(prompt):
             ids = chat_ids(self.tokenizer, prompt)  # type: ignore[arg-type]
         else:
-            ids = self._ids(prompt)  # type: ignore[arg-type]
+            ids = self._ids(prompt, name)  # type: ignore[arg-type]
         self._check(ids)
         if not ids:
             raise ValueError(
@@ -94,11 +97,13 @@ class Encoder:
             "the command, --max-prompt-tokens and --truncate-prompt"
         )
 
-    def _ids(self, prompt: Sequence[int]) -> list[int]:
+    def _ids(self, prompt: Sequence[int], name: str) -> list[int]:
         try:
             ids = [operator.index(token) for token in prompt]
         except TypeError as error:
-            raise TypeError(f"a prompt is a text or a list of token ids, not {prompt!r}") from error
+            raise NoPrompt(
+                f"{name} is {shorten(repr(prompt))}; a prompt is a text, a chat or a list of token ids"
+            ) from error
         return ids
 
     def _check(self, ids: list[int]) -> None:
@@ -143,37 +148,82 @@ class Openings:
         return encoder(ids, name=f"the opening of text {index}")
 
 
-def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: tuple[int, int]) -> PromptSource:
-    """The source behind ``source``: a list, a file, the bundled alias, or a data set ``name[:split]``.
+def prompt_source(source: Any, encoder: Encoder, prompt_tokens: tuple[int, int]) -> PromptSource:
+    """The source behind ``source``: a list, a table, a file, the bundled alias, or a data set.
 
     Args:
-        source: texts (or lists of token ids); a ``.txt`` (one prompt per line), ``.json`` or ``.jsonl`` file; a
-            directory with ``{split}-*.parquet`` files; or the name of a data set on the hub. Data sets need a ``text``
-            column.
+        source: texts or lists of token ids, as a list, a NumPy array, a pandas Series or a column of a
+            `datasets.Dataset`; a Dataset, DatasetDict (its "train") or DataFrame; the path of a ``.txt`` (one prompt
+            per line), ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, ``FILE:COLUMN`` for a column of its own; a
+            directory that ``save_to_disk`` wrote or that holds files of splits (``train.parquet``, ``train-*.parquet``,
+            ``train.jsonl``); or the name of a data set on the hub. ``NAME:SPLIT`` and ``NAME:SPLIT:COLUMN`` choose.
         encoder: turns prompts into ids and checks that they fit.
-        prompt_tokens: how many tokens of a data-set text make a prompt (least, most).
+        prompt_tokens: how many tokens of a text make a prompt (least, most).
+
+    A column ``prompt``, or one that is named, holds prompts, which are used whole. A column ``text`` holds texts: a
+    prompt is the opening of one of those longer than `MIN_TEXT_CHARACTERS`. If none is, they are prompts, and a warning
+    says so.
 
     Raises:
         PromptsNotFound: nothing has that name.
-        ValueError: an empty source, or a prompt that does not fit.
+        ValueError: an empty source, or a row that is no text or does not fit; the message names the row.
     """
+    rows, where = read_prompts(source)
+    if not rows:
+        raise ValueError(f"{where} holds no prompts; give at least one")
+    if rows.openings:
+        return _openings(rows, encoder, prompt_tokens, where)
+    return GivenPrompts([encoder(prompt, name=place) for prompt, place in zip(rows, rows.places, strict=True)])
+
+
+def read_prompts(source: Any) -> tuple[Prompts, str]:
+    """All rows of a prompt source, see `prompt_source`, and what to call it.
+
+    Raises:
+        PromptsNotFound: nothing has that name.
+        ValueError: a row is no text.
+    """
+    if isinstance(source, Path):
+        source = str(source)
     if not isinstance(source, str):
-        if not isinstance(source, Sequence):
-            raise TypeError(f"prompts is a list of texts or a name, not {source!r}")
-        return _given(source, encoder, "the list")
+        rows = rows_of_object(source)
+        return rows, "the list" if isinstance(source, list) else f"the {type(source).__name__}"
+    file, column = prompt_file(source)
+    if file is None:
+        return rows_of_name(source), source
+    if not file.is_file():
+        raise PromptsNotFound(f"prompts {source!r}: no file {file}; give an existing {', '.join(FILE_SUFFIXES)} file")
+    return read_rows(file, column), str(file)
+
+
+def prompt_file(source: str) -> tuple[Path | None, str | None]:
+    """The file that a name means and the column that it names after a colon; (None, None): it names a data set."""
     path = Path(resolve("prompts", source))
     if path.suffix in FILE_SUFFIXES or path.is_file():
-        if not path.is_file():
-            raise PromptsNotFound(
-                f"prompts {source!r}: no file {path}; give an existing {', '.join(FILE_SUFFIXES)} file"
-            )
-        return _given(read_prompt_file(path), encoder, str(path))
+        return path, None
+    name, colon, column = source.rpartition(":")
+    if colon and name and not Path(source).exists():
+        path = Path(resolve("prompts", name))
+        if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
+            return path, column
+    return None, None
+
+
+def _openings(rows: Prompts, encoder: Encoder, prompt_tokens: tuple[int, int], where: str) -> PromptSource:
+    texts = [clean_text(text) for text in rows if len(text) > MIN_TEXT_CHARACTERS]
+    if not texts:
+        warnings.warn(
+            f"no text of {where} is longer than {MIN_TEXT_CHARACTERS} characters, so each of the {len(rows)} is a "
+            "prompt as it is; call the column 'prompt' if that is meant",
+            stacklevel=2,
+        )
+        return GivenPrompts([encoder(prompt, name=place) for prompt, place in zip(rows, rows.places, strict=True)])
     least, most = prompt_tokens
     if not 1 <= least <= most:
         raise ValueError(f"prompt_tokens is {prompt_tokens}; give (least, most) with 1 <= least <= most")
     if encoder.chat:
         raise ValueError(
-            f"prompts {source!r} is a data set, of whose texts the beginnings are prompts, and prompt_template='chat' "
+            f"{where} is a data set, of whose texts the beginnings are prompts, and prompt_template='chat' "
             "wants whole messages; pass a list or a file of them"
         )
     if most + len(encoder.start) > encoder.max_prompt_tokens and encoder.truncate is None:
@@ -181,9 +231,6 @@ def prompt_source(source: str | Sequence[Any], encoder: Encoder, prompt_tokens: 
             f"prompt_tokens {prompt_tokens} does not fit max_prompt_tokens={encoder.max_prompt_tokens}; raise "
             "max_prompt_tokens, lower prompt_tokens, or choose truncate_prompt='left' or 'right'"
         )
-    texts = [clean_text(text) for text in _dataset_texts(source) if len(text) > MIN_TEXT_CHARACTERS]
-    if not texts:
-        raise ValueError(f"prompts {source!r} holds no text longer than {MIN_TEXT_CHARACTERS} characters")
     return Openings(texts, encoder, (least, most))
 
 
@@ -218,79 +265,3 @@ def shorten(text: str, limit: int = 80) -> str:
     'ab...'
     """
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def read_prompt_file(path: Path) -> list[Any]:
-    """The prompts of a ``.txt``, ``.json`` or ``.jsonl`` file.
-
-    JSON holds a list, or ``{"prompts": [...]}``; each line of a JSONL file a string or ``{"prompt": ...}``.
-
-    Raises:
-        ValueError: another kind of file, or another structure.
-    """
-    if path.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"{path} is a file, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
-        return [line for line in text.splitlines() if line.strip()]
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return [row["prompt"] if isinstance(row, dict) else row for row in rows]
-        content = json.loads(text)
-        prompts = content["prompts"] if isinstance(content, dict) else content
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a prompt file ({error!r}): JSON needs a list or {{'prompts': [...]}}, "
-            "JSONL a string or {'prompt': ...} a line"
-        ) from error
-    if not isinstance(prompts, list):
-        raise ValueError(f"{path} holds {type(prompts).__name__}; a list of prompts is needed")
-    return prompts
-
-
-def _given(prompts: Sequence[Any], encoder: Encoder, where: str) -> GivenPrompts:
-    if not prompts:
-        raise ValueError(f"{where} holds no prompts; give at least one")
-    return GivenPrompts([encoder(prompt, name=f"prompt {index}") for index, prompt in enumerate(prompts)])
-
-
-def _dataset_texts(source: str) -> list[str]:
-    """The ``text`` column of a local data-set directory or of a data set on the hub."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise gym.error.DependencyNotInstalled(
-            f"prompts {source!r} names a data set: run `pip install 'tokenmdp[datasets]'`"
-        ) from error
-
-    name, split = _name_and_split(source)
-    if Path(name).is_dir():
-        files = sorted(str(path) for path in Path(name).rglob(f"{split}-*.parquet"))
-        if not files:
-            raise PromptsNotFound(
-                f"prompts {source!r}: no {split}-*.parquet below {name}; add ':SPLIT' for another split"
-            )
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
-    else:
-        try:
-            table = datasets.load_dataset(name, split=split)
-        except Exception as error:  # the hub client raises many unrelated types when offline or when a name is wrong
-            raise PromptsNotFound(
-                f"prompts {source!r}: no file or directory of that name, and the data set {name!r} (split {split!r}) "
-                f"could not be loaded ({type(error).__name__}: {shorten(str(error), 200)}); download it with "
-                f"`hf download {name} --repo-type dataset --local-dir DIR` and pass DIR, or give a list of texts"
-            ) from error
-    if "text" not in table.column_names:
-        raise ValueError(f"prompts {source!r} has the columns {table.column_names}; a 'text' column is needed")
-    return list(table["text"])
-
-
-def _name_and_split(source: str) -> tuple[str, str]:
-    """``name:split``, by default the split ``train``; a path that exists is never taken apart.
-
-    >>> _name_and_split("stanfordnlp/imdb:test"), _name_and_split("stanfordnlp/imdb")
-    (('stanfordnlp/imdb', 'test'), ('stanfordnlp/imdb', 'train'))
-    """
-    name, colon, split = source.rpartition(":")
-    return (name, split) if colon and not Path(source).exists() else (source, "train")

@@ -14,11 +14,15 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from tokenmdp.credit import REWARD_MODEL_NEEDS, Resources
 from tokenmdp.credit.base import PolicyAttention
 from tokenmdp.envs import token_mdp
-from tokenmdp.envs.starts import Start, read_start
+from tokenmdp.envs.starts import Start, checked_options, read_start
 from tokenmdp.envs.task import TextGenTask, make_task
 from tokenmdp.types import Episode, Outcome
 
 METADATA: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
+
+
+class IllegalAction(InvalidAction, ValueError):
+    """An action is no token id, or the end-of-text token too early; also a ValueError, as other libraries raise."""
 
 
 class TokenEpisodes:
@@ -110,12 +114,12 @@ class TokenEpisodes:
         """Check and append one token per running row; returns which rows ended, (N,) bool."""
         state, task = self._state, self.task
         for row in np.flatnonzero(state.running & ((tokens < 0) | (tokens >= task.vocab_size))):
-            raise InvalidAction(
+            raise IllegalAction(
                 f"{_place(row, tokens)}action {tokens[row]} is not a token id; legal ids are 0..{task.vocab_size - 1}"
             )
         too_early = state.n_tokens < task.min_new_tokens
         for row in np.flatnonzero(state.running & np.isin(tokens, task.eos_token_ids) & too_early):
-            raise InvalidAction(
+            raise IllegalAction(
                 f"{_place(row, tokens)}action {tokens[row]} is the end-of-text token, illegal after "
                 f"{state.n_tokens[row]} tokens with min_new_tokens={task.min_new_tokens}; action_masks() marks it"
             )
@@ -125,8 +129,10 @@ class TokenEpisodes:
 
     def _score(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Score the finished episodes of ``rows`` with one call; sets `outcome`, returns their info columns."""
+        reward_model = self.task.reward_model
+        self.task.check_needs(frozenset(self.reward_needs))  # a model that was not loaded before could not be asked
         episodes = token_mdp.finished_episodes(self._state, rows)
-        reward = self.task.reward_model(episodes, needs=frozenset(self.reward_needs))
+        reward = reward_model(episodes, needs=frozenset(self.reward_needs))
         self.outcome = Outcome(episodes, reward, torch.from_numpy(rows.copy()))
         return {
             "score": reward.score.numpy().copy(),
@@ -201,7 +207,7 @@ class TextGenEnv(TokenEpisodes, gym.Env):
                 in the observation, scored, credited and count towards the horizon); ``"horizon"``, instead of one
                 drawn from ``horizon_range``. An error leaves the running episode as it is.
         """
-        start = read_start(self.task, *map((options or {}).get, Start._fields))
+        start = read_start(self.task, *map(checked_options(options).get, Start._fields))
         gym.Env.reset(self, seed=seed)
         self._begin([0], [self.np_random], [start])
         if self.render_mode == "human":
@@ -213,7 +219,7 @@ class TextGenEnv(TokenEpisodes, gym.Env):
 
         Raises:
             ResetNeeded: before the first reset, or after the end of the episode.
-            InvalidAction: not an integer, not a token id, or end-of-text before ``min_new_tokens``.
+            IllegalAction: not an integer, not a token id, or end-of-text before ``min_new_tokens``.
         """
         if not self._state.running[0]:
             n_tokens = self._state.n_tokens[0]
@@ -266,7 +272,7 @@ def _token_id(action: Any) -> int:
         try:
             return int(np.int64(operator.index(action)))
         except OverflowError as error:
-            raise InvalidAction(f"action {action} is not a token id; it does not even fit 64 bits") from error
+            raise IllegalAction(f"action {action} is not a token id; it does not even fit 64 bits") from error
         except TypeError:
             pass
-    raise InvalidAction(f"action {action!r} ({type(action).__name__}) is not an integer; an action is one token id")
+    raise IllegalAction(f"action {action!r} ({type(action).__name__}) is not an integer; an action is one token id")

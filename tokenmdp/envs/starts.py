@@ -5,9 +5,14 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from tokenmdp.envs.prompts import shorten
+from tokenmdp.envs.prompts import NoPrompt, shorten
 from tokenmdp.envs.task import TextGenTask
 from tokenmdp.models.encoding import continuing_ids
+from tokenmdp.models.tokens import check_text
+
+
+class WrongOptions(TypeError, ValueError):
+    """``reset(options=...)`` was given something other than a dictionary."""
 
 
 class Start(NamedTuple):
@@ -16,6 +21,21 @@ class Start(NamedTuple):
     prompt: list[int] | None  # None: drawn
     response_prefix: list[int]  # response tokens that are in place already
     horizon: int | None  # None: drawn, or H
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """What ``reset(options=...)`` was given.
+
+    Raises:
+        WrongOptions: it is not a dictionary.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise WrongOptions(
+            f"options is {shorten(repr(options))}; pass a dictionary, such as options={{'prompt': 'the film was'}}"
+        )
+    return options
 
 
 def read_start(task: TextGenTask, prompt: Any, response_prefix: Any, horizon: Any) -> Start:
@@ -60,6 +80,8 @@ def _prefix(task: TextGenTask, prefix: Any, horizon: int | None) -> list[int]:
     name = "options['response_prefix']"
     if prefix is None:
         return []
+    if isinstance(prefix, str):
+        check_text(prefix, name)
     ids = continuing_ids(task.tokenizer, prefix) if isinstance(prefix, str) else _ids(prefix, name)
     for token in ids:
         if not 0 <= token < task.vocab_size:
@@ -85,4 +107,4 @@ def _ids(prefix: Any, name: str) -> list[int]:
     try:
         return [operator.index(token) for token in prefix]
     except TypeError as error:
-        raise TypeError(f"{name} is a text or a list of token ids, not {prefix!r}") from error
+        raise NoPrompt(f"{name} is a text or a list of token ids, not {prefix!r}") from error

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from tokenmdp.credit import CREDIT_METHODS, REWARD_MODEL_NEEDS
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models import encoding
 from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
@@ -20,6 +21,7 @@ from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.lexicon import names_word_list
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
+from tokenmdp.reward_models.scaled import ScaledRewardModel, check_scale
 from tokenmdp.reward_models.scores import Score, score_rule
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class TextGenTask:
     align: Align | None
     reward_template: str
     add_special_tokens: bool
+    score_scale: float
+    score_shift: float
     arguments: dict[str, Any]  # arguments of make_task, to rebuild the task from
     policies: dict[tuple[Any, ...], CausalLMPolicy] = field(default_factory=dict)  # what `load_policy` has loaded
 
@@ -74,15 +78,26 @@ class TextGenTask:
         if model.max_tokens is not None and self.max_prompt_tokens + self.max_new_tokens > model.max_tokens:
             limit = PositionLimit(model.max_tokens, model.limit_reason)
             raise ValueError(too_long(self.max_prompt_tokens, self.max_new_tokens, limit, model))
-        return model
+        return self._scaled(model)
 
     def check_needs(self, needs: frozenset[str]) -> None:
         """Refuse needs that the reward model cannot meet; a named one that is not loaded yet is checked when it is."""
         loaded = self.__dict__.get("reward_model")  # where cached_property keeps it
         if loaded is not None and (missing := needs - loaded.provides):
+            runs = [
+                name
+                for name, method in CREDIT_METHODS.items()
+                if not (method.needs & REWARD_MODEL_NEEDS) - loaded.provides  # type: ignore[attr-defined]
+            ]
+            online = (
+                "; OnlinePrefixReward pays the same numbers as red with any reward model, for one forward per token"
+                if "prefix_scores" in missing
+                else ""
+            )
+            lacking = f"{loaded} does not provide {', '.join(sorted(missing))}. With this model {', '.join(runs)} run"
             raise ValueError(
-                f"{loaded} does not provide {', '.join(sorted(missing))}; "
-                "use a reward model that does, or UniformReward or SparseReward, which need only the score"
+                f"{lacking}{online}. Use one of them, a reward model that does, or UniformReward or SparseReward, "
+                "which need the score only"
             )
 
     def load_policy(self, name: str) -> CausalLMPolicy:
@@ -102,12 +117,19 @@ class TextGenTask:
     def load_reward_model(self, name: str) -> RewardModel:
         """A further reward model for this task; loaded once per process, with the device and dtype of the task's.
 
-        The task's ``score`` says which number of the task's own model to take, so it counts for that name only.
+        The task's ``score`` says which number of the task's own model to take, so it counts for that name only; so do
+        ``score_scale`` and ``score_shift``.
         """
         source, options = self.reward_source, dict(self.reward_options)
-        if not isinstance(source, str) or resolve("reward_model", name) != resolve("reward_model", source):
-            del options["score"]
+        if isinstance(source, str) and resolve("reward_model", name) == resolve("reward_model", source):
+            return self._scaled(self._readable(load_reward_model(name, **options)))
+        del options["score"]
         return self._readable(load_reward_model(name, **options))
+
+    def _scaled(self, model: RewardModel) -> RewardModel:
+        if (self.score_scale, self.score_shift) == (1, 0):
+            return model
+        return ScaledRewardModel(model, self.score_scale, self.score_shift)
 
     def _readable(self, model: RewardModel) -> RewardModel:
         if self.align is not None:
@@ -152,12 +174,14 @@ def make_task(
     *,
     tokenizer: str | PreTrainedTokenizerBase | None = "imdb-tiny",
     reward_model: str | RewardModel | None = "imdb-tiny",
-    prompts: str | Sequence[Any] | None = "imdb-tiny",
+    prompts: Any = "imdb-tiny",
     max_new_tokens: int = 16,
     max_prompt_tokens: int = 16,
     prompt_tokens: Sequence[int] = (2, 8),
     truncate_prompt: Truncate | None = None,
     score: Score = "auto",
+    score_scale: float = 1.0,
+    score_shift: float = 0.0,
     eos_token_id: int | Sequence[int] | None = None,
     min_new_tokens: int = 0,
     horizon_range: Sequence[int] | None = None,
@@ -173,13 +197,15 @@ def make_task(
     Args:
         tokenizer: the vocabulary; V is its length. A name, or a tokenizer.
         reward_model: what scores a finished episode. A name (loaded at the first score), or a `RewardModel`.
-        prompts: a list of texts, or the name of a source; see `tokenmdp.envs.prompts.prompt_source`.
+        prompts: a list of texts, a table, or the name of a source; see `tokenmdp.envs.prompts.prompt_source`.
         max_new_tokens: the horizon H, at least 1.
         max_prompt_tokens: the prompt slots P, at least 1.
         prompt_tokens: (least, most) tokens of a text that make a prompt, for data-set sources.
         truncate_prompt: what to cut from a prompt longer than P: None refuses it, "left" or "right" drops that side.
         score: which number of a classifier is the score: "auto", an index, a label or "LABEL - LABEL"; see
             `tokenmdp.reward_models.scores.score_rule`.
+        score_scale: the score is ``score_scale * (what the reward model says - score_shift)``, before any credit.
+        score_shift: see there; with the mean and 1 / the standard deviation of measured scores it is normalised.
         eos_token_id: the id that ends a response, or several; default the tokenizer's, and those that a
             generation_config.json or config.json beside a named tokenizer lists.
         min_new_tokens: tokens before end-of-text becomes legal; `action_masks` shows it.
@@ -208,6 +234,7 @@ def make_task(
             raise gym.error.MissingArgument(
                 f"{name} is missing: pass {name}=..., or make TextGen-IMDb-v0 for a default"
             )
+    check_scale(score_scale, score_shift)
     source = _reward_source(reward_model, score, reward_device, reward_dtype)
     tokens = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else _tokenizer_object(tokenizer)
     vocab_size = encoding.vocab_size(tokens)
@@ -239,12 +266,14 @@ def make_task(
         min_new_tokens=min_new_tokens,
         horizon_range=horizons,
         encode_prompt=encoder,
-        prompts=prompt_source(prompts, encoder, _pair("prompt_tokens", prompt_tokens)),  # type: ignore[arg-type]
+        prompts=prompt_source(prompts, encoder, _pair("prompt_tokens", prompt_tokens)),
         reward_source=source,
         reward_options={"score": score, "device": reward_device, "dtype": reward_dtype},
         align=align,
         reward_template=reward_template,
         add_special_tokens=add_special_tokens,
+        score_scale=score_scale,
+        score_shift=score_shift,
         arguments=arguments,
     )
     if isinstance(source, RewardModel) or names_word_list(source):

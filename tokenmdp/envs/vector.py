@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from tokenmdp.envs.single import METADATA, TokenEpisodes
-from tokenmdp.envs.starts import Start, read_start
+from tokenmdp.envs.single import METADATA, IllegalAction, TokenEpisodes
+from tokenmdp.envs.starts import Start, checked_options, read_start
 from tokenmdp.envs.task import TextGenTask, make_task
 from tokenmdp.models.encoding import is_chat
 
@@ -40,7 +40,9 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         num_envs: N.
         autoreset_mode: "NextStep", "SameStep", "Disabled" or Gymnasium's enum.
         score_when: "ended" or "all_done".
-        render_mode: as for the single environment; `render` returns one frame per row.
+        render_mode: as for the single environment; `render` returns one frame per row. "rgb_array_list" and
+            "ansi_list": all frames since the last `render` or reset of all rows, one list per row.
+        max_episode_steps: refused; ``max_new_tokens`` is the limit.
         task: share the task (tokenizer, reward model, prompts) of another environment, instead of ``**arguments``.
         **arguments: of `tokenmdp.envs.task.make_task`.
 
@@ -57,9 +59,15 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         score_when: ScoreWhen = "ended",
         render_mode: str | None = None,
+        max_episode_steps: None = None,
         task: TextGenTask | None = None,
         **arguments: Any,
     ) -> None:
+        if max_episode_steps is not None:  # gym.make_vec passes it on, and has no TimeLimit for batches
+            raise ValueError(
+                f"max_episode_steps={max_episode_steps} would end episodes before they are scored; the limit is "
+                f"max_new_tokens: pass max_new_tokens={max_episode_steps}"
+            )
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}; at least 1 is needed")
         try:
@@ -73,7 +81,10 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             raise ValueError("score_when='all_done' waits for the last row: it needs autoreset_mode='Disabled'")
         if task is not None and arguments:
             raise ValueError(f"task= holds {', '.join(sorted(arguments))} already; leave out one or the other")
-        super().__init__(make_task(**arguments) if task is None else task, num_envs, render_mode)
+        collects = render_mode is not None and render_mode.endswith("_list") and render_mode != "human_list"
+        mode = render_mode.removesuffix("_list") if collects and render_mode is not None else render_mode
+        super().__init__(make_task(**arguments) if task is None else task, num_envs, mode)
+        self._frames: list[tuple[Any, ...]] | None = [] if collects else None  # of every step, as RenderCollection's
         self.num_envs = num_envs
         self.score_when = score_when
         self.metadata = METADATA | {"autoreset_mode": self.autoreset_mode}
@@ -96,7 +107,7 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
                 with one entry per row (None: as if it were not given) or one text or number for all rows;
                 ``"reset_mask"``: (N,) bool, reset only these rows. An error leaves every row as it is.
         """
-        options = options or {}
+        options = checked_options(options)
         rows = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
         if "reset_mask" in options and (waiting := np.flatnonzero(self._unscored[rows])).size:
             raise gym.error.Error(
@@ -106,11 +117,17 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         seeds = self._row_seeds(seed)
         columns = [self._row_values(name, options.get(name)) for name in Start._fields]
         starts = [read_start(self.task, *(column[row] for column in columns)) for row in rows]
-        for row in rows:
-            if seeds[row] is not None or self._rngs[row] is None:
-                self._rngs[row], self._seeds[row] = seeding.np_random(seeds[row])
+        fresh = {
+            row: seeding.np_random(seeds[row]) for row in rows if seeds[row] is not None or self._rngs[row] is None
+        }
+        for row, (rng, drawn) in fresh.items():  # all seeds are good
+            self._rngs[row], self._seeds[row] = rng, drawn
         self._unscored[rows] = False
         infos = self._restart(rows, starts)
+        if self._frames is not None:
+            if len(rows) == self.num_envs:
+                self._frames.clear()
+            self._frames.append(self._all_frames())
         if self.render_mode == "human":
             self.render()
         return self._observe(), infos
@@ -120,14 +137,14 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
 
         Raises:
             ResetNeeded: a row was never started.
-            InvalidAction: wrong shape or dtype, not a token id, or end-of-text before ``min_new_tokens``.
+            IllegalAction: wrong shape or dtype, not a token id, or end-of-text before ``min_new_tokens``.
         """
         never = np.flatnonzero(~self._state.running & (self._state.n_tokens == 0))
         if never.size:
             raise ResetNeeded(f"row {never[0]} has no episode; call reset() before step()")
         tokens = np.asarray(actions)
         if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
-            raise InvalidAction(
+            raise IllegalAction(
                 f"actions have shape {tokens.shape} and dtype {tokens.dtype}; one integer token id per row is needed: "
                 f"shape ({self.num_envs},), for example int64"
             )
@@ -144,6 +161,8 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             rewards[rows] = columns["score"]
             infos = spread_columns(columns, due)
         infos = self._autoreset(ended, waiting, infos)
+        if self._frames is not None:
+            self._frames.append(self._all_frames())
         if self.render_mode == "human" and not (due.any() and self.credit_follows):
             self.render()
         return self._observe(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
@@ -157,11 +176,17 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
         if self.render_mode is None:
             gym.logger.warn("render() without a render mode shows nothing; make the envs with render_mode='ansi'")
             return None
-        frames = tuple(self._frame(row) for row in range(self.num_envs))
+        if self._frames is not None:
+            collected, self._frames = self._frames, []
+            return tuple([frame[row] for frame in collected] for row in range(self.num_envs))
+        frames = self._all_frames()
         if self.render_mode == "human":
             print(*frames, sep="\n")
             return None
         return frames
+
+    def _all_frames(self) -> tuple[Any, ...]:
+        return tuple(self._frame(row) for row in range(self.num_envs))
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
@@ -239,9 +264,11 @@ class TextGenVectorEnv(TokenEpisodes, gym.vector.VectorEnv):
             return [None] * self.num_envs
         if isinstance(seed, (int, np.integer)):
             return [int(seed) + row for row in range(self.num_envs)]
+        if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, (str, bytes)):
+            raise gym.error.Error(f"seed is {seed!r}; give one whole number, or one (or None) per row")
         if len(seed) != self.num_envs:
             raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows; give one per row, or one integer")
-        return list(seed)
+        return [int(one) if isinstance(one, np.integer) else one for one in seed]
 
     def _row_values(self, name: str, value: Any) -> list[Any]:
         """One entry of a reset option for each row."""

@@ -31,6 +31,7 @@ from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.policy import NEVER, CausalLMPolicy
 from tokenmdp.models.state_reader import StateReader, without_early_end
+from tokenmdp.wrappers.layers import check_conversions, check_infos
 
 Observation = dict[str, np.ndarray]
 Act = Callable[..., Any]  # (obs), or (obs, action_masks=...)
@@ -124,6 +125,7 @@ def evaluate(
             f"envs is a {type(envs).__name__}; pass the Gymnasium environment, single or vector, from before it was "
             "wrapped for another library, such as gym.make_vec(...) itself and not GymVectorToSB3 of it"
         )
+    check_conversions(envs, "evaluate")
     act = _bind(agent, envs, seed, deterministic)
     if not isinstance(envs, VectorEnv):
         envs, act = _one_row(envs, act)
@@ -179,6 +181,7 @@ def _play(envs: Any, act: Act, episodes: int, seed: int) -> Iterator[_Played]:
     while (played < share).any():
         obs, _, terminated, truncated, infos = envs.step(act(obs, starts))
         _check_whole((truncated & ~terminated).any())
+        check_infos(infos, "evaluate")
         final = infos.get("final_info", infos)
         for row in np.flatnonzero(final.get("_score", ())):
             if played[row] < share[row]:

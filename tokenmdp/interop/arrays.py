@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 
 from tokenmdp.interop.reading import mark_token_rewards_read, no_token_rewards
+from tokenmdp.wrappers.layers import check_episode, check_infos
 
 __all__ = ["mark_token_rewards_read", "relabel"]
 
@@ -46,6 +47,7 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
 
     Raises:
         gymnasium.error.Error: an episode ended without token rewards, or has more tokens than steps.
+        ChangedReward: the rewards are not those of the steps: a reward wrapper would have no effect.
 
     >>> rewards, known = np.zeros((4, 1)), np.zeros((4, 1), dtype=bool)
     >>> rewards[2] = 6.0                                                          # the score, in the last step
@@ -56,6 +58,7 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
     """
     if known is not None:
         known[t] = False  # what an earlier rollout left here
+    check_infos(infos, "relabel")
     ended = infos.get("final_info", infos)
     if "score" in ended and "token_rewards" not in ended:
         raise gym.error.Error(no_token_rewards(vector=True))
@@ -68,6 +71,10 @@ def relabel(rewards: Any, t: int, infos: dict[str, Any], known: np.ndarray | Non
                 "ago: it was reset with a response_prefix, whose tokens have no steps, or relabel was not called in "
                 "every step; reset without a prefix and call relabel once a step"
             )
+        if "score" in ended:
+            stepped = rewards[t - k + 1 : t + 1, i]
+            stepped = stepped if isinstance(stepped, np.ndarray) else stepped.detach().cpu().numpy()
+            check_episode(stepped, float(ended["score"][i]), ended["token_rewards"][i, :n])
         rewards[t - k + 1 : t + 1, i] = _like(rewards, ended["token_rewards"][i, n - k : n])
         if known is not None:
             known[t - k + 1 : t + 1, i] = True

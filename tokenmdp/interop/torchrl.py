@@ -23,6 +23,7 @@ from torch import nn
 from tokenmdp.interop.reading import mark_token_rewards_read
 from tokenmdp.models.policy import NEVER, CausalLMPolicy
 from tokenmdp.models.state_reader import StateReader, read_states, without_early_end
+from tokenmdp.wrappers.layers import SCALING, ChangedReward, check_conversions
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -73,6 +74,7 @@ def make_env(
         made = gym.make_vec(env, num_envs=num_envs, **{"autoreset_mode": AutoresetMode.DISABLED} | arguments)
     if credit is not None:
         made = credit(made)
+    check_conversions(made, "make_env")
     mark_token_rewards_read(made)
     mode = made.metadata.get("autoreset_mode", AutoresetMode.DISABLED)  # a single environment resets nothing
     if mode is not AutoresetMode.DISABLED:
@@ -131,6 +133,7 @@ def relabel(batch: TensorDictBase) -> TensorDictBase:
     Raises:
         KeyError: what `make_env` puts into a batch is missing.
         ValueError: the frames are not in the order of time.
+        ChangedReward: a transform or wrapper has changed the rewards, which the token rewards do not follow.
     """
     last = batch["next"]
     if "token_rewards" not in last or "attention_mask" not in batch:
@@ -157,9 +160,35 @@ def relabel(batch: TensorDictBase) -> TensorDictBase:
         )
     credit = torch.take_along_dim(last["token_rewards"], end.unsqueeze(-1), dim=-2)  # (..., T, H)
     rewards = credit.gather(-1, token.clamp(min=0).unsqueeze(-1))  # (..., T, 1)
+    _check_rewards(last, rewards.squeeze(-1), known, end)
     batch["next", "reward"] = torch.where(known.unsqueeze(-1), rewards, last["reward"])
     batch[KNOWN] = known
     return batch
+
+
+def _check_rewards(last: TensorDictBase, earned: torch.Tensor, known: torch.Tensor, end: torch.Tensor) -> None:
+    """Refuse a batch in which an episode's rewards are neither its score in the end nor its token rewards.
+
+    Args:
+        last: ``batch["next"]``.
+        earned: (..., T) each frame's token reward.
+        known: (..., T) bool: frames whose episode ended in the batch.
+        end: (..., T) the frame in which it did.
+    """
+    rewards = last["reward"].squeeze(-1).double()
+    scores = torch.where(last["done"].squeeze(-1), last["score"], 0.0).double()
+    differ = [
+        torch.zeros_like(end).scatter_add(-1, end, (known & ~same).long()).gather(-1, end)  # in the frame's episode
+        for same in (torch.isclose(rewards, expected, rtol=1e-5, atol=1e-6) for expected in (scores, earned.double()))
+    ]
+    wrong = (known & (differ[0] > 0) & (differ[1] > 0)).flatten()
+    if wrong.any():
+        frame = int(wrong.nonzero()[0])
+        raise ChangedReward(
+            f"a frame has the reward {rewards.flatten()[frame]:g}, and {scores.flatten()[frame]:g} was expected: a "
+            "reward transform of TorchRL (RewardScaling, RewardClipping) or a reward wrapper has changed it; token "
+            f"rewards take its place and would not follow. {SCALING}"
+        )
 
 
 def actor_critic(policy: CausalLMPolicy) -> tuple[ProbabilisticActor, TensorDictModule]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from gymnasium.error import Error
-from safetensors import SafetensorError
 
-from tokenmdp.files import CheckpointError, recover_directory
+from tokenmdp.files import CheckpointError, check_digests, expand_home, recover_directory
 from tokenmdp.models.adapters import Adapter, cached_adapter, merge_adapter, read_adapter
+from tokenmdp.models.stored_sizes import check_stored_sizes
 from tokenmdp.models.tokens import toy_tokenizer
 
 if TYPE_CHECKING:
@@ -63,15 +63,21 @@ def resolve(kind: Kind, name: str) -> str:
 
     Unchanged stay hub names and `BUILT_IN` names, also where the working directory has a folder of that name.
 
+    Raises:
+        ModelNotFound: the name is empty.
+        ValueError: it begins with ``~`` and a user who does not exist.
+
     >>> resolve("prompts", "imdb-tiny").endswith("prompts.json"), resolve("policy", "lvwerra/gpt2-imdb")
     (True, 'lvwerra/gpt2-imdb')
     """
+    if not name.strip():
+        raise ModelNotFound(f"the name of the {_words(kind)} is empty; bundled: {_bundled(kind)}")
     bundled = ALIASES.get(name, {}).get(kind)
     if bundled is not None:
         return str(bundled)
     if name in BUILT_IN.get(kind, ()):
         return name
-    directory = recover_directory(Path(name).expanduser())
+    directory = recover_directory(expand_home(name))
     return str(directory.resolve()) if directory.is_dir() else name
 
 
@@ -178,7 +184,8 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
-        CheckpointError: the directory is damaged or holds another kind of model.
+        CheckpointError: the directory is damaged (a checkpoint's files are compared with their digests) or holds
+            another kind of model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -315,12 +322,18 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
     options["trust_remote_code"] = False  # left out, transformers asks on the terminal and runs the code after a "y"
     path = resolve(kind, name)
     if Path(path).is_dir():
+        check_digests(Path(path), below=False)
+        if kind != "tokenizer":
+            check_stored_sizes(Path(path))
         try:
             with quiet():
                 return loader(path, local_files_only=True, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except ImportError:
+            raise  # a package is missing, not a file
+        except Exception as error:  # of many types: tokenizers raises Exception itself for a damaged tokenizer.json
+            said = str(error).strip() or type(error).__name__
             raise CheckpointError(
-                f"cannot load a {_words(kind)} from {path}: {error}. It needs config.json, model.safetensors "
+                f"cannot load a {_words(kind)} from {path}: {said}. It needs config.json, model.safetensors "
                 "and the tokenizer files as save_pretrained writes them (pytorch_model.bin is not read); "
                 "restore a copy or save it again"
             ) from error

@@ -70,6 +70,21 @@ def growing_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int], fi
     return [decode(ids[:count]) for count in range(first, len(ids) + 1)]
 
 
+def check_text(text: str, place: str) -> None:
+    """Refuse a text that is not Unicode: half of a surrogate pair, or a byte that was not UTF-8 where it came from.
+
+    Raises:
+        ValueError: with ``place``, which says where the text is from.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, which no "
+            "tokenizer reads; write the whole character, or leave it out"
+        ) from error
+
+
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
 

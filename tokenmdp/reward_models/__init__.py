@@ -6,6 +6,7 @@ from tokenmdp.reward_models.classifier import HFRewardModel
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, toy_lexicon
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import RetokenizedRewardModel, readable_by
+from tokenmdp.reward_models.scaled import ScaledRewardModel
 
 __all__ = [
     "HFRewardModel",
@@ -13,6 +14,7 @@ __all__ = [
     "NonFiniteScore",
     "RetokenizedRewardModel",
     "RewardModel",
+    "ScaledRewardModel",
     "VocabularyMismatch",
     "load_reward_model",
     "readable_by",

@@ -153,9 +153,15 @@ class RewardModel(ABC):
     def _check(self, episodes: Episode, needs: frozenset[str], empty_responses: bool) -> None:
         if lacking := sorted(needs - self.provides):
             provided = ", ".join(sorted(self.provides)) or "nothing but the score"
+            online = (
+                "; `tokenmdp.wrappers.OnlinePrefixReward` pays the same numbers as red with any reward model"
+                if "prefix_scores" in lacking
+                else ""
+            )
             raise ValueError(
                 f"{self} does not provide {', '.join(lacking)} (it provides {provided}); use a reward model that does, "
-                "or UniformReward or SparseReward, which need the score only"
+                "or a method that needs less (`tokenmdp credits` lists what each needs), such as UniformReward or "
+                f"SparseReward, which need the score only{online}"
             )
         attention_mask, response_mask = episodes.attention_mask.bool(), episodes.response_mask.bool()
         empty = (~response_mask.any(-1)).nonzero()

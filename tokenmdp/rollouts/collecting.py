@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,21 +16,26 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.policy_attention import SampledAttention
+from tokenmdp.reward_models import LexiconRewardModel, RetokenizedRewardModel, ScaledRewardModel
 from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uniforms_for
 from tokenmdp.training.batches import by_length, row_lengths
 from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
-from tokenmdp.wrappers import find_credit_wrapper
+from tokenmdp.wrappers.base import check_above, find_credit_wrapper
+from tokenmdp.wrappers.layers import check_conversions, check_infos
 
 TEXT = ("input_ids", "attention_mask")  # of an observation
 ENVIRONMENT_KEYS = ("score", "n_tokens", "token_mask", "token_rewards")  # the rest of the last info is credit's report
+
+_warned_of_devices: set[str] = set()
 
 
 def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
     """The environment under the wrappers, if `collect` can use it.
 
     Raises:
-        gymnasium.error.Error: it resets rows by itself, or no credit wrapper gives token_rewards.
+        gymnasium.error.Error: it resets rows by itself, no credit wrapper gives token_rewards, or a wrapper converts
+            arrays or infos.
         TypeError: it is not a native TextGen vector environment.
     """
     base = envs.unwrapped
@@ -48,6 +54,7 @@ def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
             "the environment gives no token_rewards because no credit wrapper is on it; "
             "for plain RLHF wrap it: tokenmdp.wrappers.vector.SparseReward(envs)"
         )
+    check_conversions(envs, "an agent")
     return base
 
 
@@ -82,12 +89,16 @@ def collect(
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 
+    Raises:
+        ChangedReward: a wrapper has changed the rewards, which the token rewards do not follow.
+
     Returns:
         The rollout on the policy's device, without the columns that are padding in every row (so P and H may be less
         than the environment's), and metrics: score_mean, score_std, response_length, response_tokens, ended_by_eos, kl
         and the mean of every scalar that the credit wrapper reports (of the rows that get credit).
     """
     base = credited_envs(envs)
+    _warn_of_devices(base, policy)
     base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
     rows, num_rows = processes.rows(envs.num_envs), envs.num_envs * processes.size
@@ -125,6 +136,23 @@ def _share_prompts(envs: VectorEnv, drawn: dict[str, np.ndarray], group: int) ->
     return envs.reset(options=options)[0]
 
 
+def _warn_of_devices(base: TextGenVectorEnv, policy: CausalLMPolicy) -> None:
+    """Warn once per reward model if a classifier scores on the CPU what a policy writes on a GPU."""
+    model = scorer = base.task.reward_model
+    while isinstance(scorer, (RetokenizedRewardModel, ScaledRewardModel)):
+        scorer = scorer.inner
+    if policy.lm.device.type == "cpu" or scorer.device.type != "cpu" or isinstance(scorer, LexiconRewardModel):
+        return
+    if str(model) not in _warned_of_devices:
+        _warned_of_devices.add(str(model))
+        warnings.warn(
+            f"the policy is on {policy.lm.device} and the reward model {model} on the CPU, where scoring will take "
+            "most of the time; make the environment with reward_device='cuda', and with score_when='all_done' for "
+            "one call per batch",
+            stacklevel=3,
+        )
+
+
 def _play(
     envs: VectorEnv,
     policy: CausalLMPolicy,
@@ -153,6 +181,8 @@ def _play(
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
         )
         for step in decode(envs, policy, state, uniforms, reading, share_ended):
+            check_infos(step.info, "an agent")
+            check_above(envs, step.rewards)
             logprobs[step.rows, length], values[step.rows, length] = step.logprob, step.value
             if support is not None and step.support is not None:
                 support[step.rows, length] = step.support
@@ -237,10 +267,13 @@ def _check_finite(rollout: Rollout, credited_rows: int | None) -> None:
 
 
 def _keep(last_infos: dict[str, np.ndarray], info: dict[str, Any]) -> None:
-    """Copy the info of the rows that ended in this step; vector infos mark them with ``_key``."""
+    """Copy the numbers of the rows that ended in this step; vector infos mark them with ``_key``.
+
+    Other wrappers add dictionaries (RecordEpisodeStatistics), words and objects, which are no credit's report.
+    """
     for key, present in info.items():
-        if key.startswith("_"):
-            column = np.asarray(info[key[1:]])
+        column = info.get(key[1:]) if key.startswith("_") else None
+        if isinstance(column, np.ndarray) and column.dtype.kind in "biuf" and np.shape(present) == column.shape[:1]:
             last_infos.setdefault(key[1:], np.zeros_like(column))[present] = column[present]
 
 

@@ -12,16 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.files import BusyError, locked, recover_directory, write_text
+from tokenmdp.files import BusyError, locked, make_directory, recover_directory, write_text
 from tokenmdp.report.curves import read_metrics
+from tokenmdp.wording import count
 
 FORMAT = "tokenmdp-run"
+
+
+TAGS = {  # of TensorBoard, which shows a group for each prefix; the names are Stable-Baselines3's
+    "rollout": ("score_mean", "score_std", "kl", "response_length", "response_tokens", "ended_by_eos"),
+    "train": (
+        "loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm", "vf_grad_norm",
+        "explained_variance", "learning_rate", "kl_coef", "minibatches",
+    ),
+    "time": ("seconds", "tokens_per_second"),
+}  # fmt: skip
+OTHER_TAGS = "credit"  # what the credit method reports
+
+
+def tensorboard_tag(metric: str) -> str:
+    """The metric's name in TensorBoard, behind its group.
+
+    >>> tensorboard_tag("kl"), tensorboard_tag("loss"), tensorboard_tag("attention_mass")
+    ('rollout/kl', 'train/loss', 'credit/attention_mass')
+    """
+    return next((f"{group}/{metric}" for group, names in TAGS.items() if metric in names), f"{OTHER_TAGS}/{metric}")
 
 
 class RunError(RuntimeError):
@@ -92,13 +114,27 @@ class RunDirectory:
                     self.path.rmdir()
             raise
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write ``run.json``, if it does not exist."""
+    def claim(self, settings: Mapping[str, Any], threads: int) -> None:
+        """Write ``run.json``, if it does not exist; a run goes on with the threads with which it began."""
         if not self.record.exists():
-            write_text(self.record, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=2) + "\n")
+            record = {"format": FORMAT, "settings": dict(settings), "threads": threads}
+            write_text(self.record, json.dumps(record, indent=2) + "\n")
+
+    def threads(self) -> int | None:
+        """The threads with which the run began; None: an older version did not write them."""
+        threads = self._record().get("threads")
+        return threads if isinstance(threads, int) and threads > 0 else None
 
     def settings(self) -> dict[str, Any]:
         """The settings in ``run.json``.
+
+        Raises:
+            RunError: there is none, or another program wrote it.
+        """
+        return dict(self._record()["settings"])
+
+    def _record(self) -> dict[str, Any]:
+        """The content of ``run.json``.
 
         Raises:
             RunError: there is none, or another program wrote it.
@@ -121,29 +157,47 @@ class RunDirectory:
             or not isinstance(record.get("settings"), dict)
         ):
             raise RunError(f"{self.record} was written by another program; choose another directory")
-        return dict(record["settings"])
+        return record
 
-    def keep_metrics_up_to(self, update: int) -> list[dict[str, Any]]:
-        """Drop the records after ``update``, which the run is about to produce again; return the others."""
-        if not self.metrics.exists():
-            return []
+    def restore_metrics(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """Let ``metrics.jsonl`` hold exactly ``history``, the records of the checkpoint that the run goes on from.
+
+        Records after it, which the run is about to produce again, are dropped. A file that lacks records or has others
+        (a power cut, an editor, a partial copy) is written anew.
+
+        Returns:
+            What was wrong with the file, for the log; None: nothing.
+        """
+        wanted = [json.dumps(record) for record in history]  # as text: a NaN equals no NaN
+        if not self.metrics.exists() and not wanted:
+            return None
         try:
-            kept = [record for record in read_metrics(self.metrics) if record["update"] <= update]
-        except (ValueError, KeyError) as error:
-            raise RunError(f"{self.metrics} is damaged ({error}); delete it to go on without the old curve") from error
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return kept
+            found = [json.dumps(record) for record in read_metrics(self.metrics)]
+        except FileNotFoundError:
+            wrong = "is missing"
+        except (OSError, ValueError) as error:
+            wrong = f"is damaged ({error})"
+        else:
+            kept = found[: len(wanted)]
+            same = sum(map(operator.eq, kept, wanted))
+            wrong = "" if kept == wanted else f"has {same} of the {count(len(wanted), 'record')} as they were"
+            if found == wanted:
+                return None
+        write_text(self.metrics, "".join(f"{record}\n" for record in wanted))
+        return f"{self.metrics} {wrong}: written anew from the checkpoint's history" if wrong else None
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``; it is on disk when this returns."""
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def _probe(self) -> None:
         """Make the directory and write a file in it, so that an hour of work is not lost at the first checkpoint."""
         try:
             self._made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             handle, name = tempfile.mkstemp(dir=self.path, prefix=".probe.")
             os.close(handle)
             os.unlink(name)

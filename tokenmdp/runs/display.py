@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
@@ -11,10 +15,34 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenmdp.wording import clock
+from tokenmdp.wording import clock, visible
 
 LOG_SECONDS = 10.0  # at most one line in this time where the output is a file
 ECHO_SECONDS = 2.0  # within this time a second signal may be the first one, passed on by a launcher
+
+
+CLOSED_STATUS = 141  # 128 + SIGPIPE, as the shell reports programs whose output nobody reads any more
+
+
+class OutputClosed(SystemExit):
+    """Standard output was a pipe whose reader has ended, as in ``tokenmdp credits | head -1``."""
+
+    def __init__(self) -> None:
+        super().__init__(CLOSED_STATUS)
+
+
+class MessageConsole(Console):
+    """A console that shows control characters in messages as marks, and ends quietly when its reader does."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; paths and names are not markup, which would swallow "[b]", and cannot move the cursor."""
+        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls when the reader of a pipe has ended."""
+        self.quiet = True
+        discard_broken_output()
+        raise OutputClosed
 
 
 def make_console() -> Console:
@@ -23,8 +51,40 @@ def make_console() -> Console:
     A bare ``TERM=xterm``, usual in containers, counts as 16 colours, which would leave no shades in a heat map;
     terminals that call themselves so have shown 256 for twenty years.
     """
-    console = Console(markup=False)  # paths and names are not markup, which would swallow "[b]"
-    return Console(markup=False, color_system="256") if console.color_system == "standard" else console
+    console = MessageConsole(markup=False)
+    return MessageConsole(markup=False, color_system="256") if console.color_system == "standard" else console
+
+
+def accept_any_text() -> None:
+    r"""Let standard output and error write what their encoding lacks as ``\xe9`` instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_broken_output() -> None:
+    """Drop what standard output and error can no longer write, so that the interpreter does not complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _to_nowhere(stream)
+        except AttributeError:  # None: it was closed before the program began
+            pass
+
+
+def discard_terminal() -> None:
+    """Drop what is written to a terminal from now on: it is being closed, and writing would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and stream.isatty():
+            _to_nowhere(stream)
+
+
+def _to_nowhere(stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -86,8 +146,9 @@ class TrainingDisplay:
 
 
 class Interruption:
-    """Turns the first Ctrl-C (or a termination request) into a request to stop after the current update.
+    """Turns the first Ctrl-C into a request to stop after the current update.
 
+    So it does with a termination request and with the end of the terminal (SIGHUP, unless ``nohup`` ignores it).
     Stopping in the middle of an update would leave weights and optimizer half changed. A second Ctrl-C does stop at
     once; the run then resumes from the last checkpoint.
 
@@ -101,7 +162,10 @@ class Interruption:
         self.asked, self.asked_at = False, 0.0
 
     def __enter__(self) -> Interruption:
-        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(
@@ -111,6 +175,8 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if sys.platform != "win32" and number == signal.SIGHUP:
+            discard_terminal()
         if self.asked:
             if self.patient and time.monotonic() - self.asked_at < ECHO_SECONDS:
                 return

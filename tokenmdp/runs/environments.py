@@ -10,8 +10,9 @@ import gymnasium as gym
 import torch
 
 from tokenmdp.credit import CreditMethod
-from tokenmdp.envs.prompts import FILE_SUFFIXES, read_prompt_file
-from tokenmdp.models.loading import load_tokenizer, resolve
+from tokenmdp.envs.prompts import prompt_file, read_prompts
+from tokenmdp.envs.text_sets import has_split, name_split_column
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.reward_models.scores import read_score
 from tokenmdp.runs.credit_options import credit_method
 from tokenmdp.runs.settings import RunSettings
@@ -37,8 +38,8 @@ class PromptSplit(NamedTuple):
 def split_prompts(settings: RunSettings) -> PromptSplit:
     """Keep prompts for evaluation apart from those for training.
 
-    Lists (the bundle, a file): every fifth is held out. A data set ``name``: its split ``test``. Otherwise, and for
-    lists too short to split, both use the same prompts and the note says so.
+    Lists (the bundle, a file, a directory without a split ``test``): every fifth is held out. A data set ``name``: its
+    split ``test``. Otherwise, and for lists too short to split, both use the same prompts and the note says so.
     """
     source = settings.prompts
     if settings.eval_prompts is not None:
@@ -49,9 +50,8 @@ def split_prompts(settings: RunSettings) -> PromptSplit:
         return PromptSplit(
             None, None, "training prompts", f"evaluation uses the training prompts: the few of {settings.env}"
         )
-    path = Path(resolve("prompts", source))
-    if path.suffix in FILE_SUFFIXES and path.is_file():
-        prompts = read_prompt_file(path)
+    if prompt_file(source)[0] is not None or _without_test(source):
+        prompts, _ = read_prompts(source)
         if len(prompts) < FEWEST_TO_SPLIT:
             return PromptSplit(
                 prompts,
@@ -59,8 +59,8 @@ def split_prompts(settings: RunSettings) -> PromptSplit:
                 "training prompts",
                 f"evaluation uses the training prompts: {source} has {len(prompts)}",
             )
-        held_out = prompts[::HELD_OUT_EVERY]
-        training = [prompt for place, prompt in enumerate(prompts) if place % HELD_OUT_EVERY]
+        held_out = prompts.part(range(0, len(prompts), HELD_OUT_EVERY))
+        training = prompts.part(place for place in range(len(prompts)) if place % HELD_OUT_EVERY)
         return PromptSplit(
             training, held_out, "held-out prompts", f"{len(held_out)} of {len(prompts)} prompts held out for evaluation"
         )
@@ -68,6 +68,14 @@ def split_prompts(settings: RunSettings) -> PromptSplit:
         return PromptSplit(source, f"{source}:test", "held-out prompts", f"evaluation prompts: split test of {source}")
     return PromptSplit(
         source, source, "training prompts", f"evaluation uses the training prompts: {source} names one split"
+    )
+
+
+def _without_test(source: str) -> bool:
+    """Whether this is a directory with training texts and no split "test"."""
+    name, split, _ = name_split_column(source)
+    return (
+        ":" not in source and Path(name).is_dir() and has_split(Path(name), split) and not has_split(Path(name), "test")
     )
 
 

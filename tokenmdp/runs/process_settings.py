@@ -1,20 +1,31 @@
-"""Memory settings that are read only when a process starts.
+"""Settings of the process: memory and spinning, which are read only when it starts, and how many threads it takes.
 
 By default glibc gives large tensors back to the kernel at every free, and the page faults on the next allocation can
 take up to half of a training step on a CPU; the first two variables keep the memory. The third lets PyTorch ask the
-kernel for huge pages: reading a long cache of keys and values in small ones costs a third more time. The variables must
-be there before Python starts: the ``tokenmdp`` command therefore re-executes itself with them set. A program that
-uses the library is never re-executed; export the variables in the shell to have them there.
+kernel for huge pages: reading a long cache of keys and values in small ones costs a third more time. The last bounds
+how long OpenMP's threads spin while they wait for each other, which wastes the core of whatever else runs there. The
+variables must be there before Python starts: the ``tokenmdp`` command therefore re-executes itself with them set. A
+program that uses the library is never re-executed; export the variables in the shell to have them there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "THP_MEM_ALLOC_ENABLE": "1"}
+SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "GOMP_SPINCOUNT": "10000",
+}
+THREADS_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by the user, or by a launcher of several processes
+CGROUP = Path("/sys/fs/cgroup")
 REEXECUTED = "TOKENMDP_REEXECUTED"  # its presence ends the recursion
 
 
@@ -49,3 +60,45 @@ def describe(environ: Mapping[str, str]) -> str:
         return "allocator: system defaults"
     by_us = " (set by re-executing this command; --no-reexec turns that off)"
     return f"allocator: {present}{by_us if REEXECUTED in environ else ''}"
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: its affinity, or less where a control group has a quota."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = _quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def free_cores() -> int:
+    """Those of `allowed_cores` that were not busy during the last minute, at least 1."""
+    busy = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    return max(1, min(allowed_cores(), math.floor(allowed_cores() - busy + 0.5)))
+
+
+def thread_count(environ: Mapping[str, str], before: int | None) -> tuple[int | None, str]:
+    """How many threads PyTorch should take, and why; None: as it does by itself.
+
+    Args:
+        environ: `THREADS_CHOSEN` in it overrule everything.
+        before: threads with which the run began. Other threads add numbers in another order, so that a resumed run
+            would differ from an unbroken one in the last bits.
+    """
+    if chosen := [name for name in THREADS_CHOSEN if name in environ]:
+        return None, f"as {chosen[0]} says"
+    if before is not None:
+        return before, "as when the run began"
+    allowed, free = allowed_cores(), free_cores()
+    if free < allowed:
+        return free, f"the others of {allowed} cores are busy; OMP_NUM_THREADS chooses"
+    return None, ""
+
+
+def _quota() -> float | None:
+    """The quota of the control group in cores, version 2 or 1; None: there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if int(quota) < 0 else int(quota) / int(period)
+    return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenmdp.agents import DEFAULT_ALGORITHM, algorithm
+from tokenmdp.files import expand_home
 from tokenmdp.models.loading import ALIASES
 from tokenmdp.runs.credit_options import POLICIES
 
@@ -116,9 +116,12 @@ def agent_config(settings: RunSettings, updates: int) -> Any:
 
 def absolute_name(name: str | None) -> str | None:
     """An existing path made absolute, since a later command may run in another directory; other names as they are."""
-    if name is None or name in ALIASES or not Path(name).expanduser().exists():
+    if not name or name in ALIASES:
         return name
-    return str(Path(name).expanduser().resolve())
+    if expand_home(name).exists():
+        return str(expand_home(name).resolve())
+    file, colon, column = name.rpartition(":")  # FILE:COLUMN, DIR:SPLIT and DIR:SPLIT:COLUMN of prompts
+    return f"{absolute_name(file)}{colon}{column}" if file else name
 
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:

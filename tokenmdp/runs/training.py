@@ -27,8 +27,8 @@ from tokenmdp.evaluation.policies import (
 from tokenmdp.files import CheckpointError, write_text
 from tokenmdp.report import curves, heatmap
 from tokenmdp.runs import process_settings
-from tokenmdp.runs.directory import RunDirectory
-from tokenmdp.runs.display import Interruption, TrainingDisplay, make_console
+from tokenmdp.runs.directory import RunDirectory, tensorboard_tag
+from tokenmdp.runs.display import Interruption, OutputClosed, TrainingDisplay, make_console
 from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
 from tokenmdp.training.processes import launched, processes_of
@@ -90,7 +90,9 @@ def _train(
         before: Evaluation | None = None
         with processes.raise_together(), processes.whole_weights(agent.policy, agent.reference):
             if not processes.rank:
-                run.claim(settings_record(settings))  # only now, so that a failed set-up leaves no half-made run behind
+                run.claim(
+                    settings_record(settings), torch.get_num_threads()
+                )  # only now, so that a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
         if learn(run, agent, updates, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
@@ -118,8 +120,12 @@ def set_up(
         has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
     has_checkpoint = processes.broadcast(has_checkpoint)
     console.print(f"run directory: {run.path}", highlight=False)
+    threads, reason = process_settings.thread_count(os.environ, run.threads() if has_checkpoint else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    taken = f"{count(torch.get_num_threads(), 'thread')}{reason and f' ({reason})'}"
     console.print(
-        f"{process_settings.describe(os.environ)}; {count(torch.get_num_threads(), 'thread')}",
+        f"{process_settings.describe(os.environ)}; {taken}",
         style="dim",
         highlight=False,
         soft_wrap=True,
@@ -198,7 +204,8 @@ def learn(run: RunDirectory, agent: Agent, updates: int, checkpoint_every: int, 
     writer: SummaryWriter | None = None
     with processes.raise_together():
         if not processes.rank:
-            run.keep_metrics_up_to(done)
+            if wrong := run.restore_metrics(agent.history):
+                console.print(wrong, highlight=False, soft_wrap=True)
             writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
     if done >= updates:
         console.print(f"all {updates} updates are done; raise --updates to train further")
@@ -212,8 +219,11 @@ def learn(run: RunDirectory, agent: Agent, updates: int, checkpoint_every: int, 
                 run.append_metrics(metrics)
                 for key, value in metrics.items():
                     if key != "update":
-                        writer.add_scalar(key, value, metrics["update"])
-            display.show(metrics)
+                        writer.add_scalar(tensorboard_tag(key), value, metrics["update"])
+            try:
+                display.show(metrics)
+            except OutputClosed:  # nobody reads the log any more: save, then end
+                interruption.asked = True
         if agent.num_updates_done % checkpoint_every == 0:
             agent.save(run.checkpoint)
             saved = agent.num_updates_done

@@ -7,6 +7,7 @@ state/envs.json, state/history.json                 the environments' random num
 state/reference/                                    the frozen reference
 state/adapters.safetensors                          with LoRA: what learns, beside a frozen model, which is
 state/base/                                         here unless it is the reference
+state/sha256sums.txt                                a digest of every file above, compared when it is read
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from tokenmdp.files import (
+    DIGESTS,
     CheckpointError,
     atomic_directory,
+    check_digests,
     load_state,
     read_json,
     recover_directory,
     save_state,
+    write_digests,
     write_text,
 )
 from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
@@ -127,7 +131,7 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
             with atomic_directory(path) as new:
                 record = {"format": str(form), "config": asdict(agent.config)}
                 write_text(new / form.config_file, json.dumps(record, indent=2) + "\n")
-                envs.tokenizer.save_pretrained(new)
+                _save_tokenizer(envs.tokenizer, new)
                 if agent.config.lora_rank:
                     agent.policy.save_pretrained(new, merged_state(agent.policy, state))
                     frozen = new / "state" / ("reference" if adapters_off else "base")
@@ -140,10 +144,19 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
                 save_state(new / "state" / "trainer.safetensors", trainer)
                 write_text(new / "state" / "envs.json", json.dumps(rng_states))
                 write_text(new / "state" / "history.json", json.dumps(agent.history))
+                write_digests(new)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {path} ({error}); save to a writable directory"
             ) from error
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """With padding on the left, as `generate` of a causal language model needs it; the tokenizer stays as it is."""
+    tokenizer.save_pretrained(directory)
+    place = directory / "tokenizer_config.json"
+    config = json.loads(place.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    write_text(place, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> Checkpoint:
@@ -156,6 +169,8 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
     with processes.raise_together():
         if not processes.rank:  # it may rename, which one process can do
             recover_directory(path)
+            if not check_digests(path) and config_file.exists():
+                logger.warning("%s has no %s, so damage to its files would not be seen", path, DIGESTS)
     if not config_file.exists() and (path / "checkpoint" / form.config_file).exists():
         raise CheckpointError(
             f"{path} is a run of `tokenmdp train`; its checkpoint is {path / 'checkpoint'}: pass that"

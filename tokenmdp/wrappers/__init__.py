@@ -28,10 +28,12 @@ from tokenmdp.wrappers.base import (
     find_credit_wrapper,
     method_of,
 )
+from tokenmdp.wrappers.layers import ChangedReward, WrongPlace
 from tokenmdp.wrappers.online import PrefixLedger
 
 __all__ = [
     "AttentionCreditReward",
+    "ChangedReward",
     "CreditReward",
     "OffersOutcome",
     "OnlinePrefixReward",
@@ -39,6 +41,7 @@ __all__ = [
     "UniformReward",
     "UninformativeAttention",
     "UnreadTokenRewards",
+    "WrongPlace",
     "find_credit_wrapper",
 ]
 
@@ -61,6 +64,8 @@ class CreditReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment; the terminal info gains ``token_rewards`` and the credit method's report."""
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self._check_below(reward, info, terminated)
+        self.returned = reward
         if terminated and (outcome := self._due()) is not None:
             # Flags as Python bool: Gymnasium's vector infos turn np.bool_ into arrays of objects.
             info |= {
@@ -129,6 +134,11 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
         self._check_form(env)
         gym.Wrapper.__init__(self, env)
         self._bind(PrefixDifferenceCredit(credit_beta), needs=frozenset({"reward_calls"}))
+        if any(isinstance(layer, gym.wrappers.Autoreset) for layer in self._between):
+            raise WrongPlace(
+                "Autoreset below OnlinePrefixReward starts episodes whose prompts are never scored; put it outside: "
+                "Autoreset(OnlinePrefixReward(env))"
+            )
         self._ledger = PrefixLedger(env.unwrapped, 1, credit_beta)  # type: ignore[arg-type]  # _bind has checked it
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -140,14 +150,17 @@ class OnlinePrefixReward(CreditWrapper, gym.Wrapper, RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment; the reward is the token's own."""
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self._check_below(reward, info, terminated)
         if not terminated:
-            return obs, float(self._ledger.pay(ROW)[0]), terminated, truncated, info
+            self.returned = float(self._ledger.pay(ROW)[0])
+            return obs, self.returned, terminated, truncated, info
         reward = self._ledger.close(ROW, np.array([reward]), np.array([info["n_tokens"]]))[0]
         info["token_rewards"] = self._ledger.paid(ROW)[0]
         self._show(ROW, info["token_rewards"][None])
         if self.render_mode == "human":
             self.render()
-        return obs, float(reward), terminated, truncated, info
+        self.returned = float(reward)
+        return obs, self.returned, terminated, truncated, info
 
 
 ROW = np.array([0])  # a single environment is row 0 of one

@@ -18,6 +18,7 @@ from tokenmdp.credit import CreditMethod, Resources, make_credit
 from tokenmdp.credit.weights import NEARLY_UNIFORM
 from tokenmdp.envs.single import TokenEpisodes
 from tokenmdp.types import Outcome
+from tokenmdp.wrappers.layers import CHANGES_REWARDS, check_conversions, check_infos, check_rewards, layers
 
 UNREAD_EPISODES = 16  # more than a conformance check of any library plays, fewer than a first rollout
 EVALUATIONS = (  # modules whose functions play episodes and learn nothing
@@ -52,10 +53,13 @@ class CreditWrapper:
 
     Attributes:
         credit: the bound method.
+        returned: the reward of the last step as this wrapper returned it, a number or (N,); what arrives further out
+            is compared with it.
         readers: what reads token rewards in this process without meeting the environments, such as a replay buffer.
     """
 
     credit: CreditMethod
+    returned: Any
     readers: ClassVar[WeakSet[Any]] = WeakSet()
     env: Any
     _warned: ClassVar[bool] = False  # of unread episodes, once per process: a batch has many wrappers
@@ -103,7 +107,14 @@ class CreditWrapper:
                     "ask its reward model for it; use SparseReward or UniformReward, which need the score only"
                 )
             base.require(needs)
+        check_conversions(self.env, type(self).__name__)
         self.credit = credit
+        self.returned = None
+        self._between = list(layers(self.env))[:-1]
+        # A foreign environment may have rewards of its own beside the score.
+        self._checks_rewards = isinstance(base, TokenEpisodes) or any(
+            isinstance(layer, CHANGES_REWARDS) for layer in self._between
+        )
         self._unread = 0
         self._entropies: list[float] = []  # of the first rows of attention; empty once judged
         self._judged = False
@@ -132,6 +143,28 @@ class CreditWrapper:
             return outcome
         chosen = outcome.rows < self._credited_rows
         return outcome.take(chosen) if chosen.any() else None
+
+    def _check_below(self, rewards: Any, infos: Any, ended: bool = True) -> None:
+        """Refuse the rewards of a step that are not 0 and, where an episode ended in it, the score.
+
+        Args:
+            rewards: a number, or (N,).
+            infos: of the step; one dictionary.
+            ended: False: `outcome` is of an earlier step (a single environment that was reset by a wrapper).
+
+        Raises:
+            ChangedReward: a wrapper below has changed them.
+            WrongPlace: a wrapper below has converted the infos.
+        """
+        check_infos(infos, type(self).__name__)
+        if not self._checks_rewards:
+            return
+        outcome = self.env.unwrapped.outcome
+        expected = np.zeros(np.shape(rewards))
+        if outcome is not None and ended:
+            scores = outcome.reward.score.double().numpy()
+            expected[... if expected.ndim == 0 else outcome.rows.numpy()] = scores if expected.ndim else scores[0]
+        check_rewards(rewards, expected, self._between, f"below {type(self).__name__}")
 
     def _columns(self, outcome: Outcome) -> dict[str, np.ndarray]:
         """The credit of the rows that ended: ``token_rewards`` (n, H) float32 and the method's report (n,).
@@ -242,12 +275,19 @@ def _is_evaluation() -> bool:
 
 def find_credit_wrapper(env: Any) -> CreditWrapper | None:
     """The credit wrapper in a chain of wrappers, single or vector; None if there is none."""
-    while True:
-        if isinstance(env, CreditWrapper):
-            return env
-        if not isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper)):
-            return None
-        env = env.env
+    return next((layer for layer in layers(env) if isinstance(layer, CreditWrapper)), None)
+
+
+def check_above(env: Any, rewards: Any) -> None:
+    """Refuse the rewards of the last step of ``env`` that are not those that its credit wrapper returned.
+
+    Raises:
+        ChangedReward: a wrapper above the credit wrapper has changed them.
+    """
+    chain = list(layers(env))
+    for place, layer in enumerate(chain):
+        if isinstance(layer, CreditWrapper) and layer.returned is not None:
+            check_rewards(rewards, layer.returned, chain[:place], f"above {type(layer).__name__}")
 
 
 def method_of(credit: str | CreditMethod, options: dict[str, Any]) -> CreditMethod:

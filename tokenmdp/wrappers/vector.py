@@ -54,6 +54,8 @@ class CreditReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstructorArg
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; rows that ended gain ``token_rewards`` and the credit method's report."""
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self._check_below(rewards, infos)
+        self.returned = np.array(rewards)
         if (outcome := self._due()) is not None:
             where = np.zeros(self.num_envs, dtype=np.bool_)
             where[outcome.rows.numpy()] = True
@@ -131,6 +133,7 @@ class OnlinePrefixReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstruc
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; each row's reward is its token's own."""
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self._check_below(rewards, infos)
         waited, mode = self._ended, self.autoreset_mode
         goes_on = np.flatnonzero(~waited & ~terminations)
         if goes_on.size:
@@ -142,6 +145,7 @@ class OnlinePrefixReward(CreditWrapper, gym.vector.VectorWrapper, RecordConstruc
             token_rewards = self._ledger.paid(ended)
             final |= spread_columns({"token_rewards": token_rewards}, terminations)
             self._show(ended, token_rewards)
+        self.returned = np.array(rewards)
         if mode is AutoresetMode.DISABLED:
             self._ended = waited | terminations
         else:

@@ -16,7 +16,14 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
-from tokenmdp.interop.sb3.checks import begin_reading, check_token_rewards, earned, end_reading, of_steps
+from tokenmdp.interop.sb3.checks import (
+    StepRewards,
+    begin_reading,
+    check_token_rewards,
+    earned,
+    end_reading,
+    of_steps,
+)
 from tokenmdp.interop.sb3.kept_rows import KeptRows
 
 CutOff = Literal["complete", "drop"]
@@ -51,7 +58,8 @@ class TokenRewardCallback(BaseCallback):
     Raises:
         TypeError: the algorithm is not on-policy.
         ValueError: no credit wrapper, a TimeLimit, ``norm_obs=True``, a second TokenRewardCallback, one inside an
-            event callback such as EveryNTimesteps, steps outside of learn(), or ("drop") ``n_steps`` below the longest
+            event callback such as EveryNTimesteps, steps outside of learn(), rewards that a wrapper has changed
+            (`ChangedReward`; VecNormalize may scale them), or ("drop") ``n_steps`` below the longest
             episode or too few rows to train on; in "complete" mode a short ``n_steps`` is a warning.
 
     >>> from stable_baselines3 import PPO
@@ -100,12 +108,14 @@ class TokenRewardCallback(BaseCallback):
             )
         check_token_rewards(self.training_env)
         begin_reading(self.training_env, self.logger)
+        self._stepped = StepRewards(self.training_env, self.model.get_vec_normalize_env())
 
     def _on_rollout_start(self) -> None:
         self._ended.clear()
         self._forget_kept_rows()
 
     def _on_step(self) -> bool:
+        self._stepped.add(*(self.locals[name] for name in ("rewards", "dones", "infos")))
         for env in np.flatnonzero(self.locals["dones"]).tolist():
             info = self.locals["infos"][env]
             rewards = earned(info, env)
@@ -190,7 +200,8 @@ class TokenRewardCallback(BaseCallback):
             masked = self.locals.get("use_masking", False)
             masks = {"action_masks": np.stack(envs.env_method("action_masks"))} if masked else {}
             actions, state = model.predict(obs, state=state, episode_start=starts, **masks)
-            obs, _, starts, infos = envs.step(actions)
+            obs, rewards, starts, infos = envs.step(actions)
+            self._stepped.add(rewards, starts, infos)
             steps += 1
             for env in np.flatnonzero(starts & waiting).tolist():
                 token_rewards = earned(infos[env], env)
@@ -204,6 +215,7 @@ class TokenRewardCallback(BaseCallback):
     def _reset(self) -> None:
         """Start the next rollout with new episodes everywhere."""
         model: Any = self.model
+        self._stepped.clear()
         model._last_obs = self.training_env.reset()
         model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=np.bool_)
         if self._recurrent:

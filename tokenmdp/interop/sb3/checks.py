@@ -9,11 +9,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from tokenmdp.interop.reading import TIME_LIMIT, mark_token_rewards_read
 from tokenmdp.interop.sb3.vec_env import GymVectorToSB3
 from tokenmdp.wrappers.base import CreditWrapper
+from tokenmdp.wrappers.layers import SCALING, ChangedReward, check_episode, layers, same_rewards, suspects
 
 # The value of `token_rewards_read` in environments of other processes before a learn() that has not ended yet.
 _BEFORE_LEARNING: WeakKeyDictionary[VecEnv, list[bool]] = WeakKeyDictionary()
@@ -112,6 +114,58 @@ def of_steps(token_rewards: np.ndarray, steps: int, row: int) -> np.ndarray:
             "recorded: something else has stepped or reset the environment; evaluate with environments of their own"
         )
     return token_rewards[len(token_rewards) - steps :]
+
+
+class StepRewards:
+    """The rewards of the running episode of each environment, to see at its end that no wrapper has changed them.
+
+    Args:
+        envs: as the algorithm steps them.
+        normalizer: the VecNormalize among their wrappers, whose scaling token rewards share.
+    """
+
+    def __init__(self, envs: VecEnv, normalizer: VecNormalize | None) -> None:
+        self._envs, self._normalizer = envs, normalizer
+        self._rewards: list[list[float]] = [[] for _ in range(envs.num_envs)]
+
+    def add(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """One step of every environment: rewards (N,) and dones (N,) as they arrived, and the infos.
+
+        Raises:
+            ChangedReward: the rewards of an episode that ended are not its score, or what OnlinePrefixReward pays.
+        """
+        if self._normalizer is not None:
+            original = self._normalizer.get_original_reward()
+            outside = [layer for layer in _vec_wrappers(self._envs) if not isinstance(layer, VecNormalize)]
+            names = " or ".join(type(layer).__name__ for layer in outside) or "something"
+            if not same_rewards(rewards, self._normalizer.normalize_reward(original)).all():
+                raise ChangedReward(f"{names} has changed the rewards that VecNormalize returned. {SCALING}")
+            rewards = original
+        for env, (reward, done) in enumerate(zip(rewards, dones, strict=True)):
+            self._rewards[env].append(float(reward))
+            if done:
+                stepped, token_rewards = self._rewards[env], earned(infos[env], env)
+                self._rewards[env] = []
+                known = stepped[-len(token_rewards) :]
+                check_episode(known, float(infos[env]["score"]), token_rewards, self._changers)
+
+    def clear(self) -> None:
+        """All environments start new episodes."""
+        for rewards in self._rewards:
+            rewards.clear()
+
+    def _changers(self) -> str:
+        """The names of the wrappers that may have changed the rewards."""
+        envs, base = self._envs, self._envs.unwrapped
+        outside = [
+            type(layer).__name__ for layer in _vec_wrappers(envs) if not isinstance(layer, VecNormalize | VecMonitor)
+        ]
+        if isinstance(base, DummyVecEnv | GymVectorToSB3):
+            chain = layers(base.envs[0] if isinstance(base, DummyVecEnv) else base.envs)
+            outside.append(suspects(layer for layer in chain if not isinstance(layer, CreditWrapper | Monitor)))
+        else:
+            outside.append(f"a wrapper in {envs.env_method('__str__', indices=0)[0]}")
+        return " or ".join(outside)
 
 
 def _vec_wrappers(envs: VecEnv) -> Iterator[VecEnvWrapper]:

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from tokenmdp.interop.sb3.checks import check_normalization, earned, of_steps
 from tokenmdp.wrappers.base import CreditWrapper
+from tokenmdp.wrappers.layers import check_episode
 
 
 class Transition(NamedTuple):
@@ -21,6 +22,7 @@ class Transition(NamedTuple):
     obs: dict[str, np.ndarray]
     next_obs: dict[str, np.ndarray]
     action: np.ndarray
+    reward: float  # of the step
 
 
 class TokenRewardReplayBuffer(DictReplayBuffer):
@@ -57,7 +59,8 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
     Raises:
         ValueError: an episode ended without token rewards, or by a TimeLimit; VecNormalize with ``norm_obs=True``;
             a sample is asked for before an episode has ended; steps outside of learn(); another number of
-            environments while episodes are open; ``n_steps`` below 1, or above it without ``gamma``.
+            environments while episodes are open; ``n_steps`` below 1, or above it without ``gamma``; rewards that a
+            wrapper has changed (`ChangedReward`).
 
     >>> from stable_baselines3 import DQN
     >>> from stable_baselines3.common.env_util import make_vec_env
@@ -106,7 +109,7 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """One step of every environment; ``reward`` is not used, the terminal info's token rewards are."""
+        """One step of every environment; the terminal info's token rewards take the place of ``reward``."""
         if len(infos) != len(self._open):
             if self.num_open_rows:
                 raise ValueError(
@@ -118,9 +121,12 @@ class TokenRewardReplayBuffer(DictReplayBuffer):
         for env, rows in enumerate(self._open):
             if rows and any((after[0] != obs[key][env]).any() for key, after in rows[-1].next_obs.items()):
                 rows.clear()  # reset in mid-episode: what was recorded never ends
-            rows.append(Transition(_take(obs, env), _take(next_obs, env), action[env : env + 1].copy()))
+            taken = action[env : env + 1].copy()
+            rows.append(Transition(_take(obs, env), _take(next_obs, env), taken, float(reward[env])))
             if done[env]:
-                self._insert(rows, of_steps(earned(infos[env], env), len(rows), env))
+                token_rewards = of_steps(earned(infos[env], env), len(rows), env)
+                check_episode([row.reward for row in rows], float(infos[env]["score"]), token_rewards)
+                self._insert(rows, token_rewards)
                 rows.clear()
 
     def sample(  # type: ignore[override]

@@ -12,6 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+from tokenmdp.wrappers.layers import check_conversions
+
 ROW_BY_ROW = frozenset({"render", "get_rng_state"})  # methods whose lists and tuples have one entry per row
 
 
@@ -33,6 +35,7 @@ class GymVectorToSB3(VecEnv):
 
     Raises:
         ValueError: another autoreset mode.
+        WrongPlace: a wrapper converts arrays or infos.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("tokenmdp:TextGen-Toy-v0", num_envs=2, autoreset_mode="SameStep")
@@ -49,6 +52,7 @@ class GymVectorToSB3(VecEnv):
                 f"{type(envs).__name__} is not a gymnasium.vector.VectorEnv; single environments go into SB3's "
                 "DummyVecEnv"
             )
+        check_conversions(envs, "GymVectorToSB3")
         mode = envs.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -59,7 +63,7 @@ class GymVectorToSB3(VecEnv):
         self._actions = np.zeros(envs.num_envs, dtype=np.int64)
         self._returns = np.zeros(envs.num_envs, dtype=np.float64)
         self._lengths = np.zeros(envs.num_envs, dtype=np.int64)
-        self._started = time.time()
+        self._started = time.monotonic()
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> Any:
@@ -147,7 +151,7 @@ class GymVectorToSB3(VecEnv):
 
     def _statistics(self, row: int) -> dict[str, Any]:
         """The entry that `Monitor` adds for an episode."""
-        seconds = round(time.time() - self._started, 6)
+        seconds = round(time.monotonic() - self._started, 6)
         return {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": seconds}
 
     def _batch_options(self) -> dict[str, Any] | None:
@@ -190,8 +194,17 @@ def _row(infos: dict[str, Any], row: int) -> dict[str, Any]:
         if key.startswith("_") or not infos.get(f"_{key}", np.zeros(row + 1, dtype=np.bool_))[row]:
             continue
         if isinstance(column, dict):
-            info[key] = {name: values[row] for name, values in column.items() if not name.startswith("_")}
+            info[key] = _entries(column, row)
         else:
             value = column[row]
             info[key] = bool(value) if isinstance(value, np.bool_) else value
     return info
+
+
+def _entries(columns: dict[str, Any], row: int) -> dict[str, Any]:
+    """One row of a dictionary of columns, which may hold further ones."""
+    return {
+        name: _entries(values, row) if isinstance(values, dict) else values[row]
+        for name, values in columns.items()
+        if not name.startswith("_")
+    }

@@ -1,0 +1,174 @@
+"""Signals, closed pipes, terminals of little skill, and paths with control characters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from doubles import TOY
+
+from tokenmdp.cli import main
+from tokenmdp.runs.display import MessageConsole
+from tokenmdp.wording import visible
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+SMOKE = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec"]
+COMMAND = [sys.executable, "-m", "tokenmdp"]
+
+
+def start(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}
+    return subprocess.Popen([*COMMAND, *arguments], env=environment, **options)
+
+
+def updates_of(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM"])
+def test_a_signal_saves(number, tmp_path):
+    out = tmp_path / "run"
+    with start(*SMOKE, "--updates", "2000", "--out", str(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        while updates_of(out / "metrics.jsonl") < 3 and run.poll() is None:
+            time.sleep(0.1)
+        run.send_signal(signal.Signals[number])
+        said = run.communicate(timeout=120)[0].decode()
+    assert run.returncode == 130, said
+    assert "Traceback" not in said
+    saved = json.loads((out / "checkpoint" / "state" / "history.json").read_text())
+    assert len(saved) == updates_of(out / "metrics.jsonl") >= 3
+
+
+@posix
+@pytest.mark.slow
+def test_nohup_overrules_the_end_of_the_terminal(tmp_path):
+    out = tmp_path / "run"
+    ignoring = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    with start(
+        *SMOKE,
+        "--updates",
+        "6",
+        "--out",
+        str(out),
+        preexec_fn=ignoring,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as run:
+        while updates_of(out / "metrics.jsonl") < 1 and run.poll() is None:
+            time.sleep(0.1)
+        run.send_signal(signal.SIGHUP)
+        said = run.communicate(timeout=120)[0].decode()
+    assert run.returncode == 0, said
+    assert updates_of(out / "metrics.jsonl") == 6
+
+
+@posix
+@pytest.mark.slow
+def test_a_closed_pipe_ends_quietly_and_training_saves_first(tmp_path):
+    for arguments in (["credits"], ["--help"], ["score", "a good film", "--reward-model", "toy-lexicon"]):
+        reader, writer = os.pipe()
+        os.close(reader)  # nobody reads
+        run = start(*arguments, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        said = run.communicate(timeout=120)[1].decode()
+        assert (run.returncode, said) == (141, ""), (arguments, said)
+    out = tmp_path / "run"
+    run = start(*SMOKE, "--updates", "2000", "--out", str(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while updates_of(out / "metrics.jsonl") < 1 and run.poll() is None:
+        time.sleep(0.1)
+    run.stdout.close()
+    said = run.stderr.read().decode()
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+    assert run.wait(timeout=180) in (130, 141)
+    assert len(json.loads((out / "checkpoint" / "state" / "history.json").read_text())) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_terminals_that_lack_characters(encoding):
+    for text, status in (("a good film, naïve ↵ 映画", 0), ("\udcff", 2)):
+        run = start(
+            "score", text, "--reward-model", "imdb-tiny",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment={"PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        out, error = run.communicate(timeout=120)
+        assert run.returncode == status, error
+        assert b"Traceback" not in error
+        (out + error).decode(encoding)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mred", "bell\x07", "two\nlines\x9b2J"])
+def test_control_characters_of_a_path_are_shown(name, tmp_path, capsys):
+    assert main([*SMOKE, "--updates", "1", "--out", str(tmp_path / "run"), "--policy", f"./{name}"]) == 2
+    said = capsys.readouterr().err
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
+    assert "no such directory" in said
+    MessageConsole(markup=False).print(f"run directory: {tmp_path}/{name}")
+    assert not {"\x1b", "\x07", "\x9b"} & set(capsys.readouterr().out)
+
+
+def test_visible_keeps_what_can_be_read():
+    assert visible("naïve 映画\n\ttab \x00\ud800") == "naïve 映画\n\ttab \\x00\\ud800"
+
+
+BAD_RESETS = [
+    {"seed": [7, 8, -1]}, {"seed": [7, "8", 9]}, {"seed": [1.5, 2, 3]}, {"seed": -1}, {"seed": "7"}, {"seed": [1, 2]},
+    {"options": "x"}, {"options": ["prompt"]}, {"options": 3},
+    {"seed": [4, 5, 6], "options": {"prompt": [None, "a", 7]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", BAD_RESETS, ids=str)
+def test_a_refused_reset_changes_no_row(arguments):
+    envs = gym.make_vec(TOY, num_envs=3)
+    envs.reset(seed=0)
+    envs.step(np.array([1, 2, 3]))
+    before, text = envs.unwrapped.get_rng_state(), envs.unwrapped._observe()["input_ids"]
+    with pytest.raises((gym.error.Error, ValueError)):
+        envs.reset(**arguments)
+    assert envs.unwrapped.get_rng_state() == before
+    assert (envs.unwrapped._observe()["input_ids"] == text).all()
+
+
+@pytest.mark.parametrize("options", ["x", ["prompt"], 3])
+def test_options_of_a_single_environment(options):
+    env = gym.make(TOY, disable_env_checker=True).unwrapped
+    with pytest.raises(ValueError, match=r"options is .* pass a dictionary"):
+        env.reset(options=options)
+
+
+def test_the_clock_may_be_set_back(monkeypatch):
+    pytest.importorskip("sb3_contrib")
+    from tokenmdp.interop.sb3 import GymVectorToSB3
+
+    venv = GymVectorToSB3(gym.make_vec(TOY, num_envs=1, autoreset_mode="SameStep"))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    venv.reset()
+    infos = venv.step(np.array([venv.envs.unwrapped.eos_token_id]))[3]
+    assert infos[0]["episode"]["t"] >= 0
+
+
+@pytest.mark.parametrize("directory", [".", "./", "/", "..", "", " ", "~nobody-of-this-name/x"])
+def test_directories_without_a_name(directory, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", "a good film", "--reward-model", directory]) == 2
+    said = capsys.readouterr().err
+    assert "empty name" not in said
+    assert any(part in said for part in ("cannot load", "is empty", "home directory", "no config", "holds no"))
+
+
+def test_the_current_directory_may_be_a_model(monkeypatch, capsys):
+    from tokenmdp.models.loading import resolve
+
+    monkeypatch.chdir(resolve("reward_model", "imdb-tiny"))
+    for name in (".", "./", "../reward_model"):
+        assert main(["score", "a good film", "--reward-model", name]) == 0
+    assert "score" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+"""Threads follow what is free: affinity, quota and load; what the user chose stands; a resumed run keeps its own."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from tokenmdp.cli import main
+from tokenmdp.runs import process_settings
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity and control groups of Linux")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    def of(cores, load=0.0, **files):
+        for name, content in files.items():
+            path = tmp_path / name.replace("__", "/").replace("_max", ".max").replace("cpu_cfs", "cpu.cfs")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        monkeypatch.setattr(process_settings, "CGROUP", tmp_path)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+
+    return of
+
+
+@linux
+@pytest.mark.parametrize(
+    ("cores", "load", "files", "allowed", "free"),
+    [
+        (8, 0.1, {}, 8, 8),
+        (8, 3.0, {}, 8, 5),
+        (2, 1.1, {}, 2, 1),
+        (2, 40.0, {}, 2, 1),
+        (8, 0.0, {"cpu_max": "200000 100000\n"}, 2, 2),
+        (8, 0.0, {"cpu_max": "max 100000\n"}, 8, 8),
+        (8, 0.0, {"cpu_max": "50000 100000\n"}, 1, 1),
+        (8, 0.0, {"cpu_max": "nonsense"}, 8, 8),
+        (8, 1.0, {"cpu__cpu_cfs_quota_us": "400000\n", "cpu__cpu_cfs_period_us": "100000\n"}, 4, 3),
+        (8, 0.0, {"cpu__cpu_cfs_quota_us": "-1\n", "cpu__cpu_cfs_period_us": "100000\n"}, 8, 8),
+    ],
+)
+def test_what_is_free(cores, load, files, allowed, free, machine):
+    machine(cores, load, **files)
+    assert (process_settings.allowed_cores(), process_settings.free_cores()) == (allowed, free)
+
+
+@linux
+def test_who_decides(machine):
+    machine(4, load=2.0)
+    assert process_settings.thread_count({}, None)[0] == 2
+    assert process_settings.thread_count({}, 3) == (3, "as when the run began")
+    assert process_settings.thread_count({"OMP_NUM_THREADS": "4"}, 3) == (None, "as OMP_NUM_THREADS says")
+    assert process_settings.thread_count({"MKL_NUM_THREADS": "4"}, None) == (None, "as MKL_NUM_THREADS says")
+    machine(4, load=0.2)
+    assert process_settings.thread_count({}, None) == (None, "")
+
+
+def test_the_log_says_so_and_the_run_keeps_it(tmp_path, capsys):
+    run = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec", "--out"]
+    assert main([*run, str(tmp_path / "run"), "--updates", "1"]) == 0
+    assert "thread" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] >= 1
+    assert main([*run, str(tmp_path / "run"), "--updates", "2"]) == 0
+
+
+def test_spinning_is_bounded():
+    assert process_settings.SETTINGS["GOMP_SPINCOUNT"] == "10000"

@@ -1,0 +1,259 @@
+"""Texts from files: .txt, .json, .jsonl, .csv and .parquet, with the place of each, for messages.
+
+A row is a text or a list of token ids. In rows that have columns (JSON objects, .csv, .parquet) the column ``prompt``
+holds prompts, else ``text`` holds texts whose openings are prompts; any other column is given by its name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from tokenmdp.models.tokens import check_text
+
+FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+PROMPT, TEXT = "prompt", "text"
+LINE_END = re.compile("\r\n|\n|\r")  # str.splitlines also splits at form feeds and U+2028, which belong to a text
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+DELIMITERS = ",;\t"
+MISSING = ("NAType", "NaTType")  # of pandas
+CHAT = "a chat (a list of messages); give one text, as tokenizer.apply_chat_template(..., tokenize=False) makes it"
+
+
+class Prompts(list[Any]):
+    """Prompts, or texts whose openings are prompts, each with its place, such as "line 3 of prompts.txt".
+
+    Args:
+        values: texts or lists of token ids.
+        places: as many.
+        openings: the first tokens of a text are the prompt, not all of it.
+    """
+
+    def __init__(self, values: Iterable[Any] = (), places: Iterable[str] = (), openings: bool = False) -> None:
+        super().__init__(values)
+        self.places, self.openings = list(places), openings
+
+    def part(self, chosen: Iterable[int]) -> Prompts:
+        """Those with the indices ``chosen``."""
+        chosen = list(chosen)
+        return Prompts([self[index] for index in chosen], [self.places[index] for index in chosen], self.openings)
+
+
+def read_rows(path: Path, column: str | None = None) -> Prompts:
+    """The rows of a file; blank lines of a ``.txt`` or ``.jsonl`` file are none.
+
+    Args:
+        path: JSON holds a list, or ``{"prompts": [...]}``; each line of a JSONL file holds one row.
+        column: Of rows that have columns; None: ``prompt``, else ``text``.
+
+    Raises:
+        ValueError: another kind of file, a damaged one, or a row that is no text; the message names the row.
+    """
+    if path.suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{path} is a file, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
+    if path.suffix == ".parquet":
+        return _parquet_rows([path], column)
+    text = read_text(path)
+    if path.suffix == ".csv":
+        return _csv_rows(text, path, column)
+    if path.suffix == ".json":
+        content = _parsed(text, str(path))
+        found = content.get("prompts") if isinstance(content, dict) else content
+        if not isinstance(found, list):
+            keys = f" with the keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, dict) else ""
+            raise ValueError(
+                f"{path} holds {_kind(content)}{keys}; a list of prompts or {{'prompts': [...]}} is needed"
+            )
+        return checked_rows(found, [f"row {number} of {path}" for number in range(1, len(found) + 1)], column)
+    lines = [(f"line {number} of {path}", line.removeprefix("\ufeff")) for number, line in enumerate(_lines(text), 1)]
+    lines = [(place, line) for place, line in lines if line.strip()]
+    rows = [line if path.suffix == ".txt" else _parsed(line, place) for place, line in lines]
+    return checked_rows(rows, [place for place, _ in lines], column)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 where a byte order mark says so.
+
+    Raises:
+        ValueError: it is in another encoding; the message names the line.
+    """
+    content = path.read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    save = "save it as UTF-8 (in an editor: Save as, Encoding; on the command line: iconv -f ENCODING -t UTF-8)"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode(encoding, errors="replace")
+        raise ValueError(
+            f"line {_line_of(before)} of {path} is not {encoding.upper()} (byte {content[error.start]:#04x}, "
+            f"{error.start} bytes from the start); {save}"
+        ) from error
+    if "\0" in text:
+        raise ValueError(
+            f"line {_line_of(text[: text.index(chr(0))])} of {path} holds a NUL character: a binary "
+            f"file, or UTF-16 without a byte order mark; {save}"
+        )
+    return text
+
+
+def _line_of(before: str) -> int:
+    """The number of the line that follows ``before``."""
+    return len(LINE_END.findall(before)) + 1
+
+
+def _lines(text: str) -> list[str]:
+    lines = LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(
+            f"{place} is nested too deeply to be read; a prompt is a text or a list of token ids"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({error})") from error
+
+
+def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
+    """Rows of a table whose first line names the columns, separated by commas, semicolons or tabs."""
+    for delimiter in DELIMITERS:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows, places, line = [], [], 1
+        try:
+            names = reader.fieldnames or []
+            if (column is None and not {PROMPT, TEXT} & set(names)) or (column is not None and column not in names):
+                continue
+            for row in reader:
+                rows.append(row)
+                places.append(f"line {line + 1} of {path}")
+                line = reader.line_num
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {path} is not CSV ({error})") from error
+        return checked_rows(rows, places, column)
+    first = next(csv.reader(io.StringIO(text, newline="")), [])
+    raise ValueError(lacking(str(path), first, column))
+
+
+def _parquet_rows(files: Sequence[Path], column: str | None) -> Prompts:
+    """The rows of parquet files, one after the other."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise gym.error.DependencyNotInstalled(
+            f"{files[0]} is read with pyarrow: run `pip install 'tokenmdp[datasets]'`"
+        ) from error
+    values: list[Any] = []
+    places: list[str] = []
+    openings = False
+    for file in files:
+        try:
+            names = list(parquet.read_schema(file).names)
+            name, openings = column_of(names, column, str(file))
+            found = parquet.read_table(file, columns=[name]).column(0).to_pylist()
+        except ArrowException as error:
+            raise ValueError(f"{file} is not a parquet file, or a damaged one ({error})") from error
+        values += found
+        places += [f"row {number} of {file}" for number in range(1, len(found) + 1)]
+    return checked(values, places, openings)
+
+
+def column_of(names: Sequence[str], column: str | None, where: str) -> tuple[str, bool]:
+    """The column to read, and whether the openings of its texts are the prompts.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    for name, openings in ((PROMPT, False), (TEXT, True)) if column is None else ((column, False),):
+        if name in names:
+            return name, openings
+    raise ValueError(lacking(where, names, column))
+
+
+def lacking(where: str, names: Sequence[str], column: str | None) -> str:
+    """The message for rows without the column that is needed."""
+    wanted = f"{PROMPT!r} (prompts) or {TEXT!r} (texts to take openings of)" if column is None else repr(column)
+    example = f"; for another column add its name: {where}:NAME" if column is None else ""
+    return f"{where} has the columns {', '.join(map(repr, names)) or 'none'}; {wanted} is needed{example}"
+
+
+def checked_rows(rows: Sequence[Any], places: Sequence[str], column: str | None) -> Prompts:
+    """Rows of a file, or of a list, as prompts; those that are objects give their column.
+
+    Raises:
+        ValueError: a row is neither a text nor a list of token ids, or lacks the column.
+    """
+    values, texts = [], 0
+    for row, place in zip(rows, places, strict=True):
+        if isinstance(row, Mapping):
+            if "role" in row or "messages" in row:
+                raise ValueError(f"{place} is {CHAT}")
+            name, openings = column_of(list(row), column, place)
+            texts += openings
+            row = row[name]
+        values.append(row)
+    if texts not in (0, len(values)):
+        raise ValueError(
+            f"{places[0].partition(' of ')[2] or 'the list'} mixes rows of {TEXT!r} with other rows; name the column, "
+            "or put all prompts into one"
+        )
+    return checked(values, places, texts > 0)
+
+
+def checked(values: Sequence[Any], places: Sequence[str], openings: bool = False) -> Prompts:
+    """Values as prompts.
+
+    Raises:
+        ValueError: one is neither a text nor a list of token ids; the message names its place.
+    """
+    rows: list[Any] = []
+    for value, place in zip(values, places, strict=True):
+        if isinstance(value, str):
+            check_text(value, place)
+            rows.append(str(value))
+        elif isinstance(value, (np.ndarray, list, tuple)) and len(value) and not isinstance(value[0], Integral):
+            chat = isinstance(value[0], Mapping)
+            raise ValueError(
+                f"{place} is {CHAT if chat else f'a list of {_kind(value[0])}; give one text, or token ids'}"
+            )
+        elif isinstance(value, (np.ndarray, list, tuple)) and not openings:
+            rows.append([_token(token, place) for token in value])
+        else:
+            raise ValueError(
+                f"{place} is {_kind(value)}; a prompt is a text{'' if openings else ' or a list of token ids'}: leave "
+                "the row out or mend it"
+            )
+    return Prompts(rows, places, openings)
+
+
+def _token(token: Any, place: str) -> int:
+    if isinstance(token, (bool, np.bool_)) or not isinstance(token, Integral):
+        raise ValueError(f"{place} holds {token!r} among its token ids; each is a whole number")
+    return int(token)
+
+
+def _kind(value: Any) -> str:
+    """Words for something that is no text."""
+    if value is None or type(value).__name__ in MISSING or (isinstance(value, float) and value != value):
+        return f"{'null' if value is None else value} (a missing text)"
+    kinds = {dict: "an object", list: "a list", bool: "a truth value", bytes: "bytes, not text"}
+    shown = repr(value) if isinstance(value, (int, float)) else ""
+    return f"{kinds.get(type(value), f'a {type(value).__name__}')}{f' ({shown})' if shown else ''}"
