@@ -280,7 +280,7 @@ def test_another_vocabulary_of_the_same_size_names_the_first_token_that_differs(
 
 
 def test_fewer_rows_than_tokens_is_refused():
-    with pytest.raises(VocabularyMismatch, match=r"30 embedding rows, fewer than the 32 tokens"):
+    with pytest.raises(VocabularyMismatch, match=r"30 embedding rows, fewer than the 32 ids"):
         HFRewardModel(gpt2(vocab_size=30, pad=None), toy_tokenizer())
 
 
