@@ -125,7 +125,7 @@ def load_evaluation(path: Path) -> Evaluation:
         record = json.loads(path.read_text(encoding="utf-8"))
         evaluation = Evaluation(**record)
         return replace(evaluation, samples=[Sample(**sample) for sample in record["samples"]])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (RecursionError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} holds no evaluation ({error}); delete it and it is made anew") from error
 
 

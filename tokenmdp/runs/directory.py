@@ -147,7 +147,7 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error}){hint}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"{self.record} is damaged ({error}); move {self.path} away, or use its checkpoint/ directory directly"
             ) from error
@@ -175,7 +175,7 @@ class RunDirectory:
             found = [json.dumps(record) for record in read_metrics(self.metrics)]
         except FileNotFoundError:
             wrong = "is missing"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             wrong = f"is damaged ({error})"
         else:
             kept = found[: len(wanted)]
