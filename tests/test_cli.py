@@ -287,7 +287,6 @@ def test_no_resume_refuses_an_existing_run(copy, error):
     [
         ("run.json", "{", "run.json is damaged"),
         ("run.json", '{"format": "x"}', "written by another program"),
-        ("metrics.jsonl", "x\n{}\n", "metrics.jsonl is damaged"),
         ("before.json", "{", "delete it and it is made anew"),
         ("checkpoint/state/trainer.safetensors", "x", "cannot be continued"),
         ("checkpoint/model.safetensors", "x", "cannot be continued"),

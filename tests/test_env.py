@@ -363,7 +363,7 @@ def test_stepping_without_an_episode_asks_for_a_reset():
         ("", ValueError, r"options\['prompt'\] is empty"),
         ([], ValueError, "is empty"),
         ("this movie is so very good", ValueError, "6 tokens and max_prompt_tokens is 4"),
-        (3, TypeError, "is 3; a prompt is a text or a list of token ids"),
+        (3, TypeError, "is 3; a prompt is a text, a chat or a list of token ids"),
     ],
 )
 def test_bad_prompts_at_reset(prompt, error, message):

@@ -322,6 +322,7 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot read .*nowhere/ppo_config.json"):
         PPO.load(tmp_path / "nowhere", make_envs())
     config = checkpoint / "ppo_config.json"
+    (checkpoint / "state" / "sha256sums.txt").unlink()  # which would only say that the file has changed
     config.write_text('{"format": "other"}')
     with pytest.raises(CheckpointError, match=r"has format .other. and this version reads .tokenmdp-ppo-2"):
         PPO.load(checkpoint, make_envs())
@@ -332,6 +333,7 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
 
 def test_a_checkpoint_of_another_device_goes_on_and_says_what_differs(checkpoint, caplog):
     file = checkpoint / "state" / "trainer.safetensors"
+    (checkpoint / "state" / "sha256sums.txt").unlink()
     save_state(file, load_state(file) | {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)})
     agent = PPO.load(checkpoint, make_envs(), learning_rate=5e-4).learn(1)
     assert "saved on cuda" in caplog.text

@@ -76,9 +76,7 @@ BAD_FILES = {
         (b'{"prompt": true}', "line 1 of .* is a truth value"),
         (b'{"prompt": {"a": "b"}}', "line 1 of .* is an object"),
         (b'{"prompt": ["the film", "a movie"]}', "line 1 of .* is a list of a str"),
-        (b'{"prompt": [{"role": "user", "content": "the film"}]}', "line 1 of .* a chat .*apply_chat_template"),
-        (b'{"messages": [{"role": "user", "content": "the film"}]}', "line 1 of .* a chat"),
-        (b'[{"role": "user", "content": "the film"}]', "line 1 of .* a chat"),
+        (b'{"role": "user", "content": "the film"}', "line 1 of .* is a message of a chat"),
         (b'{"prompt": [1, 2.5]}', "line 1 of .* 2.5 among its token ids"),
         (b'{"prompt": [1, null]}', "line 1 of .* None among its token ids"),
         (b'{"question": "the film"}', "line 1 of .* has the columns 'question'.*'prompt'"),
@@ -119,6 +117,15 @@ def test_bad_rows_are_named(name, content, message, tmp_path):
         return
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("row", ['{"prompt": %s}', '{"messages": %s}', "%s"])
+def test_a_chat_in_a_file_is_a_prompt_where_the_tokenizer_has_a_template(row, tmp_path, encoder):
+    chat = [{"role": "user", "content": "the film"}]
+    (tmp_path / "p.jsonl").write_text(row % json.dumps(chat))
+    assert read_rows(tmp_path / "p.jsonl") == [chat]
+    with pytest.raises(ValueError, match=r"line 1 of .*p.jsonl is a chat and .* has no chat template"):
+        prompt_source(str(tmp_path / "p.jsonl"), encoder, (1, 2))
 
 
 @pytest.mark.parametrize(

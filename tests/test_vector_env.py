@@ -222,7 +222,7 @@ def test_a_partial_reset_draws_as_the_single_environment_would():
         ({"reset_mask": np.ones(3, dtype=bool)}, ValueError, r"shape \(2,\)"),
         ({"reset_mask": np.ones(2)}, ValueError, "bool array"),
         ({"reset_mask": np.zeros(2, dtype=bool)}, ValueError, "selects no row"),
-        ({"prompt": ["a"]}, ValueError, "list of 2, one a row"),
+        ({"prompt": ["a"]}, ValueError, "list of 2, one per row"),
         ({"prompt": ["a", ""]}, ValueError, "is empty"),
         ({"prompt": ["a", "this movie is so very good"]}, ValueError, "6 tokens and max_prompt_tokens is 4"),
     ],
@@ -248,7 +248,7 @@ def test_a_waiting_score_is_not_lost_by_a_partial_reset():
     [
         (np.array([1, 32]), "row 1: action 32 is not a token id; legal ids are 0..31"),
         (np.array([-1, 1]), "row 0: action -1"),
-        (np.array([1.0, 2.0]), "dtype float64; one integer token id a row"),
+        (np.array([1.0, 2.0]), "dtype float64; one integer token id per row"),
         (np.array([True, False]), "dtype bool"),
         (np.array([1]), r"shape \(1,\)"),
         (np.array([[1], [2]]), r"shape \(2, 1\)"),

@@ -32,6 +32,7 @@ from tokenmdp.evaluation.credit_quality import (
 from tokenmdp.evaluation.credit_quality.texts import Text as Tokens
 from tokenmdp.evaluation.credit_quality.texts import encode, episodes_of, text_of
 from tokenmdp.files import write_text
+from tokenmdp.models.encoding import is_chat
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import token_pieces
 from tokenmdp.report import comparison
@@ -167,6 +168,9 @@ def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) 
     """The texts of a file, or the policy's responses to prompts held out of training; and what to call them."""
     if arguments.texts is not None:
         rows = read_rows(arguments.texts)
+        for row, place in zip(rows, rows.places, strict=True):
+            if not isinstance(row, str):
+                raise ValueError(f"{place} is {'a chat' if is_chat(row) else 'a list of ids'}; give one text")
         rows = rows.part(range(min(arguments.num, len(rows))))
         given = [encode(tokenizer, text, place=place) for text, place in zip(rows, rows.places, strict=True)]
         if len(given) < 2:

@@ -69,11 +69,11 @@ class Encoder:
         if isinstance(prompt, str):
             check_text(prompt, name)
         if isinstance(prompt, str) and self.chat:
-            ids = chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+            ids = chat_ids(self.tokenizer, [{"role": "user", "content": prompt}], name)
         elif isinstance(prompt, str):
             ids = opening_ids(self.tokenizer, prompt, self.start)
         elif is_chat(prompt):
-            ids = chat_ids(self.tokenizer, prompt)  # type: ignore[arg-type]
+            ids = chat_ids(self.tokenizer, prompt, name)  # type: ignore[arg-type]
         else:
             ids = self._ids(prompt, name)  # type: ignore[arg-type]
         self._check(ids)

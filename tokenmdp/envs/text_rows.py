@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from tokenmdp.models.encoding import is_chat
 from tokenmdp.models.tokens import check_text
 
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
@@ -33,14 +34,13 @@ BYTE_ORDER_MARKS = {
 }
 DELIMITERS = ",;\t"
 MISSING = ("NAType", "NaTType")  # of pandas
-CHAT = "a chat (a list of messages); give one text, as tokenizer.apply_chat_template(..., tokenize=False) makes it"
 
 
 class Prompts(list[Any]):
     """Prompts, or texts whose openings are prompts, each with its place, such as "line 3 of prompts.txt".
 
     Args:
-        values: texts or lists of token ids.
+        values: texts, chats (lists of messages) or lists of token ids.
         places: as many.
         openings: the first tokens of a text are the prompt, not all of it.
     """
@@ -199,14 +199,15 @@ def checked_rows(rows: Sequence[Any], places: Sequence[str], column: str | None)
     """Rows of a file, or of a list, as prompts; those that are objects give their column.
 
     Raises:
-        ValueError: a row is neither a text nor a list of token ids, or lacks the column.
+        ValueError: a row is neither a text, a chat nor a list of token ids, or lacks the column.
     """
     values, texts = [], 0
     for row, place in zip(rows, places, strict=True):
         if isinstance(row, Mapping):
-            if "role" in row or "messages" in row:
-                raise ValueError(f"{place} is {CHAT}")
-            name, openings = column_of(list(row), column, place)
+            if "role" in row:
+                raise ValueError(f"{place} is a message of a chat; make a list of the messages, or one text")
+            chat = column is None and PROMPT not in row and "messages" in row
+            name, openings = ("messages", False) if chat else column_of(list(row), column, place)
             texts += openings
             row = row[name]
         values.append(row)
@@ -222,18 +223,17 @@ def checked(values: Sequence[Any], places: Sequence[str], openings: bool = False
     """Values as prompts.
 
     Raises:
-        ValueError: one is neither a text nor a list of token ids; the message names its place.
+        ValueError: one is neither a text, a chat nor a list of token ids; the message names its place.
     """
     rows: list[Any] = []
     for value, place in zip(values, places, strict=True):
         if isinstance(value, str):
             check_text(value, place)
             rows.append(str(value))
+        elif is_chat(value) and not openings:
+            rows.append([dict(message) for message in value])
         elif isinstance(value, (np.ndarray, list, tuple)) and len(value) and not isinstance(value[0], Integral):
-            chat = isinstance(value[0], Mapping)
-            raise ValueError(
-                f"{place} is {CHAT if chat else f'a list of {_kind(value[0])}; give one text, or token ids'}"
-            )
+            raise ValueError(f"{place} is a list of {_kind(value[0])}; give one text, a chat or token ids")
         elif isinstance(value, (np.ndarray, list, tuple)) and not openings:
             rows.append([_token(token, place) for token in value])
         else:

@@ -83,21 +83,29 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], name: str = "the prompt"
+) -> list[int]:
     """The ids of a chat up to where the assistant writes on, by the tokenizer's chat template.
 
     Raises:
         ValueError: the tokenizer has no template, or the template refuses the messages.
     """
-    return plain_ids(tokenizer, _render(tokenizer, messages))
+    return plain_ids(tokenizer, _render(tokenizer, messages, name=name))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, ended: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ended: bool = False,
+    name: str = "the text",
+) -> str:
     goes_on = messages[-1]["role"] == "assistant" and not ended
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template; pass texts, or set tokenizer.chat_template to the one "
-            "that the model was trained with"
+            f"{name} is a chat and {type(tokenizer).__name__} has no chat template; pass texts, or set "
+            "tokenizer.chat_template to the one that the model was trained with"
         )
     from jinja2 import TemplateError
 
