@@ -46,7 +46,6 @@ def spoil(model, key, value=float("nan")):
         (gpt2, "transformer.h.0.mlp.c_fc.bias", float("inf")),
         (llama, "model.layers.0.self_attn.q_proj.weight", float("nan")),
     ],
-    ids=str,
 )
 def test_a_policy_with_one_such_weight_is_refused_by_its_name(make, key, value, tmp_path):
     with pytest.raises(ValueError, match=rf"weight {key} in which 1 of"):

@@ -22,7 +22,7 @@ from transformers import (
 
 import tokenmdp  # noqa: F401  registers the environments
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.envs.prompts import read_prompt_file
+from tokenmdp.envs.text_rows import read_rows
 from tokenmdp.models.loading import load_causal_lm, load_tokenizer, resolve
 from tokenmdp.reward_models import HFRewardModel, RewardModel
 from tokenmdp.reward_models.loading import load_reward_model
@@ -108,7 +108,7 @@ def make_prompts(shape: Shape) -> list[list[int]]:
     """Token ids, all of the shape's length: bundled prompts, or random ids, none of which ends a text."""
     if shape.bundled:
         encode = load_tokenizer("imdb-tiny").encode
-        encoded = [encode(text) for text in read_prompt_file(Path(resolve("prompts", "imdb-tiny")))]
+        encoded = [encode(text) for text in read_rows(Path(resolve("prompts", "imdb-tiny")))]
         return [ids for ids in encoded if len(ids) == shape.prompt_tokens]
     ids = np.random.default_rng(0).integers(1, shape.vocab_size, (NUM_PROMPTS, shape.prompt_tokens))
     return ids.tolist()
