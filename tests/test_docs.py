@@ -23,6 +23,7 @@ PAGES = (
     "docs/contract.md",
     "docs/credit.md",
     "docs/critic.md",
+    "docs/preferences.md",
     "docs/processes_and_memory.md",
     "docs/study.md",
     "tokenmdp/assets/imdb/README.md",

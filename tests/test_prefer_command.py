@@ -149,6 +149,7 @@ def test_a_person_compares_in_the_terminal_and_goes_on_later(run, tmp_path, monk
         ({"judge": "imdb-gold"}, "the first that differs is id 0"),  # a model of another vocabulary
         ({"error_rate": 1.5}, "error_rate is 1.5"),
         ({"temperature": 0}, "temperature is 0.0"),
+        ({"prompts": "nothing.txt"}, "no file"),
     ],
 )
 def test_what_cannot_be_is_refused(run, tmp_path, options, message):

@@ -313,6 +313,13 @@ def test_chats_are_written_by_the_template(tmp_path, chat_tokenizer):
         read_preferences(tmp_path / "chat.jsonl", TOY)
 
 
+def test_ratings_rank(tmp_path):
+    row = {"prompt": "the film was", "responses": [" dull", " great", " good"], "scores": [3, 9, 3]}
+    (record,) = read_preferences(lines(tmp_path / "rated.jsonl", row), TOY)
+    assert record.ranks == (2, 1, 2)
+    assert [(one.chosen, one.score_rejected) for one in record.comparisons()] == [(" great", 3.0)] * 2
+
+
 def test_json_parquet_and_directories(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="run `pip install 'tokenmdp[datasets]'`")
     import pyarrow

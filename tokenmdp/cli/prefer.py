@@ -37,7 +37,7 @@ from tokenmdp.preferences import (
     terminal,
     write_records,
 )
-from tokenmdp.preferences.growing import read_progress, record_of
+from tokenmdp.preferences.growing import check_finished, read_progress, record_of
 from tokenmdp.reward_models import load_reward_model, readable_by
 from tokenmdp.reward_models.retokenized import PLAIN
 from tokenmdp.rollouts.groups import sample_groups
@@ -225,6 +225,7 @@ def _questionnaire(out: Path) -> Questionnaire:
     path = _beside(out, ".groups.jsonl")
     if not path.exists():
         raise OtherPairs(f"there are no pairs {path} to ask about; pass the --out of the command that wrote the page")
+    check_finished(path)
     groups = read_groups(path)
     settings = read_progress(record_of(path))["settings"]
     return Questionnaire.draw(groups, settings["seed"], min(settings["ask_twice"], len(groups)))

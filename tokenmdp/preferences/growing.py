@@ -42,6 +42,8 @@ class GrowingFile:
     def open(self) -> Iterator[bool]:
         """Hold the file for the block, cut to its whole batches; whether there were some.
 
+        A block that fails before its first batch leaves no file.
+
         Raises:
             OtherSettings: it was made with other settings, or by something else.
             BusyError: another process writes it.
@@ -68,7 +70,12 @@ class GrowingFile:
                 if self.path.stat().st_size > self._bytes:  # a batch that was not finished
                     os.truncate(self.path, self._bytes)
                 self._save()
-                yield known
+                try:
+                    yield known
+                finally:
+                    if not self.done:
+                        self.path.unlink()
+                        self.record.unlink()
         except BusyError as error:
             raise BusyError(
                 f"another process writes {self.path}; wait until it ends, or choose another --out"

@@ -1,7 +1,7 @@
 """Comparisons of others: Hugging Face data sets, local files and directories, with or without token ids.
 
-A row has ``chosen`` and ``rejected``, and ``prompt`` unless it is implicit; or ``prompt``, ``responses`` and ``ranks``.
-Texts are strings, or chats: lists of ``{"role": ..., "content": ...}``.
+A row has ``chosen`` and ``rejected``, and ``prompt`` unless it is implicit; or ``prompt``, ``responses`` and ``ranks``,
+or ratings in ``scores`` that rank them. Texts are strings, or chats: lists of ``{"role": ..., "content": ...}``.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ class _Reader:
                 f"{where} has no column {' and no column '.join(missing)}; it has {', '.join(row)}. A comparison needs "
                 "chosen and rejected (and prompt, unless it is their shared start), a ranking prompt, responses, ranks"
             )
+        if names != TEXTS and row.get("ranks") is None and row.get("scores"):
+            row = {**row, "ranks": [1 + sum(other > one for other in row["scores"]) for one in row["scores"]]}
         ids = ids_in(row, names, where)
         if set(ids) == set(names):
             self.with_ids += 1
