@@ -145,7 +145,12 @@ def _settings(arguments: Prefer) -> tuple[str, RunSettings]:
     policy, tokenizer = absolute_name(name) or name, absolute_name(settings.tokenizer) or settings.tokenizer
     device = resolve_device(arguments.device)
     # The environment only has the texts written: a word list scores them, which costs nothing. The judge reads later.
-    plain = {"reward_model": f"lexicon:{tokenizer}", "credit": "sparse", "credit_options": {}, "align": None}
+    plain: dict[str, Any] = {
+        "reward_model": f"lexicon:{tokenizer}",
+        "credit": "sparse",
+        "credit_options": {},
+        "align": None,
+    }
     return policy, replace(
         settings, policy=policy, tokenizer=tokenizer, device=device, reward_template=None, **plain, **given
     )

@@ -165,7 +165,7 @@ def build_record(row: Mapping[str, Any], texts: Mapping[str, Any], ids: Mapping[
     try:
         facts: dict[str, Any] = {name: row[name] for name in FACTS if row.get(name)}
         if "responses" not in texts:
-            numbers = {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
+            numbers: dict[str, Any] = {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
             return Comparison(**texts, **{f"{name}_ids": value for name, value in ids.items()}, **numbers, **facts)
         whole: dict[str, Any] = {
             "prompt": texts["prompt"],

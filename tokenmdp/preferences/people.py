@@ -184,8 +184,10 @@ def join(questionnaire: Questionnaire, people: Sequence[Answers]) -> Joined:
             told.setdefault(question.group, []).append(
                 (person.annotator, None if best is None else int(best), answer.at)
             )
-    own, others = [], []
-    comparisons, ties = [], 0
+    own: list[bool] = []
+    others: list[bool] = []
+    comparisons: list[Comparison] = []
+    ties = 0
     for group, answers in sorted(told.items()):
         for (who, best, _), (who_else, other, _) in combinations(answers, 2):
             (own if who == who_else else others).append(best == other)

@@ -168,6 +168,7 @@ class _Reader:
         prompt_ids, *ids = [self._ids(text, where) for text in (prompt, *texts)]
         if not chat:
             ids = [self._ended(one) for one in ids]
+        parts: tuple[dict[str, Any], dict[str, Any]]
         if many:
             parts = {"prompt": prompt, "responses": texts}, {"prompt": prompt_ids, "responses": ids}
         else:
