@@ -17,6 +17,7 @@ from tokenmdp.agents.base import AgentConfig
 from tokenmdp.cli.ablate import plan_options
 from tokenmdp.cli.eval import Eval
 from tokenmdp.cli.options import DEFAULT, descriptions
+from tokenmdp.cli.prefer import Prefer
 from tokenmdp.cli.quality import Quality
 from tokenmdp.cli.sample import SampleOptions
 from tokenmdp.cli.score import Score
@@ -54,7 +55,10 @@ def tables() -> dict[str, str]:
     """Name of a table in the page -> its Markdown."""
     shared = {field.name for field in fields(AgentConfig)}
     own = {name: table(algorithm(name).config_class, shared) for name in ALGORITHMS}
-    commands = {"sample": SampleOptions, "score": Score, "eval": Eval, "quality": Quality, "ablate": plan_options()}
+    commands = {
+        "sample": SampleOptions, "score": Score, "prefer": Prefer, "eval": Eval, "quality": Quality,
+        "ablate": plan_options(),
+    }  # fmt: skip
     return {
         "train": table(preset_options()),
         "every algorithm": table(AgentConfig, SET_APART),

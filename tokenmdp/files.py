@@ -277,13 +277,13 @@ def _digest(file: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the directory ``path`` for the block, which no other process can do meanwhile.
+    """Hold the directory or file ``path`` for the block, which no other process can do meanwhile.
 
-    Where directories cannot be locked (Windows, some network file systems) nothing is held, and the last of two writers
+    Where they cannot be locked (Windows, some network file systems) nothing is held, and the last of two writers
     wins.
 
     Args:
-        path: an existing directory.
+        path: an existing directory, or a file that is not replaced meanwhile.
         wait: until another process releases it; a killed process does so too.
 
     Raises:

@@ -27,12 +27,13 @@ COMMANDS = {
     "train": "train a policy against a reward model, then show what changed",
     "sample": "write texts with a policy, each token tinted by its credit",
     "score": "the score of a text and the credit of each token",
+    "prefer": "sample responses, ask a model or a person which is better, and write the comparisons",
     "eval": "evaluate a run's policy before and after training again",
     "credits": "list the credit methods: what each does, promises and needs",
     "quality": "measure where each method's credit lands, with intervals and costs",
     "ablate": "compare credit methods over seeds, with statistics and a page",
 }
-RESUMABLE = ("train", "ablate")
+RESUMABLE = ("train", "prefer", "ablate")
 
 
 def installed_version() -> str:

@@ -99,26 +99,33 @@ def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
     return run, settings
 
 
+def open_source(source: str) -> tuple[str, RunSettings]:
+    """The policy of a run and its settings; of any other model, the settings of the preset quick with it.
+
+    Raises:
+        RunError: a directory that holds neither, or a run without a checkpoint.
+    """
+    if (Path(source) / "run.json").exists():
+        run, settings = open_run(Path(source))
+        return str(run.checkpoint), settings
+    files = ("config.json", "adapter_config.json")
+    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
+        raise RunError(
+            f"{source} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
+            "its checkpoint/, or a directory that save_pretrained wrote"
+        )
+    quick = PRESETS["quick"].settings
+    return source, replace(
+        quick, tokenizer=source, policy=source, credit="attention", credit_beta=default_beta("attention")
+    )
+
+
 def sample(arguments: SampleOptions) -> int:
     """Write texts with a policy and show the credit of each token."""
     console = make_console()
     if arguments.num < 1:
         raise ValueError(f"--num is {arguments.num}; it must be at least 1")
-    if (Path(arguments.source) / "run.json").exists():
-        run, settings = open_run(Path(arguments.source))
-        name = str(run.checkpoint)
-    else:
-        name = arguments.source
-        files = ("config.json", "adapter_config.json")
-        if Path(name).is_dir() and not any((Path(name) / file).exists() for file in files):
-            raise RunError(
-                f"{name} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
-                "its checkpoint/, or a directory that save_pretrained wrote"
-            )
-        quick = PRESETS["quick"].settings
-        settings = replace(
-            quick, tokenizer=name, policy=name, credit="attention", credit_beta=default_beta("attention")
-        )
+    name, settings = open_source(arguments.source)
     device = resolve_device(arguments.device)
     given: dict[str, Any] = {
         "credit": arguments.credit,

@@ -85,6 +85,29 @@ def check_text(text: str, place: str) -> None:
         ) from error
 
 
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]
+) -> tuple[str, list[str]]:
+    """The text of a prompt, and the text that each response adds to it, without the end-of-text token at its end.
+
+    Prompt + response is the decoded whole, unless a character of several bytes is cut in two by the prompt's end.
+
+    >>> response_texts(toy_tokenizer(), [1, 20], [[6, 30], [7]])
+    ('a great', [' film', ' story'])
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    prompt = decode(prompt_ids)
+    texts = []
+    for ids in responses_ids:
+        written = list(ids[:-1]) if len(ids) and ids[-1] == tokenizer.eos_token_id else list(ids)
+        whole = decode([*prompt_ids, *written])
+        texts.append(whole[len(prompt) :] if whole.startswith(prompt) else decode(written))
+    return prompt, texts
+
+
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """32 symbols for TextGen-Toy-v0: 29 words separated by blanks, then <unk>, <eos> and <pad>.
 
