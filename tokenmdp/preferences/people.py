@@ -180,10 +180,9 @@ def join(questionnaire: Questionnaire, people: Sequence[Answers]) -> Joined:
                 skipped += 1
                 continue
             question = questionnaire.questions[answer.question]
-            best = None if answer.choice == "tie" else (answer.choice == "B") != question.swapped
-            told.setdefault(question.group, []).append(
-                (person.annotator, None if best is None else int(best), answer.at)
-            )
+            second = (answer.choice == "B") != question.swapped
+            best = None if answer.choice == "tie" else int(second)
+            told.setdefault(question.group, []).append((person.annotator, best, answer.at))
     own: list[bool] = []
     others: list[bool] = []
     comparisons: list[Comparison] = []
