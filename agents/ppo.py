@@ -68,11 +68,6 @@ class PPO(Agent):
     config_class = PPOConfig
     format = Format("ppo", 2)  # 2: the value head has a learning rate of its own
     norms = ("grad_norm", "vf_grad_norm")
-    presets = {
-        # Two epochs take three fifths of the time of four, and larger steps compensate.
-        "quick": {"learning_rate": 6e-5, "kl_coef": 0.38, "update_epochs": 2},
-        "smoke": {"learning_rate": 3e-3, "kl_coef": 0.5},
-    }
     config: PPOConfig
 
     def check(self) -> None:

@@ -53,10 +53,6 @@ class RLOO(Agent):
     config_class = RLOOConfig
     format = Format("rloo", 1)
     uses_credit = False
-    presets = {
-        "quick": {"learning_rate": 6e-5, "kl_coef": 0.38, "update_epochs": 2},
-        "smoke": {"learning_rate": 3e-3, "kl_coef": 0.5},
-    }
     config: RLOOConfig
 
     def check(self) -> None:

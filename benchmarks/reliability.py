@@ -110,7 +110,11 @@ def quiet_end(out: Path, updates: int) -> bool:
     if status == 0:
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return records == history(out) and len(records) == updates
-    return status == 2 and "error: " in said.getvalue() and "please report" not in said.getvalue()
+    message = said.getvalue()
+    fine = status == 2 and message.count("error: ") == 1 and "please report" not in message
+    if not fine:
+        print(f"  status {status}: {message[-500:]}")
+    return fine
 
 
 def full_disks(folder: Path, tries: int) -> Iterator[bool]:

@@ -37,15 +37,18 @@ def table(options: Any, left_out: Collection[str] = ()) -> str:
             continue
         value = field.default if isinstance(options, type) else getattr(options, field.name)
         text, own = described[field.name], DEFAULT.search(described[field.name])
-        flag = f"--no-{field.name}" if value is True else f"--{field.name}"
-        lines.append(f"| `{flag.replace('_', '-')}` | {own[1] if own else shown(value)} | {DEFAULT.sub('', text)} |")
+        flag = f"--{field.name}".replace("_", "-")
+        names = f"`{flag}`, `--no-{flag[2:]}`" if isinstance(value, bool) else f"`{flag}`"
+        lines.append(f"| {names} | {own[1] if own else shown(value)} | {DEFAULT.sub('', text)} |")
     return "\n".join(lines)
 
 
 def shown(value: Any) -> str:
     """A default as the page writes it."""
-    if value is None or value is MISSING or isinstance(value, bool) or value == ():
+    if value is None or value is MISSING or value in ((), ""):
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(f"`{one}`" for one in value)
     return f"`{value}`"

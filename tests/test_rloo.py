@@ -128,6 +128,17 @@ def test_learning_raises_the_score_and_leaves_the_value_head_alone():
     assert not agent.policy.value_head.weight.any()
 
 
+def test_adapters_alone_learn():
+    pytest.importorskip("peft", reason="adapters need peft")
+    agent = make_agent(lora_rank=2, learning_rate=1e-2)
+    before = {name: weight.clone() for name, weight in agent.policy.named_parameters()}
+    agent.learn(2)
+    changed = {name for name, weight in agent.policy.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert agent.history[-1]["kl"] != 0
+
+
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_envs=6 is not a multiple of responses_per_prompt=4"):
         make_agent(make_envs(6))

@@ -248,6 +248,8 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
         (["--learning-rates", "missing.json"], "missing.json"),
         (["--report-only"], "holds no study"),
         (["--plan", "missing.json"], "--plan missing.json cannot be read"),
+        (["--plan=missing.json"], "--plan missing.json cannot be read"),
+        (["--plan", "rates.json", "--preset", "smoke"], "--preset is smoke; leave out one of them"),
         (["--plan", "text.json"], "--plan text.json has no object; it is a JSON object of adam_eps, align"),
         (["--plan", "rates.json"], "--plan rates.json has sparse; it is a JSON object of adam_eps"),
         (["--reward-models", "no-such-model"], "no-such-model"),
@@ -257,7 +259,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(words, message, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rates.json").write_text('{"sparse": 1e-3}')
     (tmp_path / "text.json").write_text("[]")
-    preset = [] if "--preset" in words else ["--preset", "smoke"]
+    preset = [] if "--preset" in words or "--plan" in words[0] else ["--preset", "smoke"]
     assert cli.main(["ablate", *preset, "--out", "study", "--device", "cpu", *words]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from tokenmdp.cli import main
 from tokenmdp.runs import process_settings
@@ -21,6 +22,7 @@ def machine(monkeypatch, tmp_path):
             path.write_text(content)
         monkeypatch.setattr(process_settings, "CGROUP", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
 
     return of
@@ -38,7 +40,8 @@ def machine(monkeypatch, tmp_path):
         (8, 0.0, {"cpu_max": "max 100000\n"}, 8, 8),
         (8, 0.0, {"cpu_max": "50000 100000\n"}, 1, 1),
         (8, 0.0, {"cpu_max": "nonsense"}, 8, 8),
-        (8, 1.0, {"cpu__cpu_cfs_quota_us": "400000\n", "cpu__cpu_cfs_period_us": "100000\n"}, 4, 3),
+        (8, 1.0, {"cpu__cpu_cfs_quota_us": "400000\n", "cpu__cpu_cfs_period_us": "100000\n"}, 4, 4),
+        (8, 6.0, {"cpu_max": "400000 100000\n"}, 4, 2),
         (8, 0.0, {"cpu__cpu_cfs_quota_us": "-1\n", "cpu__cpu_cfs_period_us": "100000\n"}, 8, 8),
     ],
 )
@@ -58,12 +61,21 @@ def test_who_decides(machine):
     assert process_settings.thread_count({}, None) == (None, "")
 
 
-def test_the_log_says_so_and_the_run_keeps_it(tmp_path, capsys):
+def test_the_log_says_so_and_the_run_keeps_it(tmp_path, capsys, monkeypatch):
+    for name in process_settings.THREADS_CHOSEN:
+        monkeypatch.delenv(name, raising=False)
     run = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec", "--out"]
     assert main([*run, str(tmp_path / "run"), "--updates", "1"]) == 0
     assert "thread" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] >= 1
-    assert main([*run, str(tmp_path / "run"), "--updates", "2"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["threads"] >= 1
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"threads": 3}))
+    before = torch.get_num_threads()
+    try:
+        assert main([*run, str(tmp_path / "run"), "--updates", "2"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert "3 threads (as when the run began)" in capsys.readouterr().out
 
 
 def test_spinning_is_bounded():

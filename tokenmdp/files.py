@@ -201,7 +201,7 @@ def load_state(path: str | Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error}; delete it to start afresh or restore a copy") from error
     try:
         packed = json.loads(metadata["state"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is a safetensors file without saved state ({error!r}): was it written by another program?"
         ) from error
@@ -231,12 +231,13 @@ def write_digests(directory: Path) -> None:
     write_text(directory / DIGESTS, "".join(lines))
 
 
-def check_digests(directory: Path, *, below: bool = True) -> bool:
+def check_digests(directory: Path, *, below: bool = True, weights: bool = True) -> bool:
     """Compare the files of a directory with its `DIGESTS`.
 
     Args:
         directory: What `write_digests` was given, or any other.
         below: Also those in folders; else only its own.
+        weights: Also safetensors files, which take the longest.
 
     Returns:
         False where there are no digests to compare with.
@@ -255,7 +256,7 @@ def check_digests(directory: Path, *, below: bool = True) -> bool:
         raise CheckpointError(f"{place} is empty: {directory} is damaged; restore a copy of it")
     for line in lines:
         digest, _, name = line.partition("  ")
-        if not below and "/" in name:
+        if (not below and "/" in name) or (not weights and name.endswith(".safetensors")):
             continue
         file = directory / name
         try:

@@ -8,7 +8,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from transformers.utils import logging
 
-from tokenmdp.cli.options import option_class, parse_parts, preset_in
+from tokenmdp.cli.options import option_class, parse_parts, preset_in, value_in
 from tokenmdp.cli.quality import Quality, measured
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation.credit_quality import tables as quality_report
@@ -124,9 +123,11 @@ def parse_command(arguments: Sequence[str]) -> tuple[Ablate, dict[str, Any]]:
     """The options, and the fields of the algorithm's configuration that differ from the preset's.
 
     Raises:
-        StudyError: a plan file is not a JSON object of options that say what to run.
+        StudyError: a plan file is not a JSON object of options that say what to run, or is given beside a preset.
     """
-    place = next((word for flag, word in pairwise([*arguments, ""]) if flag == "--plan"), None)
+    place = value_in(arguments, "--plan")
+    if place is not None and (preset := value_in(arguments, "--preset")) is not None:
+        raise StudyError(f"--plan {place} changes the preset custom, and --preset is {preset}; leave out one of them")
     preset = preset_in(arguments, PLANS) if place is None else "custom"
     default, config = plan_options(preset), agent_config(PLANS[preset].base, updates=1)
     own = option_class(type(config), NOT_OPTIONS)
@@ -154,7 +155,7 @@ def read_plan(place: Path, config: type) -> dict[str, Any]:
     try:
         record = json.loads(place.read_text(encoding="utf-8"))
         unknown = ", ".join(sorted(set(record) - known)) if isinstance(record, dict) else "no object"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"--plan {place} cannot be read ({error})") from error
     if unknown:
         raise StudyError(f"--plan {place} has {unknown}; it is a JSON object of {', '.join(sorted(known))}")

@@ -11,6 +11,7 @@ import tyro
 from tokenmdp.cli.options import parse
 from tokenmdp.cli.sample import load_policy, open_run
 from tokenmdp.evaluation.policies import comparison, comparison_table, evaluate
+from tokenmdp.files import check_digests
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts
 
@@ -41,6 +42,7 @@ def evaluate_run(arguments: Eval) -> int:
         raise ValueError(f"--samples is {arguments.samples}; an interval needs at least 2")
     run, settings = open_run(arguments.run)
     settings = replace(settings, device=resolve_device(arguments.device))
+    check_digests(run.checkpoint)
     split = split_prompts(settings)
     envs = make_envs(settings, 1, split.held_out)
     policy, reference = (

@@ -99,11 +99,22 @@ def preset_in(arguments: Sequence[str], presets: Collection[str]) -> Any:
     >>> preset_in([], ["quick"])
     'quick'
     """
-    for flag, following in pairwise([*arguments, ""]):
-        name = following if flag == "--preset" else flag.removeprefix("--preset=")
-        if flag.startswith("--preset") and name in presets:
-            return name
-    return "quick"  # of a wrong name parsing says what there is
+    name = value_in(arguments, "--preset")
+    return name if name in presets else "quick"  # of a wrong name parsing says what there is
+
+
+def value_in(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of an option before the options are parsed; None: it is not there.
+
+    >>> value_in(["--plan", "mine.json"], "--plan"), value_in(["--plan=mine.json"], "--plan"), value_in([], "--plan")
+    ('mine.json', 'mine.json', None)
+    """
+    for word, following in pairwise([*arguments, ""]):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
 
 
 def descriptions(kind: type) -> dict[str, str]:

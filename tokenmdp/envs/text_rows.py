@@ -68,7 +68,7 @@ def read_rows(path: Path, column: str | None = None) -> Prompts:
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"{path} is a file, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
     if path.suffix == ".parquet":
-        return _parquet_rows([path], column)
+        return parquet_rows([path], column)
     text = read_text(path)
     if path.suffix == ".csv":
         return _csv_rows(text, path, column)
@@ -153,7 +153,7 @@ def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
     raise ValueError(lacking(str(path), first, column))
 
 
-def _parquet_rows(files: Sequence[Path], column: str | None) -> Prompts:
+def parquet_rows(files: Sequence[Path], column: str | None) -> Prompts:
     """The rows of parquet files, one after the other."""
     try:
         from pyarrow import ArrowException, parquet

@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, _parquet_rows, checked, checked_rows, column_of, read_rows
+from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, checked, checked_rows, column_of, parquet_rows, read_rows
 
 TRAIN = "train"
 
@@ -137,7 +137,7 @@ def _rows_of_directory(folder: Path, split: str, column: str | None, source: str
             f"{folder}; add ':SPLIT' for another split, or pass the file itself"
         )
     if files[0].suffix == ".parquet":
-        return _parquet_rows(files, column)
+        return parquet_rows(files, column)
     if len(files) > 1:
         names = " and ".join(file.name for file in files)
         raise ValueError(f"prompts {source!r}: {folder} holds {names}; pass the one that is meant")

@@ -322,7 +322,7 @@ def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **opti
     options["trust_remote_code"] = False  # left out, transformers asks on the terminal and runs the code after a "y"
     path = resolve(kind, name)
     if Path(path).is_dir():
-        check_digests(Path(path), below=False)
+        check_digests(Path(path), below=False, weights=kind != "tokenizer")
         if kind != "tokenizer":
             check_stored_sizes(Path(path))
         try:

@@ -41,7 +41,7 @@ def check_logits(policy: Reads) -> None:
     Tried with hidden states as they are and so large that a soft cap would show.
 
     Raises:
-        ValueError: with the largest difference.
+        ValueError: with the largest difference; or the logits are not finite.
     """
     lm, ids = policy.lm, _probe(policy, SHORT)[None]
     head = lm.get_output_embeddings()
@@ -52,6 +52,8 @@ def check_logits(policy: Reads) -> None:
             ours, theirs = policy.logits(_hidden(policy, ids)), lm(ids).logits
         finally:
             hook.remove()
+        if scale == 1 and not theirs.isfinite().all():
+            raise ValueError(f"{type(lm).__name__} gives NaN or infinite logits; look for NaN in its weights")
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
             raise ValueError(
                 f"{type(lm).__name__} changes its logits after the output layer (largest difference "
@@ -78,8 +80,6 @@ def reads_padding(policy: Reads) -> bool:
     def differs(logits: torch.Tensor) -> bool:
         return not bool((logits - whole).abs().max() <= TOLERANCE * spread)
 
-    if not torch.isfinite(whole).all():
-        return False  # `tokenmdp.models.policy` refuses these
     if differs(stepwise):
         raise ValueError(
             f"{type(policy.lm).__name__} gives other logits when it reads token by token through its cache than when "

@@ -38,7 +38,8 @@ class ScaledRewardModel(RewardModel):
         check_scale(scale, shift)
         super().__init__(inner.tokenizer)
         self.inner, self.scale, self.shift = inner, float(scale), float(shift)
-        self.provides, self.max_tokens = inner.provides, inner.max_tokens
+        self.provides, self.max_tokens, self.limit_reason = inner.provides, inner.max_tokens, inner.limit_reason
+        self.meaning = f"{scale:g} * ({inner.meaning} - {shift:g})" if inner.meaning else ""
 
     @classmethod
     def normalised(cls, inner: RewardModel, scores: Sequence[float]) -> ScaledRewardModel:

@@ -111,7 +111,7 @@ def collect(
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     with processes.raise_together():
-        _check_finite(rollout, credited_rows)
+        _check_finite(rollout, credited_rows, rows.start)
     report = {
         key: column[credited]
         for key, column in last_infos.items()
@@ -241,7 +241,7 @@ def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int 
     return logprobs
 
 
-def _check_finite(rollout: Rollout, credited_rows: int | None) -> None:
+def _check_finite(rollout: Rollout, credited_rows: int | None, first_row: int) -> None:
     """Refuse numbers that are NaN or infinite: a NaN among the weights still samples, and every mean looks fine.
 
     Raises:
@@ -261,8 +261,8 @@ def _check_finite(rollout: Rollout, credited_rows: int | None) -> None:
         if rows.any():
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
-                f"{int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last checkpoint and "
-                "lower learning_rate or vf_learning_rate, or set dtype='float32'"
+                f"{first_row + int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last "
+                "checkpoint and lower learning_rate or vf_learning_rate, or set dtype='float32'"
             )
 
 

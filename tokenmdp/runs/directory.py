@@ -80,6 +80,8 @@ class RunDirectory:
         if not resume:
             raise RunError(f"{self.path} already holds a run; leave out --no-resume to go on, or choose another --out")
         stored = self.settings()
+        if "ppo" in stored:
+            raise RunError(f"an earlier version of tokenmdp wrote {self.record}; choose another --out")
         different = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
         if different:
             changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {settings.get(key)!r}" for key in different)

@@ -184,4 +184,5 @@ class Interruption:
             raise KeyboardInterrupt
         self.asked, self.asked_at = True, time.monotonic()
         again = f" after {ECHO_SECONDS:.0f} seconds" if self.patient else ""
-        self.console.print(f"finishing this update, then saving (Ctrl-C again{again} leaves at once)")
+        with contextlib.suppress(OutputClosed):  # Ctrl-C has ended what read the output, too
+            self.console.print(f"finishing this update, then saving (Ctrl-C again{again} leaves at once)")

@@ -70,9 +70,9 @@ def allowed_cores() -> int:
 
 
 def free_cores() -> int:
-    """Those of `allowed_cores` that were not busy during the last minute, at least 1."""
+    """Cores of the machine that were not busy during the last minute, at most `allowed_cores` and at least 1."""
     busy = os.getloadavg()[0] if sys.platform != "win32" else 0.0
-    return max(1, min(allowed_cores(), math.floor(allowed_cores() - busy + 0.5)))
+    return max(1, min(allowed_cores(), math.floor((os.cpu_count() or 1) - busy + 0.5)))
 
 
 def thread_count(environ: Mapping[str, str], before: int | None) -> tuple[int | None, str]:

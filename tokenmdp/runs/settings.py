@@ -162,7 +162,7 @@ def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
 def settings_record(settings: RunSettings) -> dict[str, Any]:
     """The record in ``run.json``: all but the device, since a run may move to another one.
 
-    Later additions are left out where they are unset, so that runs of earlier versions can be resumed.
+    Later additions are left out where they are unset, so that a run that does not use them can be resumed.
     """
     without = {"device"} | {name for name in LATER_SETTINGS if not getattr(settings, name)}
     record = {key: value for key, value in asdict(settings).items() if key not in without}

@@ -118,9 +118,10 @@ def set_up(
     processes = processes_of(accelerator)
     with processes.raise_together():
         has_checkpoint = not processes.rank and run.check(settings_record(settings), resume=resume)
-    has_checkpoint = processes.broadcast(has_checkpoint)
+        began_with = run.threads() if not processes.rank and run.record.exists() else None
+    has_checkpoint, began_with = processes.broadcast((has_checkpoint, began_with))
     console.print(f"run directory: {run.path}", highlight=False)
-    threads, reason = process_settings.thread_count(os.environ, run.threads() if has_checkpoint else None)
+    threads, reason = process_settings.thread_count(os.environ, began_with)
     if threads is not None:
         torch.set_num_threads(threads)
     taken = f"{count(torch.get_num_threads(), 'thread')}{reason and f' ({reason})'}"

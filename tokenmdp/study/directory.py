@@ -274,7 +274,7 @@ def _read_notice(place: Path) -> str:
         return place.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{place} cannot be read ({error}); it must be plain text in UTF-8") from error
 
 

@@ -182,7 +182,7 @@ def _result(text: str, place: Path) -> CellResult:
         )
     except StudyError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         remedy = "restore a copy" if place.name == PACKED else "delete it and the cell is run again"
         raise StudyError(f"{place} holds no finished cell ({error!r}); {remedy}") from error
 
