@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import tyro
 
-from tokenmdp.agents import ALGORITHMS, algorithm
+from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
 from tokenmdp.agents.base import AgentConfig
 from tokenmdp.cli.ablate import plan_options
 from tokenmdp.cli.eval import Eval
@@ -22,7 +22,7 @@ from tokenmdp.cli.quality import Quality
 from tokenmdp.cli.sample import SampleOptions
 from tokenmdp.cli.score import Score
 from tokenmdp.cli.train import preset_options
-from tokenmdp.runs.settings import SET_APART
+from tokenmdp.runs.settings import SET_APART, agent_config, preset_settings
 
 PAGE = Path(__file__).with_name("command.md")
 
@@ -56,6 +56,7 @@ def shown(value: Any) -> str:
 
 def tables() -> dict[str, str]:
     """Name of a table in the page -> its Markdown."""
+    quick = agent_config(preset_settings("quick", DEFAULT_ALGORITHM), updates=1)
     shared = {field.name for field in fields(AgentConfig)}
     own = {name: table(algorithm(name).config_class, shared) for name in ALGORITHMS}
     commands = {
@@ -64,7 +65,7 @@ def tables() -> dict[str, str]:
     }  # fmt: skip
     return {
         "train": table(preset_options()),
-        "every algorithm": table(AgentConfig, SET_APART),
+        "every algorithm": table(quick, {field.name for field in fields(quick)} - shared | set(SET_APART)),
         **own,
         **{name: table(kind) for name, kind in commands.items()},
     }
