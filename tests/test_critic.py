@@ -22,8 +22,9 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=32, bos_token_id=30, eos_token_id=30, **shape))
 
 
-def make_agent(num_envs=8, lm=None, wrapper=vector.SparseReward, env="TextGen-Toy-v0", **options):
-    envs = gym.make_vec(f"tokenmdp:{env}", num_envs=num_envs, autoreset_mode="Disabled", score_when="all_done")
+def make_agent(num_envs=8, lm=None, wrapper=vector.SparseReward, env="TextGen-Toy-v0", length=8, **options):
+    shape = {"num_envs": num_envs, "max_new_tokens": length}
+    envs = gym.make_vec(f"tokenmdp:{env}", **shape, autoreset_mode="Disabled", score_when="all_done")
     return PPO(lm or gpt2(), wrapper(envs), PPOConfig(**{"dtype": "float32", "device": "cpu"} | options))
 
 
@@ -32,10 +33,11 @@ def test_the_critic_explains_returns_that_a_head_at_the_policys_rate_does_not():
     """Eight updates on real reviews, with the whole reward at the end."""
 
     def explained(**options):
-        agent = make_agent(32, "imdb-tiny", env="TextGen-IMDb-v0", learning_rate=POLICY_RATE, **options).learn(8)
+        rates = {"learning_rate": POLICY_RATE, "update_epochs": 2} | options
+        agent = make_agent(32, "imdb-tiny", env="TextGen-IMDb-v0", **rates).learn(8)
         return np.mean([metrics["explained_variance"] for metrics in agent.history[5:]])
 
-    assert explained() > 0.25
+    assert explained() > 0.15
     assert explained(vf_learning_rate=POLICY_RATE) < 0.1
 
 

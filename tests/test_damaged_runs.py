@@ -7,6 +7,7 @@ import pytest
 from tokenmdp.cli import main
 from tokenmdp.models.loading import load_causal_lm
 from tokenmdp.report.curves import read_metrics
+from tokenmdp.runs.directory import RunDirectory
 
 SMOKE = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec", "--out"]
 
@@ -43,16 +44,25 @@ DAMAGE = {
 }
 
 
-@pytest.mark.slow
-def test_metrics_are_rebuilt_from_the_history(trained, capsys):
-    updates = 4
-    for damage, message in DAMAGE.values():
-        damage(trained / "metrics.jsonl")
-        updates += 1
-        said = resumed(trained, updates, capsys)
-        assert message in said
-        assert "written anew from the checkpoint's history" in said
-    assert "written anew" not in resumed(trained, updates + 1, capsys)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_metrics_are_rebuilt_from_the_history(trained, damage):
+    change, message = DAMAGE[damage]
+    run, whole = RunDirectory(trained), (trained / "metrics.jsonl").read_bytes()
+    history = json.loads((trained / "checkpoint" / "state" / "history.json").read_text())
+    change(run.metrics)
+    said = run.restore_metrics(history)
+    assert message in said
+    assert "written anew from the checkpoint's history" in said
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == history
+    assert run.restore_metrics(history) is None
+    run.metrics.write_bytes(whole)
+
+
+def test_a_run_with_damaged_metrics_goes_on(trained, capsys):
+    change, message = DAMAGE["short"]
+    change(trained / "metrics.jsonl")
+    assert message in resumed(trained, 5, capsys)
+    assert "written anew" not in resumed(trained, 6, capsys)
 
 
 @pytest.mark.parametrize(
