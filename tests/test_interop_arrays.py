@@ -64,11 +64,11 @@ class Loop:
 
 CASES = [(native, mode, False) for mode in ("SameStep", "NextStep", "Disabled")]
 CASES += [(native, "Disabled", True), (sync, "SameStep", False), (sync, "NextStep", False), (sync, "Disabled", False)]
-CASES += [(workers, "SameStep", False), (workers, "NextStep", False)]
+CASES = [(*case, as_tensor) for case in CASES for as_tensor in (False, True)]
+CASES.append((workers, "SameStep", False, False))  # worker processes change the transport only
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize(("kind", "mode", "patient"), CASES)
+@pytest.mark.parametrize(("kind", "mode", "patient", "as_tensor"), CASES)
 def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
     loop = Loop(kind(mode), mode, patient)
     rewards, known = np.zeros((STEPS, ENVS)), np.zeros((STEPS, ENVS), dtype=bool)
