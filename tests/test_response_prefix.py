@@ -152,7 +152,7 @@ def test_bad_horizons(options, error, message):
 
 @pytest.mark.parametrize("prefixes", [[[1], [2]], np.array([[1], [2]]), {"a": 1}], ids=str)
 def test_a_batch_needs_one_prefix_a_row(prefixes):
-    with pytest.raises(ValueError, match="give one for all rows or a list of 3, one a row"):
+    with pytest.raises(ValueError, match="give one for all rows or a list of 3, one per row"):
         make_vec().reset(options={"response_prefix": prefixes})
 
 

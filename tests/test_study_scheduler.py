@@ -130,7 +130,7 @@ def test_a_disk_too_full_for_traces_leaves_the_other_cells_going(stand_in, monke
 @UNIX
 def test_a_disk_too_full_for_the_report_hides_no_failed_cell(stand_in, monkeypatch, capsys):
     study, _ = stand_in(**{"sparse-4to7-s2": "echo 'MemoryError: too much' >&2; exit 1"})
-    monkeypatch.setattr(ablate, "write_report", full_disk)
+    monkeypatch.setattr(ablate.terminal, "write_report", full_disk)
     assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu"]) == 2
     shown = capsys.readouterr()
     assert "failed: sparse, 4-8 tokens, seed 2: MemoryError: too much" in " ".join(shown.out.split())

@@ -94,7 +94,7 @@ def test_scores_are_found_by_response(mdp):
     row = len(mdp.tokens) // 2
     response = tuple(mdp.tokens[row][mdp.mask[row]].tolist())
     assert mdp.score_of(response) == mdp.scores[row]
-    with pytest.raises(KeyError, match="no complete response"):
+    with pytest.raises(KeyError, match="is not a complete response"):
         mdp.score_of((0,))
 
 
