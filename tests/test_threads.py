@@ -23,6 +23,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(process_settings, "CGROUP", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(process_settings, "busy_now", lambda: load)
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
 
     return of
@@ -48,6 +49,32 @@ def machine(monkeypatch, tmp_path):
 def test_what_is_free(cores, load, files, allowed, free, machine):
     machine(cores, load, **files)
     assert (process_settings.allowed_cores(), process_settings.free_cores()) == (allowed, free)
+
+
+@linux
+def test_a_load_that_is_over_counts_no_more(machine, monkeypatch, tmp_path):
+    machine(4, load=3.0)
+    monkeypatch.setattr(process_settings, "busy_now", lambda: 0.2)
+    assert process_settings.free_cores() == 4
+    monkeypatch.undo()
+    machine(4, load=3.0)
+    monkeypatch.setattr(process_settings, "busy_now", lambda: 40.0)
+    assert process_settings.free_cores() == 1
+
+
+@linux
+def test_the_share_of_busy_cores_is_read_from_the_system(monkeypatch, tmp_path):
+    texts = iter(["cpu  100 0 0 100 0 0 0 0\n", "cpu  130 0 0 170 0 0 0 0\n"])  # 30 of 100 ticks
+
+    class Stat:
+        def read_text(self, encoding):
+            return next(texts)
+
+    monkeypatch.setattr(process_settings, "STAT", Stat())
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert process_settings.busy_now(0) == pytest.approx(3.0)
+    monkeypatch.setattr(process_settings, "STAT", tmp_path / "nothing")
+    assert process_settings.busy_now(0) == float("inf")
 
 
 @linux

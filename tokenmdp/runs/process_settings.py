@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SETTINGS = {
 }
 THREADS_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by the user, or by a launcher of several processes
 CGROUP = Path("/sys/fs/cgroup")
+STAT = Path("/proc/stat")
 REEXECUTED = "TOKENMDP_REEXECUTED"  # its presence ends the recursion
 
 
@@ -70,9 +72,30 @@ def allowed_cores() -> int:
 
 
 def free_cores() -> int:
-    """Cores of the machine that were not busy during the last minute, at most `allowed_cores` and at least 1."""
-    busy = os.getloadavg()[0] if sys.platform != "win32" else 0.0
-    return max(1, min(allowed_cores(), math.floor((os.cpu_count() or 1) - busy + 0.5)))
+    """Cores of the machine that are not busy, at most `allowed_cores` and at least 1.
+
+    Busy is what was busy during the last minute and still is: the load goes on for a while after a program has ended.
+    """
+    load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    cores = os.cpu_count() or 1
+    busy = min(load, busy_now()) if load >= 0.5 else 0.0
+    return max(1, min(allowed_cores(), math.floor(cores - busy + 0.5)))
+
+
+def busy_now(seconds: float = 0.3) -> float:
+    """How many cores of the machine compute, over some tenths of a second; infinity: the system does not say."""
+
+    def ticks() -> tuple[int, int]:
+        numbers = [int(number) for number in STAT.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]  # all; idle or waiting for a disk
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        everything, idle = (new - old for new, old in zip(ticks(), before, strict=True))
+    except (OSError, ValueError, IndexError):
+        return math.inf
+    return (os.cpu_count() or 1) * (1 - idle / everything) if everything else 0.0
 
 
 def thread_count(environ: Mapping[str, str], before: int | None) -> tuple[int | None, str]:
