@@ -5,16 +5,13 @@ import math
 import gymnasium as gym
 import pytest
 import torch
-from test_ppo import make_lm, timeless, weights
-from tokenizers import Tokenizer, models, pre_tokenizers
+from test_ppo import check_known_optimum, make_lm, timeless, weights
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.agents.rloo import RLOO, RLOOConfig, leave_one_out
 from tokenmdp.files import CheckpointError
 from tokenmdp.rollouts import collect
-from tokenmdp.testing import TableRewardModel, ToyMDP, total_variation
 from tokenmdp.wrappers import vector
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "learning_rate": 1e-3, "update_epochs": 2, "num_minibatches": 2}
@@ -30,35 +27,7 @@ def make_agent(envs=None, **options):
 
 @pytest.mark.slow
 def test_rloo_with_a_kl_penalty_reaches_the_known_optimum():
-    """pi*(y) = ref(y) exp(score(y) / kl_coef) / Z, on 15 enumerable texts."""
-    mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=2, seed=0)
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
-    envs = gym.make_vec(
-        "tokenmdp:TextGen-v0", num_envs=256, autoreset_mode="Disabled", tokenizer=tokenizer,
-        reward_model=TableRewardModel(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
-    )  # fmt: skip
-    config = RLOOConfig(
-        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=80,
-        num_minibatches=2,
-    )  # fmt: skip
-    agent = RLOO(make_lm(vocab_size=3, eos=2), vector.SparseReward(envs), config)
-    episode = mdp.episodes(prompt=[0], prompt_slots=2)
-
-    def seq_logprobs(policy):
-        with torch.no_grad():
-            logprobs = policy.evaluate(episode.input_ids, episode.attention_mask, episode.prompt_slots).logprobs
-        return (logprobs * mdp.mask).sum(-1).double()
-
-    reference = seq_logprobs(agent.reference)
-    optimum, best = mdp.optimum(reference, config.kl_coef)
-    assert total_variation(seq_logprobs(agent.policy), optimum) > 0.3
-    agent.learn(80)
-    policy = seq_logprobs(agent.policy)
-    assert total_variation(policy, optimum) < 0.05
-    assert best - mdp.objective(policy, reference, config.kl_coef) < 0.02
-    assert torch.equal(seq_logprobs(agent.reference), reference)
+    check_known_optimum(RLOO)
 
 
 def test_the_baseline_leaves_the_expected_gradient_as_it_is():

@@ -15,7 +15,7 @@ from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from transformers.utils import logging
 
-from tokenmdp.cli.options import option_class, parse_parts, preset_in, value_in
+from tokenmdp.cli.options import as_options, parse_parts, preset_in, value_in
 from tokenmdp.cli.quality import Quality, measured
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation.credit_quality import tables as quality_report
@@ -129,23 +129,21 @@ def parse_command(arguments: Sequence[str]) -> tuple[Ablate, dict[str, Any]]:
     if place is not None and (preset := value_in(arguments, "--preset")) is not None:
         raise StudyError(f"--plan {place} changes the preset custom, and --preset is {preset}; leave out one of them")
     preset = preset_in(arguments, PLANS) if place is None else "custom"
-    default, config = plan_options(preset), agent_config(PLANS[preset].base, updates=1)
-    own = option_class(type(config), NOT_OPTIONS)
+    base = PLANS[preset].base
+    config = agent_config(base, updates=1)
+    own = as_options(config, NOT_OPTIONS)
     planned = [] if place is None else ["--preset", preset, *_words(read_plan(Path(place), own))]
-    parts = {
-        "general": option_class(Ablate)(**vars(default)),
-        PLANS[preset].base.algorithm: own(**{one.name: getattr(config, one.name) for one in fields(own)}),
-    }
+    parts = {"general": as_options(plan_options(preset)), base.algorithm: own}
     options, chosen = parse_parts("ablate", [*planned, *arguments], inspect.getdoc(Ablate) or "", parts)
     return Ablate(**options), {name: value for name, value in chosen.items() if value != getattr(config, name)}
 
 
-def read_plan(place: Path, config: type) -> dict[str, Any]:
+def read_plan(place: Path, config: Any) -> dict[str, Any]:
     """The options in a plan file.
 
     Args:
         place: The file.
-        config: What `option_class` made of the algorithm's configuration.
+        config: What `as_options` made of the algorithm's configuration.
 
     Raises:
         StudyError: it is not a JSON object of options that say what to run.

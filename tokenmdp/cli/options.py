@@ -91,6 +91,12 @@ def option_class(kind: type, left_out: Collection[str] = ()) -> Any:
     return make_dataclass(kind.__name__, options, kw_only=True, frozen=True, namespace={"__doc__": " "})
 
 
+def as_options(values: Any, left_out: Collection[str] = ()) -> Any:
+    """An instance of `option_class` with the values of a dataclass instance: the defaults for `parse_parts`."""
+    made = option_class(type(values), left_out)
+    return made(**{one.name: getattr(values, one.name) for one in fields(made)})
+
+
 def preset_in(arguments: Sequence[str], presets: Collection[str]) -> Any:
     """The preset that some arguments name, whose values are the other options' defaults; "quick" without one.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
-from tokenmdp.cli.options import CreditName, option_class, parse_parts, preset_in
+from tokenmdp.cli.options import CreditName, as_options, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
 from tokenmdp.runs.credit_options import default_beta
@@ -110,14 +110,8 @@ def main(arguments: Sequence[str]) -> int:
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
     preset = preset_in(rest, PRESETS)
-    settings = preset_settings(preset, name)
-    kind, config = option_class(Train), agent_config(settings, updates=1)
-    own = option_class(type(config), SET_APART)
-    default = preset_options(preset, name)
-    parts = {
-        "general": kind(**vars(default)),
-        name: own(**{field.name: getattr(config, field.name) for field in fields(own)}),
-    }
+    config = agent_config(preset_settings(preset, name), updates=1)
+    parts = {"general": as_options(preset_options(preset, name)), name: as_options(config, SET_APART)}
     about = f"{inspect.getdoc(Train)}\n\nAlgorithms: {', '.join(ALGORITHMS)} (`tokenmdp train NAME --help`)."
     options, chosen = parse_parts(f"train {name}", rest, about, parts)
     return train(Train(**options), name, chosen)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenmdp.models.tokens import decoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -61,16 +63,12 @@ def continuing_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         known = plain_ids(tokenizer, before)
         whole = plain_ids(tokenizer, before + text)
         rest = whole[len(known) :]
-        if known and rest and whole[: len(known)] == known and _decode(tokenizer, whole) == before + text:
+        if known and rest and whole[: len(known)] == known and decoded(tokenizer, whole) == before + text:
             return rest
     raise ValueError(
         f"{text!r} cannot be encoded as the continuation of a text: {type(tokenizer).__name__} puts a blank before "
         "every text; give token ids"
     )
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def is_chat(prompt: Any) -> bool:
@@ -132,7 +130,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[s
         ids = chat_ids(tokenizer, [{"role": "user", "content": MARKS[0]}])
     except ValueError:
         return None
-    head, mark, tail = _decode(tokenizer, [index for index in ids if index not in special]).partition(MARKS[0])
+    head, mark, tail = decoded(tokenizer, [index for index in ids if index not in special]).partition(MARKS[0])
     return (head, tail) if mark else None
 
 

@@ -19,6 +19,15 @@ class VocabularyMismatch(ValueError):
     """A model would read different words than the policy wrote."""
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of some ids, special tokens and blanks included.
+
+    >>> decoded(toy_tokenizer(), [1, 20, 6])
+    'a great film'
+    """
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def token_pieces(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_ids: Sequence[int] = ()
 ) -> tuple[str, list[str]]:
@@ -28,15 +37,11 @@ def token_pieces(
     break characters whose bytes are spread over several tokens. Such a character appears at its last token; the
     tokens before it have an empty piece.
     """
-
-    def decode(row: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(row), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     # A character cut in two by the prompt's end belongs to the token that completes it.
-    shown = prompt = decode(prompt_ids).rstrip("�") if len(prompt_ids) else ""
+    shown = prompt = decoded(tokenizer, prompt_ids).rstrip("�") if len(prompt_ids) else ""
     pieces = []
     for count in range(1, len(ids) + 1):
-        whole = decode([*prompt_ids, *ids[:count]])
+        whole = decoded(tokenizer, [*prompt_ids, *ids[:count]])
         unfinished = whole.endswith("�") and count < len(ids)  # the rest of this character's bytes may follow
         pieces.append("" if unfinished or not whole.startswith(shown) else whole[len(shown) :])
         shown += pieces[-1]
@@ -95,16 +100,12 @@ def response_texts(
     >>> response_texts(toy_tokenizer(), [1, 20], [[6, 30], [7]])
     ('a great', [' film', ' story'])
     """
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    prompt = decode(prompt_ids)
+    prompt = decoded(tokenizer, prompt_ids)
     texts = []
     for ids in responses_ids:
         written = list(ids[:-1]) if len(ids) and ids[-1] == tokenizer.eos_token_id else list(ids)
-        whole = decode([*prompt_ids, *written])
-        texts.append(whole[len(prompt) :] if whole.startswith(prompt) else decode(written))
+        whole = decoded(tokenizer, [*prompt_ids, *written])
+        texts.append(whole[len(prompt) :] if whole.startswith(prompt) else decoded(tokenizer, written))
     return prompt, texts
 
 

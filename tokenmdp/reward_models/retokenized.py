@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tokenmdp.models.encoding import CHAT, chat_format, chat_frame, start_ids
-from tokenmdp.models.tokens import VocabularyMismatch, growing_texts
+from tokenmdp.models.tokens import VocabularyMismatch, decoded, growing_texts
 from tokenmdp.reward_models.alignment import UNFINISHED, move, overlap_shares, prefix_ranges, shared_length, token_spans
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
 from tokenmdp.types import Episode, RewardOutput, lay_out
@@ -174,7 +174,7 @@ class RetokenizedRewardModel(RewardModel):
         return rows
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decoded(self.tokenizer, ids)
 
     def _fill(self, row: _Row) -> _Text:
         """The template with the row's prompt and response."""
