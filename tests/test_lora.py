@@ -205,7 +205,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, change):
     with pytest.raises(CheckpointError) as caught:
         PPO.load(tmp_path / "run", make_envs())
     message = str(caught.value)
-    assert message.startswith(f"{path} does not fit the policy (1 weights that learn are missing, such as {name}")
+    assert message.startswith(f"{path} does not fit the model (1 weights that learn are missing, such as {name}")
     assert ("1 weights are not the policy's" in message) == (change == "renamed")
     assert "restore a copy" in message
 

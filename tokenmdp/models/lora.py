@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from gymnasium.error import DependencyNotInstalled
+from torch import nn
 
 from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, TokenScores
 
@@ -114,16 +115,18 @@ def base_state(state: State) -> State:
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
-def adapter_state(state: State) -> State:
-    """The trained part of an adapted policy: adapters and value head.
+def adapter_state(model: nn.Module, state: State) -> State:
+    """The part of an adapted model's weights that learns: adapters and new heads.
 
-    >>> sorted(adapter_state({"lm.q.base_layer.weight": 1, "lm.q.lora_A.default.weight": 2, "value_head.bias": 3}))
-    ['lm.q.lora_A.default.weight', 'value_head.bias']
+    Args:
+        model: the adapted one.
+        state: its whole weights by name.
     """
-    return {name: value for name, value in state.items() if ".lora_" in name or name.startswith("value_head.")}
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: value for name, value in state.items() if name in learning}
 
 
-def merged_state(policy: CausalLMPolicy, state: State) -> State:
+def merged_state(policy: nn.Module, state: State) -> State:
     """One weight ``W + alpha / rank * B A`` for each adapted layer, under the names of a model without adapters.
 
     Args:
@@ -138,7 +141,7 @@ def merged_state(policy: CausalLMPolicy, state: State) -> State:
     return merged
 
 
-def _adapted_layers(policy: CausalLMPolicy) -> list[tuple[str, Any]]:
+def _adapted_layers(policy: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, layer) for name, layer in policy.lm.named_modules() if isinstance(layer, LoraLayer)]

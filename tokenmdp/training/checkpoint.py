@@ -1,10 +1,11 @@
-"""Checkpoints: what an agent's ``save`` writes and its ``load`` reads, for any algorithm.
+"""Checkpoints: what a learner's ``save`` writes and its ``load`` reads, for any algorithm.
 
-config.json, model.safetensors, tokenizer files     the policy, adapters merged in
-value_head.safetensors, ALGORITHM_config.json
+config.json, model.safetensors, tokenizer files     the model, adapters merged in
+value_head.safetensors                              of a policy
+ALGORITHM_config.json
 state/trainer.safetensors                           optimizer, random numbers, updates done, the algorithm's own
-state/envs.json, state/history.json                 the environments' random numbers; metrics
-state/reference/                                    the frozen reference
+state/envs.json, state/history.json                 the environments' random numbers, if there are some; metrics
+state/reference/                                    the frozen reference, if there is one
 state/adapters.safetensors                          with LoRA: what learns, beside a frozen model, which is
 state/base/                                         here unless it is the reference
 state/sha256sums.txt                                a digest of every file above, compared when it is read
@@ -20,8 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from gymnasium.vector import VectorEnv
-
 from tokenmdp.files import (
     DIGESTS,
     CheckpointError,
@@ -35,7 +34,6 @@ from tokenmdp.files import (
     write_text,
 )
 from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
-from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
 from tokenmdp.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -60,48 +58,57 @@ class Format(NamedTuple):
         return f"tokenmdp-{self.algorithm}-{self.version}"
 
 
-class Agent(Protocol):
-    """The parts of an agent that a checkpoint holds."""
+class Learner(Protocol):
+    """The parts of a learner that a checkpoint holds."""
 
-    envs: VectorEnv
     config: Any  # a dataclass with seed and lora_rank
     processes: Processes
-    policy: CausalLMPolicy
-    reference: Any  # a `CausalLMPolicy`
+    model: Any  # a module with `save_pretrained`, such as a `CausalLMPolicy`
+    reference: Any  # the same, or None
     optimizer: Any
     generator: torch.Generator
-    num_episodes: int
     num_updates_done: int
     history: list[dict[str, float]]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Saved beside the model."""
+
+    def rng_states(self) -> list[Any]:
+        """Of its source of data, this process's part."""
+
+    def set_rng_states(self, states: list[Any]) -> None:
+        """Put them back, those of all processes; raises ValueError where they do not fit."""
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint whose small files are read."""
 
     path: Path
-    config: dict[str, Any]  # of the agent
+    config: dict[str, Any]  # of the learner
     trainer: dict[str, Any]
     rng_states: list[Any]  # one per row of all processes
     history: list[dict[str, float]]
 
     @property
-    def policy(self) -> Path:
-        """The directory to make the policy from, as it is without adapters."""
+    def model(self) -> Path:
+        """The directory to make the model from, as it is without adapters."""
         if not self.config.get("lora_rank"):
             return self.path
         return self.path / "state" / ("reference" if self.trainer["adapters_off"] else "base")
 
     @property
     def reference(self) -> Path | None:
-        """The directory to make the reference from; None: the policy without its adapters."""
-        return None if self.trainer.get("adapters_off") else self.path / "state" / "reference"
+        """The directory to make the reference from; None: there is none, or it is the policy without its adapters."""
+        none = self.trainer.get("adapters_off") or not self.trainer.get("has_reference", True)
+        return None if none else self.path / "state" / "reference"
 
 
-def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any]) -> None:
+def save(learner: Learner, directory: str | Path, form: Format, extra: dict[str, Any]) -> None:
     """Write a checkpoint; every process calls this, the first writes.
 
     Args:
-        agent: What to save.
+        learner: What to save.
         directory: Where to.
         form: Of the algorithm.
         extra: Further numbers and tensors of the algorithm, which `restore` gives back.
@@ -109,18 +116,19 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
     Raises:
         CheckpointError: the directory holds something else, or cannot be written.
     """
-    path, processes = Path(directory), agent.processes
-    envs: Any = agent.envs.unwrapped
-    state, optimizer = processes.policy_state(agent.policy), processes.optimizer_state(agent.optimizer)
-    adapters_off = isinstance(agent.reference, WithoutAdapters)
-    reference_state = {} if adapters_off else processes.policy_state(agent.reference)
-    rng_states = [row for rows in processes.gather(envs.get_rng_state()) for row in rows]
+    path, processes, reference = Path(directory), learner.processes, learner.reference
+    state, optimizer = processes.policy_state(learner.model), processes.optimizer_state(learner.optimizer)
+    adapters_off = isinstance(reference, WithoutAdapters)
+    has_reference = reference is not None and not adapters_off
+    reference_state = processes.policy_state(reference) if has_reference else {}
+    rng_states = [row for rows in processes.gather(learner.rng_states()) for row in rows]
     trainer = extra | {
-        "num_updates_done": agent.num_updates_done,
-        "device": agent.generator.device.type,
-        "generator": agent.generator.get_state(),
+        "num_updates_done": learner.num_updates_done,
+        "device": learner.generator.device.type,
+        "generator": learner.generator.get_state(),
         "optimizer": optimizer,
         "adapters_off": adapters_off,
+        "has_reference": has_reference,
     }
     with processes.raise_together():
         if processes.rank:
@@ -129,21 +137,21 @@ def save(agent: Agent, directory: str | Path, form: Format, extra: dict[str, Any
             raise CheckpointError(f"{path} holds other files, which saving would replace; choose a new directory")
         try:
             with atomic_directory(path) as new:
-                record = {"format": str(form), "config": asdict(agent.config)}
+                record = {"format": str(form), "config": asdict(learner.config)}
                 write_text(new / form.config_file, json.dumps(record, indent=2) + "\n")
-                _save_tokenizer(envs.tokenizer, new)
-                if agent.config.lora_rank:
-                    agent.policy.save_pretrained(new, merged_state(agent.policy, state))
+                _save_tokenizer(learner.tokenizer, new)
+                if learner.config.lora_rank:
+                    learner.model.save_pretrained(new, merged_state(learner.model, state))
                     frozen = new / "state" / ("reference" if adapters_off else "base")
-                    agent.policy.save_pretrained(frozen, base_state(state))
-                    save_state(new / "state" / "adapters.safetensors", adapter_state(state))
+                    learner.model.save_pretrained(frozen, base_state(state))
+                    save_state(new / "state" / "adapters.safetensors", adapter_state(learner.model, state))
                 else:
-                    agent.policy.save_pretrained(new, state)
-                if not adapters_off:
-                    agent.reference.save_pretrained(new / "state" / "reference", reference_state)
+                    learner.model.save_pretrained(new, state)
+                if has_reference:
+                    reference.save_pretrained(new / "state" / "reference", reference_state)
                 save_state(new / "state" / "trainer.safetensors", trainer)
                 write_text(new / "state" / "envs.json", json.dumps(rng_states))
-                write_text(new / "state" / "history.json", json.dumps(agent.history))
+                write_text(new / "state" / "history.json", json.dumps(learner.history))
                 write_digests(new)
         except OSError as error:
             raise CheckpointError(
@@ -180,10 +188,8 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
         theirs = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(
             f"{config_file} has format {theirs!r} and this version reads {str(form)!r}; start a new run from the "
-            f"weights: {form.algorithm.upper()}(policy={str(path)!r}, ...), on the command line --policy {path}"
+            f"weights: {form.algorithm.upper()}({str(path)!r}, ...), on the command line --policy {path}"
         )
-    if not (path / VALUE_HEAD_FILE).exists():
-        raise CheckpointError(f"{path / VALUE_HEAD_FILE} is missing; restore a copy of the checkpoint")
     return Checkpoint(
         path,
         record["config"],
@@ -193,11 +199,11 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
     )
 
 
-def restore(agent: Agent, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[str, Any]:
-    """Restore everything but the weights of policy and reference into a new agent; with LoRA, its adapters too.
+def restore(learner: Learner, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[str, Any]:
+    """Restore everything but the weights of model and reference into a new learner; with LoRA, its adapters too.
 
     Args:
-        agent: Made from ``checkpoint.config``.
+        learner: Made from ``checkpoint.config``.
         checkpoint: What `read` gave.
         extra: The keys of what the algorithm saved beside it.
 
@@ -205,38 +211,35 @@ def restore(agent: Agent, checkpoint: Checkpoint, extra: Sequence[str]) -> dict[
         What it saved there.
 
     Raises:
-        CheckpointError: the agent or its environments do not fit.
+        CheckpointError: the learner or its source of data do not fit.
     """
-    path, trainer, processes = checkpoint.path, checkpoint.trainer, agent.processes
-    envs: Any = agent.envs.unwrapped
-    if agent.config.lora_rank:
-        _load_adapters(agent, path / "state" / "adapters.safetensors")
+    path, trainer, processes = checkpoint.path, checkpoint.trainer, learner.processes
+    if learner.config.lora_rank:
+        _load_adapters(learner, path / "state" / "adapters.safetensors")
     try:
-        agent.num_updates_done, own = trainer["num_updates_done"], {name: trainer[name] for name in extra}
-        if trainer["device"] == agent.generator.device.type:
-            agent.generator.set_state(trainer["generator"])
+        learner.num_updates_done, own = trainer["num_updates_done"], {name: trainer[name] for name in extra}
+        if trainer["device"] == learner.generator.device.type:
+            learner.generator.set_state(trainer["generator"])
         else:
-            agent.generator.manual_seed(agent.config.seed + agent.num_updates_done)
+            learner.generator.manual_seed(learner.config.seed + learner.num_updates_done)
             logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
-        processes.load_optimizer_state(agent.optimizer, trainer["optimizer"])
-        if len(checkpoint.rng_states) != agent.num_episodes:
-            raise ValueError(f"{len(checkpoint.rng_states)} random-number states for {agent.num_episodes} rows")
-        envs.set_rng_state(checkpoint.rng_states[processes.rows(envs.num_envs)])
+        processes.load_optimizer_state(learner.optimizer, trainer["optimizer"])
+        learner.set_rng_states(checkpoint.rng_states)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path / 'state'} does not fit ({error}); pass environments like those it was saved with, "
-            f"or start a new run from the weights: {type(agent).__name__}(policy={str(path)!r}, ...)"
+            f"{path / 'state'} does not fit ({error}); pass what it was saved with, "
+            f"or start a new run from the weights: {type(learner).__name__}({str(path)!r}, ...)"
         ) from error
-    agent.history = checkpoint.history
+    learner.history = checkpoint.history
     return own
 
 
-def _load_adapters(agent: Agent, path: Path) -> None:
+def _load_adapters(learner: Learner, path: Path) -> None:
     state = load_state(path)
     try:
-        agent.processes.load_policy_state(agent.policy, state)
+        learner.processes.load_policy_state(learner.model, state)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} does not fit the policy ({error}); restore a copy, use the peft version it was saved with, or "
-            f"start a new run from the weights: {type(agent).__name__}(policy={str(path.parent.parent)!r}, ...)"
+            f"{path} does not fit the model ({error}); restore a copy, use the peft version it was saved with, or "
+            f"start a new run from the weights: {type(learner).__name__}({str(path.parent.parent)!r}, ...)"
         ) from error

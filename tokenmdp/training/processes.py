@@ -54,16 +54,16 @@ class Processes:
         """Which of the run's ``num_local * size`` episodes are this process's."""
         return slice(self.rank * num_local, (self.rank + 1) * num_local)
 
-    def prepare(self, policy: CausalLMPolicy, reference: CausalLMPolicy, optimizer: torch.optim.Optimizer) -> nn.Module:
+    def prepare(self, policy: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer) -> nn.Module:
         """The module to call for forwards with gradients, which then are those of all processes together."""
         return policy
 
-    def part(self, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def part(self, rows: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, float]:
         """This process's rows of a minibatch and the weight of a mean over their tokens.
 
         Args:
             rows: (n,) int64, the minibatch.
-            mask: (N, H) bool.
+            sizes: (N,), the tokens of each row, or whatever else a row counts for in the mean.
 
         Returns:
             The rows and ``weight``: the mean over processes of ``weight * mean over own tokens`` is the mean over the
@@ -100,7 +100,7 @@ class Processes:
         yield
 
     @contextlib.contextmanager
-    def whole_weights(self, *policies: CausalLMPolicy) -> Iterator[None]:
+    def whole_weights(self, *policies: nn.Module) -> Iterator[None]:
         """Within the block each process can run the policies' forwards by itself, without gradients."""
         yield
 
@@ -108,11 +108,11 @@ class Processes:
         """Scale the gradients down to ``max_norm``; their norm before that."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def policy_state(self, policy: CausalLMPolicy) -> State:
+    def policy_state(self, policy: nn.Module) -> State:
         """The whole weights by name, to be saved by process 0; the others may get none."""
         return policy.state_dict()
 
-    def load_policy_state(self, policy: CausalLMPolicy, state: State) -> None:
+    def load_policy_state(self, policy: nn.Module, state: State) -> None:
         """Put whole weights into a policy; those that ``state`` leaves out and that do not learn stay.
 
         Raises:
@@ -166,7 +166,7 @@ class Accelerated(Processes):
         return mine if mine.type == "cuda" else torch.device(mine.type)  # "cpu:0" is not equal to "cpu"
 
     def prepare(  # noqa: D102
-        self, policy: CausalLMPolicy, reference: CausalLMPolicy, optimizer: torch.optim.Optimizer
+        self, policy: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer
     ) -> nn.Module:
         if not self._sharded:
             return self.accelerator.prepare_model(policy)
@@ -175,19 +175,18 @@ class Accelerated(Processes):
 
         self.accelerator.prepare(policy, optimizer)  # in place, both at once
         for sharded in (policy, reference):
-            if next(sharded.parameters(), None) is None:
+            if sharded is None or next(sharded.parameters(), None) is None:
                 continue  # switched-off adapters are a view of the policy
             fsdp2_prepare_model(self.accelerator, sharded)
             for method in ("prefill", "append", "evaluate"):
                 register_fsdp_forward_method(sharded, method)
-        for module in _sharded_modules(reference):
+        for module in [] if reference is None else _sharded_modules(reference):
             module.set_reshard_after_forward(True, recurse=False)  # without a backward nothing else would
         return policy
 
-    def part(self, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, float]:  # noqa: D102
-        lengths = mask[rows].sum(-1)
+    def part(self, rows: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, float]:  # noqa: D102
         mine = slice(self.rank, None, self.size)
-        weight = self.size * lengths[mine].sum().item() / lengths.sum().item()
+        weight = self.size * sizes[rows[mine]].sum().item() / sizes[rows].sum().item()
         # Without a row of its own a process still takes part in adding gradients, with weight 0.
         return (rows[mine] if self.rank < len(rows) else rows[:1]), weight
 
@@ -237,7 +236,7 @@ class Accelerated(Processes):
         raise OtherProcessFailed(f"process {first} of {self.size} failed: {messages[first]}")
 
     @contextlib.contextmanager
-    def whole_weights(self, *policies: CausalLMPolicy) -> Iterator[None]:  # noqa: D102
+    def whole_weights(self, *policies: nn.Module) -> Iterator[None]:  # noqa: D102
         if not self._sharded:
             yield
             return
@@ -258,7 +257,7 @@ class Accelerated(Processes):
         norm = super().clip_grad_norm(parameters, max_norm)
         return _whole(norm)
 
-    def policy_state(self, policy: CausalLMPolicy) -> State:  # noqa: D102
+    def policy_state(self, policy: nn.Module) -> State:  # noqa: D102
         state = self.accelerator.get_state_dict(policy)
         first: dict[int, str] = {}
         for name, tensor in policy.state_dict(keep_vars=True).items():
@@ -266,7 +265,7 @@ class Accelerated(Processes):
                 state[name] = state[first[id(tensor)]]  # tied weights come apart when they are gathered
         return state
 
-    def load_policy_state(self, policy: CausalLMPolicy, state: State) -> None:  # noqa: D102
+    def load_policy_state(self, policy: nn.Module, state: State) -> None:  # noqa: D102
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         if not self._sharded:
@@ -330,7 +329,7 @@ def launched(device: str) -> Accelerator | None:
     return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[buffers, patience])
 
 
-def _check_names(policy: CausalLMPolicy, state: State) -> None:
+def _check_names(policy: nn.Module, state: State) -> None:
     missing = {name for name, weight in policy.named_parameters() if weight.requires_grad} - state.keys()
     unknown = state.keys() - policy.state_dict().keys()
     if problem := [
@@ -341,7 +340,7 @@ def _check_names(policy: CausalLMPolicy, state: State) -> None:
         raise ValueError("; ".join(problem))
 
 
-def _sharded_modules(policy: CausalLMPolicy) -> list[Any]:
+def _sharded_modules(policy: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
