@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tokenmdp.divergences import kl_k3
-from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, dpo_loss, entropy_bonus
+from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
+from tokenmdp.preference_losses import dpo_loss
 
 
 @pytest.fixture

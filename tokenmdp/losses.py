@@ -1,11 +1,10 @@
-"""The losses of PPO, means over the True entries of a mask, (..., T) -> (); and of DPO, a mean over pairs."""
+"""The losses of PPO and SFT: means over the True entries of a mask, (..., T) -> ()."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from tokenmdp.divergences import kl_k3
 from tokenmdp.returns import masked_mean
@@ -82,34 +81,14 @@ def entropy_bonus(entropy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return masked_mean(entropy, mask)
 
 
-def dpo_loss(
-    policy_chosen: torch.Tensor,
-    policy_rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
-    dpo_beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """``mean(-(1 - e) * log sigma(dpo_beta * h) - e * log sigma(-dpo_beta * h))`` with ``e = label_smoothing``.
-
-    ``h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)``: the reward that the policy implies,
-    ``dpo_beta * (log policy - log reference)``, of the chosen response less that of the rejected one.
-
-    Source: Rafailov et al., "Direct Preference Optimization", 2023, equation 7; the smoothing, for labels that are
-    wrong with probability e, is Mitchell's "A note on DPO with noisy preferences", 2023.
+def sft_loss(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``-mean(logprobs)`` over response tokens, nats per token: every token of the batch counts the same.
 
     Args:
-        policy_chosen: (...,) sequence log-probabilities in nats of the preferred responses; the policy learns.
-        policy_rejected: (...,) of the other responses to the same prompts.
-        ref_chosen: (...,) under the frozen reference.
-        ref_rejected: (...,) under the frozen reference.
-        dpo_beta: how closely the policy stays with the reference.
-        label_smoothing: 0 trusts the labels; below 0.5.
+        logprobs: (..., T) of the tokens of the data.
+        mask: (..., T) bool, True on the response, its end-of-text token included.
 
-    >>> same = torch.tensor([-7.0])
-    >>> round(dpo_loss(same, same - 1, same, same - 1).item(), 4)                            # log 2 where they agree
-    0.6931
+    >>> sft_loss(torch.tensor([-0.5, -1.5, -9.0]), torch.tensor([True, True, False])).item()
+    1.0
     """
-    h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
-    right, wrong = logsigmoid(dpo_beta * h), logsigmoid(-dpo_beta * h)
-    return -((1 - label_smoothing) * right + label_smoothing * wrong).mean()
+    return -masked_mean(logprobs, mask)

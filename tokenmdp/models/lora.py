@@ -22,11 +22,12 @@ from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, TokenS
 State = dict[str, torch.Tensor]
 
 
-def add_adapters(policy: CausalLMPolicy, rank: int, alpha: float, target_modules: str, seed: int) -> None:
-    """Freeze the language model and put trained adapters beside its layers; the value head still learns.
+def add_adapters(policy: Any, rank: int, alpha: float, target_modules: str, seed: int) -> None:
+    """Freeze a model and put trained adapters beside its layers; a value head or a classifier's head still learns.
 
     Args:
-        policy: changed in place; its log-probabilities stay what they are.
+        policy: a `CausalLMPolicy`, or another module with a transformers model as ``lm``; changed in place, and what it
+            computes stays what it is.
         rank: columns of B and rows of A.
         alpha: the adapters' output is multiplied by ``alpha / rank``.
         target_modules: "all-linear", every linear layer but the output layer; or a regular expression for names.
@@ -40,11 +41,16 @@ def add_adapters(policy: CausalLMPolicy, rank: int, alpha: float, target_modules
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise DependencyNotInstalled(f"lora_rank={rank} needs peft: pip install 'tokenmdp[lora]'") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)  # type: ignore[arg-type]
+    # Of a classifier peft then leaves out the head, which is new and learns as a whole.
+    task = None if policy.lm.get_output_embeddings() is not None else "SEQ_CLS"
+    heads = [] if task is None else _head_weights(policy.lm)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules, task_type=task)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft then sets it, as GPT-2 needs
         torch.manual_seed(seed)
         inject_adapter_in_model(config, policy.lm)
+    for weight in heads:
+        weight.requires_grad_(True)
     for name, layer in _adapted_layers(policy):
         if not layer.lora_A:
             raise ValueError(
@@ -139,6 +145,12 @@ def merged_state(policy: nn.Module, state: State) -> State:
         change = layer.scaling["default"] * (b @ a)  # (out, in)
         merged[f"lm.{name}.weight"] = merged[f"lm.{name}.weight"] + (change.T if layer.fan_in_fan_out else change)
     return merged
+
+
+def _head_weights(classifier: Any) -> list[nn.Parameter]:
+    """What a classifier has beside its backbone."""
+    backbone = set(classifier.base_model.parameters())
+    return [weight for weight in classifier.parameters() if weight not in backbone]
 
 
 def _adapted_layers(policy: nn.Module) -> list[tuple[str, Any]]:

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import install
+from tokenmdp.models.forwards import autocast, check_recompute, forwards
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.onednn import use_onednn
-from tokenmdp.models.kernels.recompute import recomputing, transformer_layers
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
 from tokenmdp.models.loading import check_loads, load_causal_lm, load_tokenizer, quiet, resolve, tokenizer_home
@@ -133,7 +133,7 @@ class CausalLMPolicy(nn.Module):
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            transformer_layers(lm)  # raises if there are none
+            check_recompute(lm)
         self.eval()
         check_logits(self)
         self._one_prompt_length = reads_padding(self)
@@ -239,7 +239,7 @@ class CausalLMPolicy(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The precision of the forwards. Entered around a whole loop, it casts each weight only once."""
-        return torch.autocast(self.lm.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return autocast(self.lm, self.compute_dtype)
 
     @contextlib.contextmanager
     def decoding(self, rows: int, steps: int) -> Iterator[None]:
@@ -323,8 +323,7 @@ class CausalLMPolicy(nn.Module):
         """
         mask = attention_mask.long()
         self._check_padding(mask[:, :prompt_slots])
-        again = recomputing(self.lm) if self.gradient_checkpointing else contextlib.nullcontext()
-        with self.autocast(), again:
+        with forwards(self.lm, self.compute_dtype, self.gradient_checkpointing):
             # The last token predicts nothing, so it is not read.
             hidden = self.read(input_ids[:, :-1], mask[:, :-1], use_cache=False).last_hidden_state
             hidden = response_rows(hidden, prompt_slots).contiguous()  # (N, H, C): row t speaks about response token t

@@ -1,6 +1,7 @@
 """Hugging Face sequence classifiers as reward models: causal (GPT-2, Llama, ...) and encoders (BERT, DistilBERT, ...).
 
-The text is exactly the episode's prompt and response ids; nothing is added. The pooled token, whose attention row is
+The text is exactly the episode's prompt and response ids; nothing is added, unless the model was trained here with an
+end-of-text token behind every text and says so (`tokenmdp.reward_models.scores.Reading`). The pooled token, whose attention row is
 the credit row, is the last response token of a causal model and the first token of an encoder.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from tokenmdp.models.adapters import HEADS, refuse_adapters
 from tokenmdp.models.attention_rows import capture_rows, install
@@ -22,7 +24,7 @@ from tokenmdp.models.loading import ModelNotFound, from_pretrained, load_weights
 from tokenmdp.models.sizes import check_finite, position_limit
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.base import EmbeddedTexts, RewardModel
-from tokenmdp.reward_models.scores import Score, score_rule
+from tokenmdp.reward_models.scores import Reading, Score, score_rule
 from tokenmdp.types import Episode, RewardOutput
 
 if TYPE_CHECKING:
@@ -77,18 +79,33 @@ def response_slots(row: torch.Tensor, rows: Rows, episodes: Episode) -> torch.Te
     >>> response_slots(torch.tensor([[0.25, 0.75]]), compact(episodes), episodes).tolist()
     [[0.75, 0.0]]
     """
-    middle = (1,) * (row.dim() - 2)
+    middle, slots_in_all = (1,) * (row.dim() - 2), episodes.input_ids.shape[-1]
     slots = rows.slots.to(row.device).view(len(row), *middle, -1).expand_as(row)
     mask = rows.mask.to(row.device).view(len(row), *middle, -1)
-    full = torch.zeros(*row.shape[:-1], episodes.input_ids.shape[-1], dtype=row.dtype, device=row.device)
-    full.scatter_(-1, slots, row * mask)  # (N, ..., P+H)
+    full = torch.zeros(*row.shape[:-1], slots_in_all + 1, dtype=row.dtype, device=row.device)  # and an end's slot
+    full.scatter_(-1, slots, row * mask)  # (N, ..., P+H+1)
     response_mask = episodes.response_mask.to(row.device).view(len(row), *middle, -1)
-    return full[..., episodes.prompt_slots :] * response_mask
+    return full[..., episodes.prompt_slots : slots_in_all] * response_mask
 
 
 def _response_positions(rows: Rows, episodes: Episode) -> torch.Tensor:
     """Which compact positions hold response tokens, (N, L) bool."""
-    return rows.mask & (rows.slots >= episodes.prompt_slots)
+    return rows.mask & (rows.slots >= episodes.prompt_slots) & (rows.slots < episodes.input_ids.shape[-1])
+
+
+def with_end(rows: Rows, end: int, slot: int) -> Rows:
+    """The texts with the token ``end`` behind those that do not end with it; ``slot`` is where those come from.
+
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> rows = with_end(Rows(torch.tensor([[5, 9], [6, 0]]), mask, torch.tensor([[0, 1], [0, 1]])), end=9, slot=2)
+    >>> rows.input_ids.tolist(), rows.mask.sum(-1).tolist(), rows.slots.tolist()
+    ([[5, 9, 0], [6, 9, 0]], [2, 2], [[0, 1, 2], [0, 2, 2]])
+    """
+    lacks = (rows.input_ids.gather(-1, rows.last[:, None])[:, 0] != end).nonzero()[:, 0]
+    ids, mask, slots = (pad(part, (0, 1), value=value) for part, value in zip(rows, (0, False, slot), strict=True))
+    behind = rows.last[lacks] + 1
+    ids[lacks, behind], mask[lacks, behind], slots[lacks, behind] = end, True, slot
+    return Rows(ids, mask, slots)
 
 
 class HFRewardModel(RewardModel):
@@ -129,7 +146,8 @@ class HFRewardModel(RewardModel):
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal classifier or an encoder")
-        self._rule = score_rule(score, model.config, name or type(model).__name__)
+        reading = Reading.of(model.config, name or type(model).__name__)
+        self._rule = score_rule(score, model.config, name or type(model).__name__).moved(reading)
         self.meaning = self._rule.words
         self.model = model.eval()
         self.score = score
@@ -138,8 +156,12 @@ class HFRewardModel(RewardModel):
                 f"{type(model).__name__} with attention_type='block_sparse' draws its attention at random and changes "
                 "it for good with the first short text; load it with attention_type='original_full' (in config.json)"
             )
+        self.end = self._end_token(tokenizer) if reading.append_eos else None
         if (limit := position_limit(model)) is not None:
             self.max_tokens, self.limit_reason = limit
+            if self.end is not None:
+                self.max_tokens -= 1
+                self.limit_reason += ", one of them for the end-of-text token"
         self._check_rows(tokenizer)
         can_capture = install(model)
         self.head = _last_token_head(model)
@@ -158,7 +180,8 @@ class HFRewardModel(RewardModel):
             return
         if can_capture and (self.head is not None or pooled_first) and self._captures():
             provides |= {"attention", "attention_layers"}
-        if self.head is not None:  # an encoder's first token has read the whole text: there are no prefix scores
+        # An encoder's first token has read the whole text, and a prefix has no end-of-text token behind it.
+        if self.head is not None and self.end is None:
             provides |= {"prefix_scores"}
         self.provides = frozenset(provides)
 
@@ -194,6 +217,10 @@ class HFRewardModel(RewardModel):
                 prefixes = self._prefix_scores(hidden, rows, episodes)
         return RewardOutput(score, row, layers, prefixes)
 
+    def score_with_gradient(self, episodes: Episode) -> torch.Tensor:
+        """The scores (N,), float32, differentiable in the model's weights."""
+        return self._forward(self._prepare(episodes))[0]
+
     def embedded(self, episodes: Episode) -> EmbeddedTexts:
         """The texts as the model's input embeddings, with a differentiable score of them."""
         rows = self._prepare(episodes)
@@ -222,6 +249,8 @@ class HFRewardModel(RewardModel):
             self.model.eval()
         rows = compact(episodes, self.fill)
         self._check_first_token(rows)
+        if self.end is not None:
+            rows = with_end(rows, self.end, episodes.input_ids.shape[-1])
         return Rows(*(part.to(self.model.device) for part in rows))
 
     def _forward(self, rows: Rows, embeddings: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -362,6 +391,15 @@ class HFRewardModel(RewardModel):
         if self.name is None:
             raise TypeError(f"{self} was built from objects, so it cannot be pickled. {self.remedy()}")
         return super().__reduce__()
+
+    def _end_token(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
+        found = self.model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+        if not isinstance(found, int):
+            raise ValueError(
+                f"{self} was trained with an end-of-text token behind every text (append_eos in its config.json), and "
+                f"its end-of-text token is {found!r}; save its tokenizer into the same directory"
+            )
+        return found
 
     def _check_rows(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         if tokenizer is not None and _vocabulary_rows(self.model) < vocab_size(tokenizer):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -21,17 +23,67 @@ PAIRS = (
 REGRESSION, SEVERAL = "regression", "multi_label_classification"  # transformers' problem types of unrelated outputs
 
 
+READING = "tokenmdp"  # in config.json: how this library reads a reward model that it trained
+
+
+class Reading(NamedTuple):
+    """How a reward model that was trained here is read; ``config.json`` holds it below `READING`.
+
+    >>> from transformers import GPT2Config
+    >>> Reading.of(GPT2Config(tokenmdp={"append_eos": True}), "mine")
+    Reading(append_eos=True, shift=0.0, scale=1.0)
+    """
+
+    append_eos: bool = False  # it reads an end-of-text token behind texts that do not end with one
+    shift: float = 0.0  # score = (logit - shift) * scale
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, name: str) -> Reading:
+        """The reading in a configuration; the plain one if it has none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        record: Any = getattr(config, READING, None)
+        if record is None:
+            return cls()
+        known = isinstance(record, Mapping) and record.keys() <= set(cls._fields)
+        reading = cls(**record) if known else None
+        if (
+            reading is None
+            or not isinstance(reading.append_eos, bool)
+            or not all(isinstance(number, int | float) and math.isfinite(number) for number in reading[1:])
+            or not reading.scale > 0
+        ):
+            raise ValueError(
+                f'{name} has {READING!r}: {record!r} in its config.json; it holds append_eos (true or false), shift and '
+                "scale (above 0), or is left out"
+            )
+        return reading
+
+
 class ScoreRule(NamedTuple):
-    """``score = logit[plus] - logit[minus]``, or ``logit[plus]`` where ``minus`` is None."""
+    """``score = (logit[plus] - logit[minus] - shift) * scale``; ``logit[plus]`` alone where ``minus`` is None."""
 
     plus: int
     minus: int | None
     words: str  # such as "logit[positive] - logit[negative]"
+    shift: float = 0.0
+    scale: float = 1.0
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The score of the logits (..., K); (...,) float32."""
         logits = logits.float()
-        return logits[..., self.plus] if self.minus is None else logits[..., self.plus] - logits[..., self.minus]
+        score = logits[..., self.plus] if self.minus is None else logits[..., self.plus] - logits[..., self.minus]
+        return score if (self.shift, self.scale) == (0, 1) else (score - self.shift) * self.scale
+
+    def moved(self, reading: Reading) -> ScoreRule:
+        """With the shift and scale of a reading."""
+        if (reading.shift, reading.scale) == (0, 1):
+            return self
+        words = f"({self.words} {-reading.shift:+.4g}) * {reading.scale:.4g}"
+        return self._replace(words=words, shift=reading.shift, scale=reading.scale)
 
 
 def read_score(text: str) -> Score:
