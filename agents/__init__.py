@@ -6,16 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenmdp.agents.base import Agent
+    from tokenmdp.agents.learner import Learner
 
 ALGORITHMS = {  # name in the command -> module and class; the first is the default
     "ppo": "tokenmdp.agents.ppo:PPO",
     "rloo": "tokenmdp.agents.rloo:RLOO",
+    "sft": "tokenmdp.agents.sft:SFT",
+    "reward-model": "tokenmdp.agents.reward_model:RewardModelLearner",
+    "dpo": "tokenmdp.agents.dpo:DPO",
 }
 DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
 
 
-def algorithm(name: str) -> type[Agent]:
+def algorithm(name: str) -> type[Learner]:
     """The class of an algorithm in `ALGORITHMS`.
 
     Raises:

@@ -20,6 +20,7 @@ from tokenmdp.rollouts.collecting import collect, credited_envs
 from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
 from tokenmdp.training.typed import require
 from tokenmdp.types import Rollout
+from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -126,6 +127,11 @@ class Agent(Learner):
     def tokenizer(self) -> Any:
         """The environments'."""
         return self.envs.unwrapped.tokenizer  # type: ignore[attr-defined]
+
+    def batch_words(self) -> str:
+        """Such as "64 episodes of up to 16 tokens"."""
+        task = self.envs.unwrapped.task  # type: ignore[attr-defined]
+        return f"{count(self.num_episodes, 'episode')} of up to {count(task.max_new_tokens, 'token')}"
 
     def rng_states(self) -> list[Any]:
         """Of the environments, one per row."""

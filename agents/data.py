@@ -6,16 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from tokenmdp.agents.learner import Learner, LearnerConfig, Metrics
+from tokenmdp.files import CheckpointError
 from tokenmdp.training.batches import FORWARD_SLOTS, length_groups
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, lay_out
+from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,13 +29,16 @@ Ids = Sequence[int]
 class DataConfig(LearnerConfig):
     """The numbers of one run that every algorithm has which learns from data."""
 
+    needs_total: ClassVar[bool] = False
+
     batch_size: int = 64  # examples per update: prompts with their responses
+    epochs: int = 1  # passes over the data, where total_updates does not say how many updates
     learning_rate: float = 1e-4  # of the language model
     anneal_lr: bool = True  # learning rates fall linearly to 0 over total_updates
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "batch_size", "positive")
+        require(self, "batch_size epochs", "positive")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class DataLearner(Learner):
         self.sizes = torch.tensor([one.size for one in examples], dtype=torch.float64)
         self.lengths = np.array([(len(one.prompt), max(map(len, one.responses))) for one in examples])
         self._digest = digest(examples)
+        if self.config.total_updates is None:
+            self.config = replace(self.config, total_updates=self.config.epochs * self.updates_per_epoch)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -82,8 +89,6 @@ class DataLearner(Learner):
     @data_digest.setter
     def data_digest(self, saved: str) -> None:
         if saved != self._digest:
-            from tokenmdp.files import CheckpointError
-
             raise CheckpointError(
                 f"the checkpoint was trained on other data: digest {saved[:12]}, and of these {len(self.examples)} "
                 f"examples {self._digest[:12]}; pass the same data, or start a new run from its weights"
@@ -107,10 +112,14 @@ class DataLearner(Learner):
         tokens = sum(len(one) for row in batch.tolist() for one in self.examples[row].responses)
         return metrics | {"epoch": self.num_updates_done / self.updates_per_epoch, "response_tokens": float(tokens)}
 
-    def lay_out(self, rows: Sequence[int]) -> Episode:
+    def batch_words(self) -> str:
+        """Such as "64 of 1024 examples"."""
+        return f"{min(self.config.batch_size, len(self.examples))} of {count(len(self.examples), 'example')}"
+
+    def lay_out(self, examples: Sequence[Example]) -> Episode:
         """All responses of some examples, example by example, on the model's device."""
-        prompts = [self.examples[row].prompt for row in rows for _ in self.examples[row].responses]
-        responses = [response for row in rows for response in self.examples[row].responses]
+        prompts = [one.prompt for one in examples for _ in one.responses]
+        responses = [response for one in examples for response in one.responses]
         return Episode(*(column.to(self.generator.device) for column in lay_out(prompts, responses)))
 
     def _parts(self, rows: np.ndarray, weight: float) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
@@ -119,7 +128,7 @@ class DataLearner(Learner):
         for group in length_groups(self.lengths[rows, 0], self.lengths[rows, 1], forward_slots):
             chosen = rows[group]
             share = float(self.sizes[chosen].sum() / self.sizes[rows].sum())
-            yield weight * share, self.losses(chosen, self.lay_out(chosen))
+            yield weight * share, self.losses(chosen, self.lay_out([self.examples[row] for row in chosen]))
 
     def _batch(self, update: int) -> torch.Tensor:
         """The rows of an update (n,): they depend on the seed and its number only, so a resumed run repeats them."""

@@ -37,6 +37,8 @@ Metrics = dict[str, float]
 class LearnerConfig:
     """The numbers of one run that every algorithm has. Each value is checked by its type and its range."""
 
+    needs_total: ClassVar[bool] = True  # annealing needs total_updates; else the data gives it
+
     seed: int = 1  # of sampling and minibatches
     learning_rate: float = 3e-5  # of the language model
     anneal_lr: bool = False  # learning rates fall linearly to 0 over total_updates
@@ -55,7 +57,7 @@ class LearnerConfig:
         check_types(self)
         require(self, "learning_rate adam_eps max_grad_norm total_updates lora_alpha", "positive")
         require(self, "seed lora_rank", "not negative")
-        if self.anneal_lr and not self.total_updates:
+        if self.anneal_lr and self.needs_total and not self.total_updates:
             raise ValueError(
                 "anneal_lr lowers the learning rate over total_updates: set total_updates to the run's length"
             )
@@ -78,6 +80,7 @@ class Learner:
     format: ClassVar[checkpoint.Format]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # of `tokenmdp train`: fields of the configuration by preset
     learns_from: ClassVar[Literal["episodes", "comparisons", "texts"]]
+    model_name: ClassVar[str] = "policy"  # for the log
     uses_credit: ClassVar[bool] = False  # False: how a score is spread over the tokens makes no difference
     norms: ClassVar[tuple[str, ...]] = ("grad_norm",)  # names of the gradient norms, one per optimizer group
     state: ClassVar[tuple[str, ...]] = ()  # numbers of the algorithm that a checkpoint holds, by attribute
@@ -110,6 +113,14 @@ class Learner:
     @property
     def tokenizer(self) -> Any:
         """Of the model; a checkpoint holds it."""
+        raise NotImplementedError
+
+    def references(self) -> list[Any]:
+        """The frozen reference, if there is one."""
+        return [] if self.reference is None else [self.reference]
+
+    def batch_words(self) -> str:
+        """What an update learns from, for the log."""
         raise NotImplementedError
 
     def rng_states(self) -> list[Any]:

@@ -40,7 +40,7 @@ from tokenmdp.types import Episode
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-RESPONSES_TO_CENTRE = 512  # of the data, whose mean score becomes the shift
+EXAMPLES_TO_CENTRE = 256  # of the data; the mean score of their responses becomes the shift
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class RewardModelLearner(DataLearner):
     config_class = RewardModelConfig
     format = Format("reward-model", 1)
     learns_from = "comparisons"
+    model_name = "reward model"
     config: RewardModelConfig
 
     def __init__(
@@ -171,21 +172,22 @@ class RewardModelLearner(DataLearner):
         margins = better.new_tensor(pairs.margins)
         return bradley_terry_loss(better, worse, margins, self.config.centring, self.config.error_rate)
 
-    def scores(self, examples: Sequence[int]) -> list[torch.Tensor]:
-        """The raw scores of all responses of some examples, (K,) each, without gradient."""
-        found: list[torch.Tensor] = []
+    def score_pairs(self, pairs: Sequence[Comparison]) -> torch.Tensor:
+        """The raw scores, without shift and scale, of chosen and rejected responses; (n, 2) float32 on the CPU."""
+        return self._scores([example_of(pair) for pair in pairs]).view(-1, 2)
+
+    def _scores(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The raw scores of all responses, example by example, on the CPU, without gradient."""
+        found = [torch.zeros(0)]
         with torch.no_grad():
             for start in range(0, len(examples), self.config.batch_size):
-                rows = examples[start : start + self.config.batch_size]
-                scores = self.model(*self.lay_out(rows)).cpu()
-                found += scores.split([len(self.examples[row].responses) for row in rows])
-        return found
+                found.append(self.model(*self.lay_out(examples[start : start + self.config.batch_size])).cpu())
+        return torch.cat(found)
 
     def save(self, directory: Any) -> None:
-        """As `Learner.save`; shift and scale are those of the scores of `RESPONSES_TO_CENTRE` responses of the data."""
+        """As `Learner.save`; shift and scale are those of the responses of the first `EXAMPLES_TO_CENTRE` examples."""
         with self.processes.whole_weights(self.model):
-            per_example = len(self.examples[0].responses)
-            scores = torch.cat(self.scores(range(min(len(self.examples), RESPONSES_TO_CENTRE // per_example or 1))))
+            scores = self._scores(self.examples[:EXAMPLES_TO_CENTRE])
         spread = float(scores.std(correction=0))
         self.model.set_reading(float(scores.mean()), 1 / spread if self.config.unit_scale and spread else 1.0)
         super().save(directory)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
+from tokenmdp.cli import train_reward_model
 from tokenmdp.cli.options import CreditName, as_options, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
@@ -48,8 +49,12 @@ class Train:
     """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     seed: int = 1
     """Seeds sampling, minibatches and prompts."""
-    updates: int
-    """Updates in all; raise it to train a finished run further."""
+    updates: int | None
+    """Updates in all; raise it to train a finished run further. Default: as many as --epochs of the data take."""
+    data: str | None = None
+    """Learn from this file, directory or data set: comparisons, or texts for sft."""
+    held_out: float = 0.1
+    """The share of the data's prompts that is not learned from, to test what was."""
     num_envs: int
     """Episodes per update."""
     policy: str
@@ -77,6 +82,8 @@ class Train:
     """Longest response in tokens."""
     eval_samples: int
     """Responses before and after training."""
+    judge: str | None = None
+    """A second reward model, which scores the responses before and after training."""
     device: str = "auto"
     """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
     out: Path | None = None
@@ -95,9 +102,23 @@ def preset_options(preset: PresetName = "quick", algorithm: str = DEFAULT_ALGORI
     4
     """
     settings = preset_settings(preset, algorithm)
+    if from_data(algorithm):
+        changes = {"updates": None, **changes}
+    else:
+        changes = {"held_out": 0.0, **changes}
     names = {field.name for field in fields(Train)} & asdict(settings).keys() - {"credit_beta", "tokenizer", "device"}
-    taken = {name: getattr(settings, name) for name in names}
+    taken = {name: getattr(settings, name) for name in names - {"held_out", "data"}}
     return Train(**{"preset": preset, "updates": PRESETS[preset].updates, **taken, **changes})
+
+
+def from_data(name: str) -> bool:
+    """Whether an algorithm learns from given data instead of episodes."""
+    return algorithm(name).learns_from != "episodes"
+
+
+def left_out(name: str) -> set[str]:
+    """Options that an algorithm does not have."""
+    return {"num_envs"} if from_data(name) else {"data", "held_out"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,17 +130,22 @@ def main(arguments: Sequence[str]) -> int:
     name, rest = DEFAULT_ALGORITHM, list(arguments)
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
+    algorithms = f"Algorithms: {', '.join(ALGORITHMS)} (`tokenmdp train NAME --help`)."
+    if name == train_reward_model.NAME:
+        return train_reward_model.main(rest, algorithms)
     preset = preset_in(rest, PRESETS)
-    config = agent_config(preset_settings(preset, name), updates=1)
-    parts = {"general": as_options(preset_options(preset, name)), name: as_options(config, SET_APART)}
-    about = f"{inspect.getdoc(Train)}\n\nAlgorithms: {', '.join(ALGORITHMS)} (`tokenmdp train NAME --help`)."
-    options, chosen = parse_parts(f"train {name}", rest, about, parts)
-    return train(Train(**options), name, chosen)
+    config = agent_config(preset_settings(preset, name), updates=None if from_data(name) else 1)
+    defaults = preset_options(preset, name)
+    parts = {"general": as_options(defaults, left_out(name)), name: as_options(config, SET_APART)}
+    options, chosen = parse_parts(f"train {name}", rest, f"{inspect.getdoc(Train)}\n\n{algorithms}", parts)
+    return train(replace(defaults, **options), name, chosen)
 
 
 def train(arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, Any] | None = None) -> int:
     """Train with the algorithm called ``name``, or resume, then report; returns the exit status."""
-    if arguments.updates < 1:
+    if from_data(name) and arguments.data is None:
+        raise ValueError(f"--data is missing: {name} learns from a file, directory or data set; pass one")
+    if arguments.updates is not None and arguments.updates < 1:
         raise ValueError(f"--updates is {arguments.updates}; it must be at least 1")
     settings = settings_from(arguments, name, config)
     out = arguments.out or Path("runs") / default_name(arguments.preset, settings)
@@ -156,13 +182,12 @@ def settings_from(
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
         check_template(arguments.reward_template)
     base, credit = preset_settings(arguments.preset, name), arguments.credit
-    names: dict[str, Any] = {
-        key: absolute_name(getattr(arguments, key)) for key in ("policy", "reward_model", "prompts", "eval_prompts")
-    }
+    paths = ("policy", "reward_model", "prompts", "eval_prompts", "data", "judge")
+    names: dict[str, Any] = {key: absolute_name(getattr(arguments, key)) for key in paths}
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (
         "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "score", "align", "reward_template", "num_envs",
-        "eval_samples", "credit", "seed",
+        "eval_samples", "credit", "seed", "held_out",
     )  # fmt: skip
     settings = replace(
         base,

@@ -137,7 +137,7 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
         "score": (before.scores, after.scores),
         "KL": (before.kls, after.kls),
         "tokens": (before.lengths, after.lengths),
-    }
+    } | ({"judge's score": (before.gold, after.gold)} if after.gold else {})
     return {
         name: {
             "before": mean_interval(old),

@@ -179,6 +179,18 @@ def tokenizer_home(kind: Kind, name: str) -> str | None:
     return None if adapter is None else tokenizer_home(kind, adapter.base)
 
 
+def load_own_tokenizer(kind: Kind, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a model.
+
+    Raises:
+        ValueError: it comes with none.
+    """
+    home = tokenizer_home(kind, name)
+    if home is None:
+        raise ValueError(f"{name} comes without a tokenizer; save its tokenizer into the same directory")
+    return load_tokenizer(resolve(kind, home))
+
+
 def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh causal language model from an alias, a directory or a hub repository (not cached: policies train).
 

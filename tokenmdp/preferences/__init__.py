@@ -14,6 +14,7 @@ from tokenmdp.preferences.annotators import (
     model_scores,
     pairs_of,
 )
+from tokenmdp.preferences.demonstrations import Demonstration, read_demonstrations
 from tokenmdp.preferences.errors import (
     AllTied,
     BadPreferences,
@@ -42,6 +43,7 @@ __all__ = [
     "Answers",
     "BadPreferences",
     "Comparison",
+    "Demonstration",
     "DifferentPrompts",
     "EmptyText",
     "Group",
@@ -69,6 +71,7 @@ __all__ = [
     "pairs_of",
     "ranking_from",
     "read_answers",
+    "read_demonstrations",
     "read_groups",
     "read_preferences",
     "read_records",

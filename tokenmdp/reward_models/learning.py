@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokenmdp.models.forwards import check_recompute, forwards
-from tokenmdp.models.loading import ALIASES, Kind, load_config, load_tokenizer, load_weights, quiet, tokenizer_home
+from tokenmdp.models.loading import ALIASES, Kind, load_config, load_own_tokenizer, load_weights, quiet
 from tokenmdp.reward_models.classifier import HFRewardModel
 from tokenmdp.reward_models.scores import READING, Reading
 from tokenmdp.types import Episode
@@ -81,6 +81,15 @@ class LearningClassifier(nn.Module):
         return self.lm._no_split_modules
 
 
+def kind_of(name: str) -> Kind:
+    """What a name stands for as a start: a language model, unless it is the alias of a reward model alone.
+
+    >>> kind_of("imdb-tiny"), kind_of("imdb-gold")
+    ('policy', 'reward_model')
+    """
+    return "policy" if name not in ALIASES or "policy" in ALIASES[name] else "reward_model"
+
+
 def start_classifier(name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A classifier with one label to train, and its tokenizer.
 
@@ -95,13 +104,8 @@ def start_classifier(name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedT
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    bundled = ALIASES.get(name)
-    kind: Kind = "policy" if bundled is None or "policy" in bundled else "reward_model"
-    config = load_config(kind, name)
-    home = tokenizer_home(kind, name)
-    if home is None:
-        raise ValueError(f"{name} comes without a tokenizer; save its tokenizer into the same directory")
-    tokenizer = load_tokenizer(str(bundled[kind]) if bundled is not None and home == name else home)
+    kind = kind_of(name)
+    config, tokenizer = load_config(kind, name), load_own_tokenizer(kind, name)
     if any(architecture.endswith(CLASSIFIER) for architecture in config.architectures or ()):
         loader = AutoModelForSequenceClassification.from_pretrained
         return load_weights(loader, kind, name, torch.float32), tokenizer

@@ -87,6 +87,17 @@ def _to_nowhere(stream: Any) -> None:
         os.close(nowhere)
 
 
+SHOWN = {  # metric -> its short name, and how it is written
+    "score_mean": ("score", "+z.2f"),
+    "kl": ("KL", "z.2f"),
+    "entropy": ("entropy", "z.2f"),
+    "explained_variance": ("EV", "z.2f"),
+    "epoch": ("epoch", ".2f"),
+    "loss": ("loss", "z.3f"),
+    "accuracy": ("accuracy", ".2f"),
+}
+
+
 def summary(metrics: Mapping[str, Any]) -> str:
     """The numbers to watch; EV is the explained variance of the critic, where there is one.
 
@@ -95,11 +106,9 @@ def summary(metrics: Mapping[str, Any]) -> str:
     ... )
     'score +1.00  KL 0.00  entropy 2.25  EV 0.62  812 tokens/s'
     """
-    critic = f"EV {metrics['explained_variance']:z.2f}  " if "explained_variance" in metrics else ""
-    return (
-        f"score {metrics['score_mean']:+z.2f}  KL {metrics['kl']:z.2f}  entropy {metrics['entropy']:z.2f}  "
-        f"{critic}{metrics['tokens_per_second']:.0f} tokens/s"
-    )
+    shown = metrics.keys() - ({"loss"} if "score_mean" in metrics else set())
+    known = [f"{name} {metrics[key]:{form}}" for key, (name, form) in SHOWN.items() if key in shown]
+    return "  ".join([*known, f"{metrics['tokens_per_second']:.0f} tokens/s"])
 
 
 class TrainingDisplay:

@@ -17,7 +17,7 @@ SET_APART = ("seed", "device", "total_updates")  # fields of a configuration tha
 EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
     "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
-    "truncate_prompt",
+    "truncate_prompt", "data", "held_out", "judge",
 )  # fmt: skip
 
 
@@ -48,6 +48,9 @@ class RunSettings:
     eval_samples: int = 256
     algorithm: str = DEFAULT_ALGORITHM
     config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration but `SET_APART`
+    data: str | None = None  # what an algorithm learns from that plays no episodes
+    held_out: float = 0.0  # with data: the share of its prompts that are kept for tests
+    judge: str | None = None  # a second reward model, for the evaluation
 
 
 class Preset(NamedTuple):
@@ -100,7 +103,7 @@ def preset_settings(preset: str, name: str) -> RunSettings:
     return replace(settings, algorithm=name, config=dict(kind.presets.get(preset, {})))
 
 
-def agent_config(settings: RunSettings, updates: int) -> Any:
+def agent_config(settings: RunSettings, updates: int | None) -> Any:
     """The configuration of the run's algorithm; a learning-rate schedule ends with the run.
 
     Raises:

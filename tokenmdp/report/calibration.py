@@ -1,0 +1,64 @@
+"""Calibration of a reward model: how often a response is preferred that it prefers with probability P."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tokenmdp.intervals import Estimate, bootstrap_interval
+from tokenmdp.report.curves import COLOURS
+from tokenmdp.report.drawing import dress, lay_out, new_figure
+
+FEWEST = 10  # pairs in a bin that is shown
+
+
+class Bin(NamedTuple):
+    """Pairs whose predictions are alike."""
+
+    predicted: float  # mean probability that the response with the higher score is preferred
+    observed: Estimate  # share in which it was
+    pairs: int
+
+
+def bins(gaps: np.ndarray, number: int = 8) -> list[Bin]:
+    """Pairs by ``P = sigma(|gap|)`` in ``number`` bins of equal count, those with fewer than `FEWEST` pairs left out.
+
+    Args:
+        gaps: (n,) score of the chosen response less that of the rejected one, log-odds.
+        number: of bins.
+
+    >>> [round(one.predicted, 2) for one in bins(np.array([0.0] * 20 + [2.0] * 20), number=2)]
+    [0.5, 0.88]
+    """
+    order = np.argsort(np.abs(gaps), kind="stable")
+    found = []
+    for part in np.array_split(order, number):
+        if len(part) >= FEWEST:
+            own = gaps[part]
+            predicted = float((1 / (1 + np.exp(-np.abs(own)))).mean())
+            found.append(Bin(predicted, bootstrap_interval((own > 0) + (own == 0) / 2), len(part)))
+    return found
+
+
+def plot(gaps: np.ndarray, path: str | Path) -> Path:
+    """Draw `bins` against the diagonal of a calibrated model; the bars are 95% bootstrap intervals."""
+    found = bins(gaps)
+    figure = new_figure(4.8, 4.4)
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")
+    observed = [one.observed.value for one in found]
+    errors = [
+        [one.observed.value - one.observed.low for one in found], [one.observed.high - one.observed.value for one in found]
+    ]  # fmt: skip
+    predicted = [one.predicted for one in found]
+    axes.errorbar(predicted, observed, yerr=errors, fmt="o", color=COLOURS[0], capsize=2, label="held-out pairs")
+    title = f"{len(gaps)} held-out pairs, {found[0].pairs if found else 0} per bin; 95% intervals"
+    dress(axes, title, "predicted probability of the preferred response", "share of pairs in which it was preferred")
+    axes.set_xlim(0.48, 1.02)
+    axes.legend(frameon=False, loc="upper left")
+    lay_out(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return Path(path)

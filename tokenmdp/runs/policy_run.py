@@ -1,0 +1,180 @@
+"""``tokenmdp train`` of a policy: from episodes or from data, evaluated in its environment before and after."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+from rich.console import Console
+
+from tokenmdp.agents import algorithm
+from tokenmdp.agents.learner import Learner
+from tokenmdp.envs.rendering import SEPARATOR
+from tokenmdp.evaluation.policies import (
+    Evaluation,
+    comparison,
+    comparison_table,
+    evaluate,
+    load_evaluation,
+    save_evaluation,
+)
+from tokenmdp.files import CheckpointError, write_text
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.report import curves, heatmap
+from tokenmdp.reward_models import load_reward_model
+from tokenmdp.runs.data import read_data, split_data
+from tokenmdp.runs.directory import RunDirectory
+from tokenmdp.runs.environments import credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
+from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
+from tokenmdp.training.processes import Processes, processes_of
+from tokenmdp.wording import count
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
+CURVES = ("score_mean", "loss", "accuracy", "chosen_logratio", "rejected_logratio", "kl", "explained_variance", "entropy")
+OF_EPISODES = ("score_mean", "kl", "explained_variance", "entropy")
+SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
+
+
+class PolicyRun:
+    """One run of an algorithm that trains a policy."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings, self.kind = settings, algorithm(settings.algorithm)
+
+    def check(self, updates: int | None, processes: Processes) -> None:
+        """Raise ValueError for settings that no run can have, before a directory is made."""
+        if self.kind.learns_from == "episodes" and self.settings.num_envs % processes.size:
+            raise ValueError(
+                f"--num-envs is {self.settings.num_envs}, which {processes.size} processes cannot share equally; "
+                f"choose a multiple of {processes.size}"
+            )
+        self.settings = replace(self.settings, device=str(processes.device(self.settings.device)))
+        agent_config(self.settings, updates)
+        credit_of(self.settings)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return settings_record(self.settings)
+
+    def set_up(
+        self, checkpoint: Path | None, updates: int | None, accelerator: Accelerator | None, console: Console
+    ) -> Learner:
+        """The agent, new or from a checkpoint."""
+        settings, processes = self.settings, processes_of(accelerator)
+        self.split = split_prompts(settings)
+        if self.kind.learns_from == "episodes":
+            if processes.size > 1:
+                console.print(
+                    f"{processes.size} processes with {count(settings.num_envs // processes.size, 'episode')} each"
+                )
+            source: Any = make_envs(settings, settings.num_envs // processes.size, self.split.training)
+        else:
+            tokenizer = load_tokenizer(settings.tokenizer)
+            data = read_data(settings, tokenizer)
+            source, self.held_out = split_data(data, settings.held_out)
+            console.print(f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out")
+        if checkpoint is not None:
+            total = {} if updates is None else {"total_updates": updates}
+            agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
+        else:
+            policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
+            own = {"tokenizer": tokenizer} if self.kind.learns_from != "episodes" else {}
+            config = agent_config(settings, updates)
+            agent = self.kind(policy, source, config, accelerator=accelerator, **own)  # type: ignore[call-arg]
+            if settings.policy == TOY_POLICY:
+                console.print("the toy policy starts untrained: random weights, random words")
+                if agent.config.lora_rank:
+                    console.print("adapters learn little on it: the weights beside them stay random")
+        console.print(f"{describe(agent)}; {self.split.note}", highlight=False, soft_wrap=True)
+        if self.kind.learns_from == "episodes" and (meaning := source.unwrapped.task.reward_model.meaning):
+            console.print(f"the score is {meaning}", highlight=False, soft_wrap=True)
+        return agent
+
+    def before(self, run: RunDirectory, agent: Learner, console: Console) -> None:
+        """Evaluate the policy as it started; once per run, from the frozen reference."""
+        if run.before.exists():
+            load_evaluation(run.before)
+            return
+        with console.status("evaluating the policy before training"):
+            save_evaluation(run.before, self._evaluate(agent.reference, agent))
+
+    def _evaluate(self, policy: Any, agent: Learner) -> Evaluation:
+        settings = self.settings
+        envs: gym.vector.VectorEnv = evaluation_envs(settings, settings.eval_samples, self.split.held_out)
+        judge = None if settings.judge is None else load_reward_model(settings.judge, device=settings.device)
+        found = evaluate(policy, agent.reference, envs, samples=settings.eval_samples, judge=judge)
+        envs.close()
+        return found
+
+    def report(self, run: RunDirectory, agent: Learner, console: Console) -> None:
+        """Evaluate after training; print the table and samples; write curve, page and summary."""
+        settings, split, before = self.settings, self.split, load_evaluation(run.before)
+        with console.status("evaluating the policy after training"):
+            after = self._evaluate(agent.model, agent)
+        save_evaluation(run.path / "after.json", after)
+        rows = comparison(before, after)
+        summary = {
+            "updates": agent.num_updates_done,
+            "samples": len(after.scores),
+            **{
+                name: {key: {"mean": mean, "low": low, "high": high} for key, (mean, low, high) in row.items()}
+                for name, row in rows.items()
+            },
+        }
+        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+        records = curves.read_metrics(run.metrics)
+        curve = curves.plot_learning_curves(
+            {settings.credit: [records]},
+            run.report / "learning_curve.png",
+            metric=[name for name in (OF_EPISODES if "kl" in records[0] else CURVES) if name in records[0]],
+            window=1 + int(SMOOTHING * len(records)),
+            title=f"{settings.algorithm} on {settings.env}, {settings.credit} credit, seed {settings.seed}",
+        )
+        note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
+        if settings.credit == "attention":
+            note += f"; the last token also carries {1 - settings.credit_beta:.0%} of the score (1 - credit_beta)"
+        page = heatmap.html(
+            {"Before training": before.samples, "After training": after.samples},
+            run.report / "samples.html",
+            title=f"Token credit: {settings.credit}",
+            note=note,
+        )
+        print_samples(console, before, after)
+        console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
+        for name, path in (
+            ("learning curve", curve),
+            ("samples with credit", page),
+            ("metrics", run.metrics),
+            ("policy", run.checkpoint),
+        ):
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def describe(agent: Learner) -> str:
+    """Model, episodes or examples, and precision in a few words."""
+    parameters = sum(weight.numel() for weight in agent.model.lm.parameters())
+    learned = sum(weight.numel() for weight in agent.model.lm.parameters() if weight.requires_grad)
+    adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
+    precision = str(agent.model.compute_dtype).removeprefix("torch.")
+    return (
+        f"{agent.model_name} of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.model.lm.device}; "
+        f"{agent.batch_words()} per update"
+    )
+
+
+def print_samples(console: Console, before: Evaluation, after: Evaluation) -> None:
+    """The first samples before and after, one scale of colour for all."""
+    pairs = list(zip(before.samples, after.samples, strict=True))[:SHOWN_SAMPLES]
+    scale = heatmap.credit_scale([sample.credits for pair in pairs for sample in pair])
+    for pair in pairs:
+        console.print()
+        for label, sample in zip(("before", "after "), pair, strict=True):
+            line = heatmap.terminal(sample.tokens, sample.credits, prompt=sample.prompt + SEPARATOR, scale=scale)
+            console.print(f"{label} {sample.score:+6.2f} ", line, sep="", highlight=False, soft_wrap=True)
+    console.print()

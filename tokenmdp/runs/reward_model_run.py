@@ -1,0 +1,171 @@
+"""``tokenmdp train reward-model``: from comparisons to a directory for ``reward_model=``, and how right it is.
+
+The checkpoint is the reward model. The report compares its accuracy on held-out prompts with the ceiling that the
+labels' own noise sets, and its predicted probabilities with what was preferred.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tokenmdp.agents import algorithm
+from tokenmdp.agents.reward_model import RewardModelLearner
+from tokenmdp.files import write_text
+from tokenmdp.intervals import Estimate, bootstrap_interval
+from tokenmdp.models.loading import load_own_tokenizer
+from tokenmdp.preferences import Comparison, ceiling, pairs_of, read_preferences
+from tokenmdp.report import calibration, curves
+from tokenmdp.reward_models.learning import kind_of
+from tokenmdp.runs.data import split_data
+from tokenmdp.runs.directory import RunDirectory
+from tokenmdp.runs.settings import SET_APART
+from tokenmdp.training.processes import Processes
+from tokenmdp.wording import count
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NAME = "reward-model"
+SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
+
+
+@dataclass(frozen=True)
+class RewardModelSettings:
+    """Everything that decides what a run computes; the number of updates is not here."""
+
+    data: str
+    policy: str  # what it starts from
+    held_out: float
+    seed: int = 1
+    device: str = "cpu"
+    algorithm: str = NAME
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the configuration but `SET_APART`
+
+
+class RewardModelRun:
+    """One run that trains a reward model."""
+
+    kind = RewardModelLearner
+
+    def __init__(self, settings: RewardModelSettings) -> None:
+        self.settings = settings
+
+    def check(self, updates: int | None, processes: Processes) -> None:
+        """Raise ValueError for settings that no run can have, before a directory is made."""
+        known = {item.name for item in fields(self.kind.config_class)} - set(SET_APART)
+        if unknown := sorted(self.settings.config.keys() - known):
+            raise ValueError(f"a reward model's configuration has no field {', '.join(unknown)}; choose from {known}")
+        self._config(updates)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return {key: value for key, value in asdict(self.settings).items() if key != "device"}
+
+    def set_up(
+        self, checkpoint: Path | None, updates: int | None, accelerator: Accelerator | None, console: Console
+    ) -> RewardModelLearner:
+        """The reward model, new or from a checkpoint."""
+        settings = self.settings
+        records = read_preferences(settings.data, load_own_tokenizer(kind_of(settings.policy), settings.policy))
+        training, self.held_out = split_data(records, settings.held_out)
+        console.print(
+            f"{settings.data}: {count(len(training), 'record')} to learn from, {len(self.held_out)} held out",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if checkpoint is None:
+            learner = self.kind(settings.policy, training, self._config(updates), accelerator=accelerator)
+        else:
+            total = {} if updates is None else {"total_updates": updates}
+            learner = self.kind.load(checkpoint, training, accelerator=accelerator, device=settings.device, **total)
+        parameters = sum(weight.numel() for weight in learner.model.lm.parameters())
+        console.print(
+            f"reward model of {parameters / 1e6:.2f}M parameters on {learner.generator.device}; "
+            f"{learner.batch_words()} per update",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return learner
+
+    def before(self, run: RunDirectory, learner: RewardModelLearner, console: Console) -> None:
+        """Nothing: a new head's accuracy says nothing."""
+
+    def report(self, run: RunDirectory, learner: RewardModelLearner, console: Console) -> None:
+        """Accuracy on held-out prompts beside its ceiling; calibration, curve and summary."""
+        records = curves.read_metrics(run.metrics)
+        curve = curves.plot_learning_curves(
+            {"batches": [records]},
+            run.report / "learning_curve.png",
+            metric=["loss", "accuracy", "score_gap"],
+            window=1 + int(SMOOTHING * len(records)),
+            title=f"reward model from {Path(self.settings.data).name}, seed {self.settings.seed}",
+        )
+        files = [("learning curve", curve)]
+        if self.held_out:
+            found = judged(learner, self.held_out)
+            table = Table(title=f"{count(len(found.gaps), 'held-out pair')}", title_justify="left")
+            table.add_column("")
+            table.add_column("share of pairs [95% interval]", justify="right")
+            for what, number in found.table().items():
+                table.add_row(what, str(number))
+            console.print(table)
+            plot = calibration.plot(found.gaps, run.report / "calibration.png")
+            files.append(("calibration", plot))
+            summary = {key: value._asdict() for key, value in found.table().items()}
+            write_text(
+                run.report / "summary.json",
+                json.dumps({"updates": learner.num_updates_done, "pairs": len(found.gaps), **summary}, indent=2) + "\n",
+            )
+        else:
+            console.print("nothing was held out, so there is no accuracy to report (--held-out)")
+        for name, path in (*files, ("metrics", run.metrics), ("reward model", run.checkpoint)):
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+    def _config(self, updates: int | None) -> Any:
+        settings = self.settings
+        kind = algorithm(NAME).config_class
+        return kind(**settings.config, seed=settings.seed, device=settings.device, total_updates=updates)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a reward model says about held-out pairs."""
+
+    gaps: np.ndarray  # (n,) score of the chosen response less that of the rejected one
+    chances: np.ndarray  # (k,) P that the annotator prefers the chosen one, of the pairs that say so
+    order: np.ndarray  # (n,) the same difference of the judge's own scores; NaN where there are none
+
+    def table(self) -> dict[str, Estimate]:
+        """Accuracy, its ceiling, and how often the judge's own order is met."""
+        rows = {"preferred response scores higher": bootstrap_interval(_right(self.gaps))}
+        if len(self.chances):
+            best = ceiling(self.chances)
+            rows["at most, with labels as noisy as these"] = Estimate(best, -math.inf, math.inf)
+        known = ~np.isnan(self.order) & (self.order != 0)
+        if known.any():
+            rows["in the judge's own order"] = bootstrap_interval(_right(self.gaps[known] * np.sign(self.order[known])))
+        return rows
+
+
+def judged(learner: RewardModelLearner, records: Sequence[Any]) -> Judged:
+    """Score held-out pairs with the reward model as it is."""
+    pairs: list[Comparison] = pairs_of(records)
+    scores = learner.score_pairs(pairs)
+    order = [
+        math.nan if pair.score_chosen is None or pair.score_rejected is None
+        else pair.score_chosen - pair.score_rejected
+        for pair in pairs
+    ]  # fmt: skip
+    chances = [pair.probability for pair in pairs if pair.probability is not None]
+    return Judged((scores[:, 0] - scores[:, 1]).numpy(), np.array(chances), np.array(order))
+
+
+def _right(gaps: np.ndarray) -> np.ndarray:
+    return (gaps > 0) + (gaps == 0) / 2
