@@ -20,11 +20,13 @@ from gymnasium.vector import VectorEnv
 
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.lora import WithoutAdapters, add_adapters
-from tokenmdp.models.policy import CausalLMPolicy, TokenScores, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
+from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.rollouts.collecting import collect, credited_envs
 from tokenmdp.training import checkpoint
+from tokenmdp.training.accelerated import processes_of
 from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
-from tokenmdp.training.processes import processes_of
 from tokenmdp.training.typed import check_types, require
 from tokenmdp.types import Rollout
 

@@ -17,7 +17,8 @@ import torch
 
 import tokenmdp  # noqa: F401  (registers the environment ids)
 from tokenmdp.losses import dpo_loss
-from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector

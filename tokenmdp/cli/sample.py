@@ -17,7 +17,8 @@ from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
-from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.models.tokens import check_text
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample

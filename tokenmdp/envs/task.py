@@ -15,7 +15,8 @@ import torch
 from tokenmdp.credit import CREDIT_METHODS, REWARD_MODEL_NEEDS
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models import encoding
-from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
+from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer
+from tokenmdp.models.names import resolve
 from tokenmdp.models.sizes import PositionLimit, configured_limit
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.lexicon import names_word_list

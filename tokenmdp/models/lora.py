@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from gymnasium.error import DependencyNotInstalled
 
-from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, TokenScores
+from tokenmdp.models.policy import SETTINGS, CausalLMPolicy
+from tokenmdp.models.token_distribution import DecodeState, TokenScores
 
 State = dict[str, torch.Tensor]
 

@@ -31,7 +31,7 @@ from tokenmdp.runs.directory import RunDirectory, tensorboard_tag
 from tokenmdp.runs.display import Interruption, OutputClosed, TrainingDisplay, make_console
 from tokenmdp.runs.environments import PromptSplit, credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
-from tokenmdp.training.processes import launched, processes_of
+from tokenmdp.training.accelerated import launched, processes_of
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
