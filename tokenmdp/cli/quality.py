@@ -191,7 +191,7 @@ def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) 
     generator = torch.Generator(device).manual_seed(arguments.seed)
     texts: list[Tokens] = []
     while len(texts) < arguments.num:
-        rollout, _ = collect(envs, policy, policy, generator, seed=arguments.seed * 1_000_003 + len(texts))
+        rollout, _ = collect(envs, policy, None, generator, seed=arguments.seed * 1_000_003 + len(texts))
         episodes = Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
         texts += [text_of(episodes, row) for row in range(len(rollout.scores))]
     envs.close()

@@ -158,7 +158,7 @@ def sample(arguments: SampleOptions) -> int:
     for prompts in sources:
         envs = make_envs(settings, arguments.num, prompts)
         policy = policy or load_policy(name, envs, options, settings.device)
-        rollout, _ = collect(envs, policy, policy, generator, seed=arguments.seed)
+        rollout, _ = collect(envs, policy, None, generator, seed=arguments.seed)
         samples += [replace(item, facts={}) for item in samples_from_rollout(rollout, tokenizer)]
     scale = heatmap.credit_scale([item.credits for item in samples])
     for item in samples:
