@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from tokenmdp.cli.options import as_options, parse_parts, preset_in, value_in
+from tokenmdp.cli.options import ScoreChoice, as_options, parse_parts, preset_in, value_in
 from tokenmdp.cli.study_quality import measure_credit_quality
 from tokenmdp.files import locked
 from tokenmdp.runs.display import make_console
@@ -30,7 +30,7 @@ from tokenmdp.study.scheduler import default_jobs, run_cells
 VARIED = (
     "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "reward_models", "updates", "eval_every", "eval_samples",
 )  # fmt: skip
-OF_THE_BASE = ("policy", "prompts", "num_envs")
+OF_THE_BASE = ("policy", "prompts", "num_envs", "score")
 NOT_OPTIONS = (*SET_APART, "learning_rate")  # each method has a rate of its own
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
@@ -64,6 +64,8 @@ class Ablate:
     """Fixed KL coefficients to try."""
     reward_models: tuple[str, ...]
     """Bundled names, directories or hub names of sequence classifiers to try; without any, the preset's."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     policy: str
     """Bundled name, directory or hub name of a causal language model, with its tokenizer."""
     gold: str | None = None

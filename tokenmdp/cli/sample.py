@@ -12,7 +12,7 @@ import torch
 import tyro
 from rich.text import Text
 
-from tokenmdp.cli.options import CreditName, parse
+from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.files import recover_directory
@@ -50,6 +50,8 @@ class SampleOptions:
     """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier. Default: the run's, or the bundled one."""
+    score: ScoreChoice = None
+    """Default: the run's, or by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer. Default: the run's."""
     max_prompt_tokens: int | None = None
@@ -131,6 +133,7 @@ def sample(arguments: SampleOptions) -> int:
     given: dict[str, Any] = {
         "credit": arguments.credit,
         "reward_model": arguments.reward_model,
+        "score": arguments.score,
         "align": arguments.align,
         "max_prompt_tokens": arguments.max_prompt_tokens,
         "truncate_prompt": arguments.truncate_prompt,

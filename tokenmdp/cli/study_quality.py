@@ -25,22 +25,25 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
     A study of the toy policy has none: that policy is made in code and writes no words.
     """
     study = load_study(out)
-    methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
+    # Reward model -> policy that writes the texts, which output is the score, credit methods.
+    methods: dict[str, tuple[str, str | None, set[str]]] = {}
     for cell in study.cells.values():
         if cell.settings.policy != TOY_POLICY:
-            _, names = methods.setdefault(cell.settings.reward_model, (cell.settings.policy, set()))
-            names.add(cell.settings.credit)
-    for reward_model, (policy, names) in methods.items():
+            settings = cell.settings
+            *_, names = methods.setdefault(settings.reward_model, (settings.policy, settings.score, set()))
+            names.add(settings.credit)
+    for reward_model, (policy, score, names) in methods.items():
         for name in names:
             with contextlib.suppress(StudyError):  # a class of an earlier command, which this one cannot import
                 register(name)
         known = [name for name in CREDIT_METHODS if name in names]
         before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
-        if set(known) <= set(before["methods"]) and num <= before["num"]:
+        if set(known) <= set(before["methods"]) and num <= before["num"] and score == before.get("score"):
             continue
         texts = max(num, before["num"])
         asked = Quality(
             reward_model=reward_model,
+            score=score,
             num=texts,
             methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
             policy=policy,
@@ -60,5 +63,7 @@ def measure_credit_quality(out: Path, num: int, device: str, console: Console) -
             "methods": known,
             "credit_beta": asked.credit_beta,
         }
+        if score is not None:
+            given["score"] = score
         text = json.dumps(quality_report.record(results, given), indent=1)
         write_text(quality_file(out, reward_model), text + "\n")

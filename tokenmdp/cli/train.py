@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
-from tokenmdp.cli.options import CreditName, as_options, parse_parts, preset_in
+from tokenmdp.cli.options import CreditName, ScoreChoice, as_options, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
 from tokenmdp.runs.credit_options import default_beta
@@ -58,8 +58,8 @@ class Train:
     """Bundled name, directory or hub name. Default: the policy's."""
     reward_model: str
     """Bundled name, directory or hub name of a sequence classifier."""
-    score: str | None = None
-    """Which output of the reward model is the score: an index, a label or "LABEL - LABEL". Default: by its labels."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     reward_template: str | None = None

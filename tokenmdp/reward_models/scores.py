@@ -34,12 +34,14 @@ class ScoreRule(NamedTuple):
         return logits[..., self.plus] if self.minus is None else logits[..., self.plus] - logits[..., self.minus]
 
 
-def read_score(text: str) -> Score:
+def read_score(text: str | None) -> Score:
     """A score as the command line gives it: digits are an index, the rest is a label, "LABEL - LABEL" or "auto".
 
-    >>> read_score("2"), read_score("POSITIVE")
-    (2, 'POSITIVE')
+    >>> read_score("2"), read_score("POSITIVE"), read_score(None)
+    (2, 'POSITIVE', 'auto')
     """
+    if text is None:
+        return "auto"
     return int(text) if text.isascii() and text.isdigit() else text
 
 
