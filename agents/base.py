@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from tokenmdp.agents.learner import Learner, LearnerConfig, Metrics, policy_and_reference
-from tokenmdp.models.policy import TokenScores
+from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.rollouts.collecting import collect, credited_envs
 from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
 from tokenmdp.training.typed import require

@@ -60,8 +60,8 @@ class DPOConfig(DataConfig):
             raise ValueError(f"objective_weight is {self.objective_weight}; it lies in (0, 1]")
         if bool(self.margin) != (self.objective_weight < 1):
             raise ValueError(
-                f"margin is {self.margin!r} and objective_weight {self.objective_weight:g}; two objectives need both: a "
-                "reward model, and a weight below 1"
+                f"margin is {self.margin!r} and objective_weight {self.objective_weight:g}; two objectives need both: "
+                "a reward model, and a weight below 1"
             )
 
 

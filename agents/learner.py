@@ -19,9 +19,11 @@ from torch import nn
 
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.lora import WithoutAdapters, add_adapters
-from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.training import checkpoint
-from tokenmdp.training.processes import Processes, processes_of
+from tokenmdp.training.accelerated import processes_of
+from tokenmdp.training.processes import Processes
 from tokenmdp.training.typed import check_types, require
 from tokenmdp.types import TokenSpace
 
@@ -86,7 +88,8 @@ class Learner:
     state: ClassVar[tuple[str, ...]] = ()  # numbers of the algorithm that a checkpoint holds, by attribute
 
     def __init__(self, config: Any = None, accelerator: Accelerator | None = None) -> None:
-        self.config, self.processes = config or self.config_class(), processes_of(accelerator)
+        self.config: Any = config or self.config_class()
+        self.processes = processes_of(accelerator)
         if not isinstance(self.config, self.config_class):
             raise TypeError(f"config is {self.config!r}; {type(self).__name__} takes a {self.config_class.__name__}")
         self.num_updates_done = 0
@@ -260,7 +263,8 @@ class Learner:
                 f"{saved.path / cls.format.config_file} does not fit this version ({error})"
             ) from error
         reference = {} if saved.reference is None else {"reference": str(saved.reference)}
-        learner = cls(str(saved.model), source, replace(config, **overrides), accelerator=accelerator, **reference)
+        made: Any = cls  # subclasses begin with a model and what it learns from
+        learner = made(str(saved.model), source, replace(config, **overrides), accelerator=accelerator, **reference)
         for name, value in checkpoint.restore(learner, saved, extra=cls.state).items():
             setattr(learner, name, value)
         return learner

@@ -87,4 +87,3 @@ class PolicyFromData(DataLearner):
         """Log-probabilities (n, H) in nats of the response tokens, 0 in the padding."""
         scored = model(episodes.input_ids, episodes.attention_mask, episodes.prompt_slots).logprobs
         return scored * episodes.response_mask
-

@@ -28,7 +28,7 @@ import torch
 from tokenmdp.agents.base import Agent, AgentConfig, Metrics
 from tokenmdp.divergences import kl_k1
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.models.policy import TokenScores
+from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.returns import explained_variance, full_return, gae, vine_advantages, whiten
 from tokenmdp.rollouts.continuations import monte_carlo_values
 from tokenmdp.training.checkpoint import Format

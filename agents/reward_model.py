@@ -28,7 +28,8 @@ import torch
 
 from tokenmdp.agents.data import DataConfig, DataLearner, Example
 from tokenmdp.models.lora import add_adapters
-from tokenmdp.models.policy import resolve_dtype
+from tokenmdp.models.precision import resolve_dtype
+from tokenmdp.models.sizes import embedding_rows
 from tokenmdp.preference_losses import UTILITIES, bradley_terry_loss, utility_loss
 from tokenmdp.preferences import BadPreferences, Comparison, Preference
 from tokenmdp.preferences.records import check_vocabulary
@@ -123,7 +124,7 @@ class RewardModelLearner(DataLearner):
         self.utilities = read_utilities(cfg.utilities)
         self._check_kinds()
         classifier, self._tokenizer = start_classifier(model, cfg.seed)
-        rows = len(classifier.get_input_embeddings().weight)
+        rows = embedding_rows(classifier)
         for place, one in enumerate(self.examples):
             for ids in (one.prompt, *one.responses):
                 check_vocabulary(ids, rows, f"record {place}")
@@ -134,8 +135,8 @@ class RewardModelLearner(DataLearner):
         limit = learning.reader.max_tokens
         if limit is not None and (longest := int(self.lengths.sum(1).max())) > limit:
             raise BadPreferences(
-                f"a prompt with its longest response has {longest} tokens and {model} reads {limit}; leave such records "
-                "out, or start from a model with more positions"
+                f"a prompt with its longest response has {longest} tokens and {model} reads {limit}; leave such "
+                "records out, or start from a model with more positions"
             )
         if cfg.lora_rank:
             add_adapters(learning, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target_modules, cfg.seed)
@@ -219,5 +220,3 @@ def example_of(record: Preference) -> Example:
     return Example(
         record.prompt_ids, record.responses_ids, facts=Pairs(better, worse, [0.0] * len(better), record.kind)
     )
-
-

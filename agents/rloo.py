@@ -27,7 +27,7 @@ import torch
 from tokenmdp.agents.base import Agent, AgentConfig, Metrics
 from tokenmdp.divergences import kl_k1
 from tokenmdp.losses import clipped_policy_loss, entropy_bonus
-from tokenmdp.models.policy import TokenScores
+from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.types import Rollout
 

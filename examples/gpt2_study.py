@@ -27,7 +27,8 @@ from transformers import (
 
 from tokenmdp import cli
 from tokenmdp.files import atomic_directory
-from tokenmdp.models.loading import load_tokenizer, quiet
+from tokenmdp.models.hub import quiet
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.study.directory import Study, load_study
 
 PLAN = Path(__file__).parent / "abc_study" / "gpt2.json"

@@ -16,7 +16,8 @@ import gymnasium as gym
 import torch
 
 import tokenmdp  # noqa: F401  (registers the environment ids)
-from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.preference_losses import dpo_loss
 from tokenmdp.rollouts import collect
 from tokenmdp.types import Rollout

@@ -14,7 +14,7 @@ from tokenmdp.agents.ppo import PPO
 from tokenmdp.agents.rloo import RLOO
 from tokenmdp.files import save_state
 from tokenmdp.runs.environments import toy_policy
-from tokenmdp.training.processes import processes_of
+from tokenmdp.training.accelerated import processes_of
 from tokenmdp.wrappers import vector
 
 UNTIMED = ("seconds", "tokens_per_second")

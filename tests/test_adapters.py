@@ -21,7 +21,8 @@ from transformers import (
 import tokenmdp  # noqa: F401  # registers the ids
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.files import CheckpointError
-from tokenmdp.models.loading import ModelNotFound, load_causal_lm
+from tokenmdp.models.loading import load_causal_lm
+from tokenmdp.models.names import ModelNotFound
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import HFRewardModel, load_reward_model

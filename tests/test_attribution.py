@@ -285,7 +285,9 @@ def test_single_equals_vector_in_the_environment(method):
 @each_method
 def test_a_model_without_gradients_is_refused_at_binding(method):
     for build_env, module in ((gym.make, single), (gym.make_vec, vector)):
-        with pytest.raises(ValueError, match=r"does not provide gradients.*Use one of them, a reward model that"):
+        with pytest.raises(
+            ValueError, match=r"does not provide gradients.*a reward model that does, or one of the methods that run"
+        ):
             module.CreditReward(build_env("tokenmdp:TextGen-Toy-v0"), method())
     with pytest.raises(ValueError, match="has no embeddings"):
         credit(method(), ScoreOnly(), episode(([1], [2])))

@@ -8,7 +8,8 @@ from gymnasium.error import InvalidAction
 
 import tokenmdp.rollouts.collecting as collecting
 from tokenmdp.agents.ppo import PPO, PPOConfig
-from tokenmdp.models.loading import load_tokenizer, resolve
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.names import resolve
 from tokenmdp.runs.directory import tensorboard_tag
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.wrappers import CreditReward, OnlinePrefixReward, vector

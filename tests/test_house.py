@@ -89,7 +89,7 @@ def test_the_graph_sees_lazy_imports_and_those_for_the_type_checker():
     assert "models.policy" in GRAPH["envs.task"]
     assert "reward_models" in GRAPH["credit.base"]
     assert "runs.process_settings" in GRAPH["cli"]
-    assert "agents.base" in GRAPH["runs.training"]
+    assert "agents.learner" in GRAPH["runs.training"]
     assert GRAPH["types"] == set()
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.intervals import mean_interval
-from tokenmdp.models.loading import resolve
+from tokenmdp.models.names import resolve
 from tokenmdp.returns import explained_variance
 from tokenmdp.runs.environments import make_envs, split_prompts
 

@@ -55,6 +55,20 @@ def test_lexicon_spreads_a_word_over_its_tokens(tmp_path):
     assert row.sum() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_lexicon_decodes_a_long_response_a_few_times_whatever_is_asked(monkeypatch):
+    model, counted = toy_lexicon(), []
+    ids = words("great film but dull and " * 60)
+    decode = model._decode
+    monkeypatch.setattr(model, "_decode", lambda part: counted.append(len(part)) or decode(part))
+    rows = episode((words("the"), ids), horizon=len(ids))
+    output = model(rows, needs=frozenset({"attention", "prefix_scores"}))
+    assert sum(counted) < 8 * len(ids)  # each prefix by itself takes len(ids) / 2 times as many
+    ends = [0, 1, 7, len(ids)]
+    alone = [model(episode((words("the"), ids[:end]), horizon=len(ids))).score.item() if end else 0.0 for end in ends]
+    assert output.prefix_scores[0, ends].tolist() == alone
+    assert output.score.tolist() == alone[-1:] == [60.0]
+
+
 def test_lexicon_by_name_with_another_tokenizer():
     lexicon = load_reward_model("lexicon:toy")
     assert lexicon.tokenizer is load_tokenizer("toy")

@@ -17,15 +17,11 @@ from doubles import SB3
 from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from tokenmdp.files import CheckpointError
-from tokenmdp.models import loading
-from tokenmdp.models.loading import (
-    ModelNotFound,
-    from_pretrained,
-    load_causal_lm,
-    load_tokenizer,
-    resolve,
-    toy_tokenizer,
-)
+from tokenmdp.models import hub, loading
+from tokenmdp.models.hub import from_pretrained
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.names import ALIASES, ModelNotFound, resolve
+from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import LexiconRewardModel, load_reward_model
 
 CONFIG = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=30, bos_token_id=30)
@@ -142,20 +138,20 @@ def test_a_missing_path_is_not_sought_on_the_hub(tmp_path):
     ],
 )
 def test_a_bundled_name_of_another_kind_is_not_sought_on_the_hub(load, name, message, monkeypatch):
-    monkeypatch.setattr(loading, "_check_hub_answers", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "_check_hub_answers", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(ModelNotFound, match=message):
         load(name)
 
 
 def test_missing_bundle_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(loading.ALIASES, "imdb-tiny", {"policy": tmp_path / "gone"})
+    monkeypatch.setitem(ALIASES, "imdb-tiny", {"policy": tmp_path / "gone"})
     with pytest.raises(ModelNotFound, match=r"bundled 'imdb-tiny'.*reinstall tokenmdp"):
         load_causal_lm("imdb-tiny")
 
 
 def test_a_model_of_the_study_is_not_in_the_wheel(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "STUDY_MODELS", tmp_path)
-    monkeypatch.setitem(loading.ALIASES, "imdb-plain", {"reward_model": tmp_path / "imdb-plain"})
+    monkeypatch.setattr(hub, "STUDY_MODELS", tmp_path)
+    monkeypatch.setitem(ALIASES, "imdb-plain", {"reward_model": tmp_path / "imdb-plain"})
     with pytest.raises(
         ModelNotFound, match=r"not in the wheel: it lies in examples/abc_study/models/imdb-plain of the"
     ):

@@ -5,7 +5,9 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tokenmdp.files import CheckpointError
-from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy, check_vocabulary, resolve_dtype
+from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
+from tokenmdp.models.policy_fit import check_vocabulary
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.models.tokens import VocabularyMismatch, toy_tokenizer
 
 V, EOS, P, H = 37, 5, 6, 7  # the models below have 40 logits: a padded vocabulary

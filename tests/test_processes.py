@@ -23,7 +23,8 @@ from tokenmdp.files import load_state
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs import display, training
 from tokenmdp.training import checkpoint
-from tokenmdp.training.processes import Accelerated, Processes, launched
+from tokenmdp.training.accelerated import Accelerated, launched
+from tokenmdp.training.processes import Processes
 
 
 @pytest.fixture(scope="module")

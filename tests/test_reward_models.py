@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tokenmdp.files import CheckpointError
-from tokenmdp.models.loading import ModelNotFound
+from tokenmdp.models.names import ModelNotFound
 from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import (
     HFRewardModel,

@@ -111,6 +111,15 @@ def test_the_seed_decides_and_without_one_the_environment_goes_on():
     assert not np.array_equal(one.input_ids[:, : one.prompt_slots], two.input_ids[:, : two.prompt_slots])
 
 
+def test_without_a_reference_nothing_is_read_twice(monkeypatch):
+    expected, *_ = roll(make_envs(), seed=3)
+    monkeypatch.setattr(CausalLMPolicy, "evaluate", None)
+    rollout, metrics = collect(make_envs(), make_policy(0), None, torch.Generator().manual_seed(3), seed=3)
+    assert torch.equal(rollout.input_ids, expected.input_ids)
+    assert torch.equal(rollout.ref_logprobs, rollout.logprobs)
+    assert metrics["kl"] == 0
+
+
 def test_the_random_numbers_of_the_environment_can_be_put_back():
     envs, other = make_envs(), make_envs()
     envs.reset(seed=5)

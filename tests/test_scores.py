@@ -1,5 +1,8 @@
 """Which number of a classifier is the score, and what is refused because nobody can tell."""
 
+import json
+from pathlib import Path
+
 import gymnasium as gym
 import pytest
 import torch
@@ -15,10 +18,14 @@ from transformers import (
 
 import tokenmdp  # noqa: F401  # registers the ids
 from tokenmdp import cli
+from tokenmdp.cli import ablate
+from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import toy_tokenizer
+from tokenmdp.preferences.growing import record_of
 from tokenmdp.reward_models import HFRewardModel, load_reward_model
-from tokenmdp.runs.environments import make_envs
+from tokenmdp.runs.environments import make_envs, toy_policy
 from tokenmdp.runs.settings import PRESETS, RunSettings, settings_from_record, settings_record
+from tokenmdp.study.directory import load_study
 from tokenmdp.types import lay_out
 
 TEXT, IDS = lay_out([[3]], [[4, 5]]), torch.tensor([[3, 4, 5]])
@@ -119,6 +126,37 @@ def test_the_command_takes_a_score_and_says_what_it_is(directory, capsys):
     assert "score=INDEX" in capsys.readouterr().err
     assert cli.main([*arguments, "--score", "1"]) == 0
     assert "logit[neutral]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sample", "quality", "prefer", "ablate"])
+def test_every_command_that_reads_a_reward_model_takes_a_score(command, directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "run_cells", lambda *_, **__: {})
+    policy, texts = tmp_path / "policy", tmp_path / "texts.txt"
+    toy_policy(0).save_pretrained(policy)
+    load_tokenizer("toy").save_pretrained(policy)
+    texts.write_text("good film\nbad plot\n")
+    out = tmp_path / "out"
+    arguments = {
+        "sample": ["sample", str(policy), "--reward-model", directory, "--prompt", "the film", "--num", "1",
+                   "--max-new-tokens", "2", "--credit", "sparse"],
+        "quality": ["quality", "--policy", str(policy), "--reward-model", directory, "--texts", str(texts),
+                    "--methods", "sparse", "--out", str(out)],
+        "prefer": ["prefer", "--policy", str(policy), "--judge", directory, "--prompts", str(texts), "--pairs", "1",
+                   "--max-new-tokens", "2", "--out", f"{out}.jsonl"],
+        "ablate": ["ablate", "--preset", "smoke", "--reward-models", directory, "--methods", "sparse", "--seeds", "1",
+                   "--updates", "1", "--eval-every", "1", "--eval-samples", "2", "--jobs", "1", "--out", str(out)],
+    }[command]  # fmt: skip
+    assert cli.main(arguments) == 2
+    assert "score=INDEX" in capsys.readouterr().err
+    assert cli.main([*arguments, "--score", "neutral - toxic"]) == 0
+    if command == "quality":
+        assert "--score 'neutral - toxic'" in (out / "quality.md").read_text()
+    elif command == "prefer":
+        assert json.loads(record_of(Path(f"{out}.jsonl")).read_text())["settings"]["score"] == "neutral - toxic"
+    elif command == "ablate":
+        (cell,) = load_study(out).cells.values()
+        assert cell.settings.score == "neutral - toxic"
+        assert "--score 'neutral - toxic'" in load_study(out).commands["smoke"][0]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "imdb-tiny"])

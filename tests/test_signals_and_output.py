@@ -165,7 +165,7 @@ def test_directories_without_a_name(directory, capsys, tmp_path, monkeypatch):
 
 
 def test_the_current_directory_may_be_a_model(monkeypatch, capsys):
-    from tokenmdp.models.loading import resolve
+    from tokenmdp.models.names import resolve
 
     monkeypatch.chdir(resolve("reward_model", "imdb-tiny"))
     for name in (".", "./", "../reward_model"):

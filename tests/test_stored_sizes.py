@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from tokenmdp.files import CheckpointError
-from tokenmdp.models.loading import load_causal_lm, load_tokenizer, resolve
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.names import resolve
 
 
 @pytest.fixture

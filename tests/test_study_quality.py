@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from study_doubles import quality_record, synthetic_study
 
-from tokenmdp.cli import ablate
+from tokenmdp.cli.study_quality import measure_credit_quality
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
 from tokenmdp.study.presets import PLANS
@@ -21,14 +21,14 @@ def test_credit_quality_is_measured_once_for_each_reward_model(tmp_path):
     plan = replace(PLANS["quick"], methods=("sparse", "attention"), seeds=(1,), gold=None)
     declare(tmp_path, "quick", expand(plan), {})
     console = Console(quiet=True)
-    ablate.measure_credit_quality(tmp_path, 3, "cpu", console)
+    measure_credit_quality(tmp_path, 3, "cpu", console)
     record = load_study(tmp_path).quality["imdb-tiny"]
     (world,) = record["worlds"]
     assert {"reference", "random", "sparse", "attention"} == {method["name"] for method in world["methods"]}
     before = (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns
     mine = replace(expand(plan)[0], settings=replace(expand(plan)[0].settings, credit="no_such_module.Mine"))
     declare(tmp_path, "custom", [mine], {})  # a class that an earlier command could import
-    ablate.measure_credit_quality(tmp_path, 2, "cpu", console)
+    measure_credit_quality(tmp_path, 2, "cpu", console)
     assert (tmp_path / "quality" / "imdb-tiny.json").stat().st_mtime_ns == before
     given = json.loads((tmp_path / "quality" / "imdb-tiny.json").read_text())["arguments"]
     assert (given["num"], given["credit_beta"]) == (3, 1.0)
@@ -39,7 +39,7 @@ def test_credit_quality_on_fewer_texts_does_not_replace_that_on_more(tmp_path):
     for count, num in ((1, 3), (2, 2)):
         plan = replace(PLANS["quick"], methods=methods[:count], seeds=(1,), gold=None)
         declare(tmp_path, "quick", expand(plan), {})
-        ablate.measure_credit_quality(tmp_path, num, "cpu", Console(quiet=True))
+        measure_credit_quality(tmp_path, num, "cpu", Console(quiet=True))
         given = load_study(tmp_path).quality["imdb-tiny"]["arguments"]
         assert (given["num"], given["methods"]) == (3, list(methods[:count]))
 

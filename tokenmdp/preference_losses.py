@@ -132,9 +132,7 @@ def _tangent_below(
     gap: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], value: float, slope: float
 ) -> torch.Tensor:
     """A concave function above `LINEAR_BELOW`, its tangent there below."""
-    return torch.where(
-        gap > LINEAR_BELOW, function(gap.clamp(min=LINEAR_BELOW)), value + slope * (gap - LINEAR_BELOW)
-    )
+    return torch.where(gap > LINEAR_BELOW, function(gap.clamp(min=LINEAR_BELOW)), value + slope * (gap - LINEAR_BELOW))
 
 
 def utility_loss(better: torch.Tensor, worse: torch.Tensor, utility: str) -> torch.Tensor:
@@ -144,8 +142,8 @@ def utility_loss(better: torch.Tensor, worse: torch.Tensor, utility: str) -> tor
     "-1/x" spreads them nearly evenly. With one U for all prompts their rewards spread alike whatever the prompt asks
     for ("reward collapse"); a U by kind of prompt is the cure.
 
-    "log" and "-1/x" go on as their tangent below a gap of 0.05, which leaves the optimum where it is as long as the gaps
-    there are larger (8 responses).
+    "log" and "-1/x" go on as their tangent below a gap of 0.05, which leaves the optimum where it is as long as its
+    gaps are larger, as those of 8 responses are.
 
     Source: Song et al., "Reward Collapse in Aligning Large Language Models", 2023, section 3.
 

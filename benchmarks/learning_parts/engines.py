@@ -15,7 +15,7 @@ from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
 
 from learning_parts.protocol import TRL, Protocol, Run
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.models.loading import resolve
+from tokenmdp.models.names import resolve
 from tokenmdp.reward_models import RewardModel
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.environments import make_envs, split_prompts

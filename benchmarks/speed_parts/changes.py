@@ -19,7 +19,8 @@ from speed_parts.report import Finding, dtype_name
 from speed_parts.shapes import Shape, make_agent, make_envs
 from speed_parts.timing import Numbers, alternate, column, now, ratio_interval
 from tokenmdp.agents.ppo import PPO
-from tokenmdp.models.policy import CausalLMPolicy, DecodeState
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.token_distribution import DecodeState
 from tokenmdp.rollouts.decoding import Step, decode
 
 Undo = Callable[[PPO], contextlib.AbstractContextManager[object]]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate
-from tokenmdp.models.policy import resolve_dtype
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.runs.process_settings import SETTINGS, describe
 from tokenmdp.wording import count
 

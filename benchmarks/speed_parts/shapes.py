@@ -23,7 +23,8 @@ from transformers import (
 import tokenmdp  # noqa: F401  registers the environments
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.envs.text_rows import read_rows
-from tokenmdp.models.loading import load_causal_lm, load_tokenizer, resolve
+from tokenmdp.models.loading import load_causal_lm, load_tokenizer
+from tokenmdp.models.names import resolve
 from tokenmdp.reward_models import HFRewardModel, RewardModel
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.types import Episode, RewardOutput

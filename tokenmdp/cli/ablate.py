@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import shlex
@@ -11,31 +10,27 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gymnasium.error import Error as GymnasiumError
-from rich.console import Console
 from transformers.utils import logging
 
-from tokenmdp.cli.options import as_options, parse_parts, preset_in, value_in
-from tokenmdp.cli.quality import Quality, measured
-from tokenmdp.credit import CREDIT_METHODS
-from tokenmdp.evaluation.credit_quality import tables as quality_report
-from tokenmdp.evaluation.texts import self_bleu
-from tokenmdp.files import locked, write_text
+from tokenmdp.cli.options import ScoreChoice, as_options, parse_parts, preset_in, value_in
+from tokenmdp.cli.study_quality import measure_credit_quality
+from tokenmdp.files import locked
 from tokenmdp.runs.display import make_console
-from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
-from tokenmdp.runs.settings import SET_APART, TOY_POLICY, agent_config
-from tokenmdp.study.directory import declare, load_study, quality_file
-from tokenmdp.study.grid import expand, read_rates, register, shard_of
+from tokenmdp.runs.environments import resolve_device
+from tokenmdp.runs.settings import SET_APART, agent_config
+from tokenmdp.study.directory import declare, load_study
+from tokenmdp.study.grid import expand, read_rates, shard_of
+from tokenmdp.study.model_checks import check_models
 from tokenmdp.study.presets import PLANS, Plan
 from tokenmdp.study.report import terminal
-from tokenmdp.study.results import Cell, StudyError, cell_file
+from tokenmdp.study.results import StudyError, cell_file
 from tokenmdp.study.scheduler import default_jobs, run_cells
 
 # These do not change what a cell computes.
 VARIED = (
     "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "reward_models", "updates", "eval_every", "eval_samples",
 )  # fmt: skip
-OF_THE_BASE = ("policy", "prompts", "num_envs")
+OF_THE_BASE = ("policy", "prompts", "num_envs", "score")
 NOT_OPTIONS = (*SET_APART, "learning_rate")  # each method has a rate of its own
 UNRECORDED = ("out", "jobs", "shard", "device", "quality_texts", "report_only")
 
@@ -69,6 +64,8 @@ class Ablate:
     """Fixed KL coefficients to try."""
     reward_models: tuple[str, ...]
     """Bundled names, directories or hub names of sequence classifiers to try; without any, the preset's."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     policy: str
     """Bundled name, directory or hub name of a causal language model, with its tokenizer."""
     gold: str | None = None
@@ -250,74 +247,6 @@ def plan_of(arguments: Ablate, config: Mapping[str, Any]) -> Plan:
         gold = None if arguments.gold == "none" else arguments.gold
     varied = {name: getattr(arguments, name) for name in VARIED}
     return replace(plan, **{**varied, "seeds": tuple(dict.fromkeys(arguments.seeds))}, base=base, gold=gold)
-
-
-def check_models(cells: Sequence[Cell]) -> None:
-    """Load every combination of models once, at its longest, so that a wrong name does not fail every cell.
-
-    Raises:
-        ValueError: models that do not fit together or do not fit the lengths.
-        OSError: a name that resolves to nothing.
-        gymnasium.error.DependencyNotInstalled: an evaluation needs a library that is not installed.
-    """
-    self_bleu([[0, 1], [0, 1]])
-    longest: dict[tuple[str | None, ...], Cell] = {}
-    for cell in sorted(cells, key=lambda cell: cell.settings.max_new_tokens):
-        settings = cell.settings
-        longest[settings.policy, settings.tokenizer, settings.reward_model, settings.prompts, cell.gold] = cell
-    for cell in longest.values():
-        envs = make_envs(cell.settings, 1, split_prompts(cell.settings).training)
-        task = envs.unwrapped.task  # type: ignore[attr-defined]
-        if cell.gold is not None:
-            task.load_reward_model(cell.gold)
-        if cell.settings.policy != TOY_POLICY:
-            task.load_policy(cell.settings.policy)
-        envs.close()
-
-
-def measure_credit_quality(out: Path, num: int, device: str, console: Console) -> None:
-    """Where credit lands, for each method on each reward model of the study; measured once on ``num`` texts or more.
-
-    A study of the toy policy has none: that policy is made in code and writes no words.
-    """
-    study = load_study(out)
-    methods: dict[str, tuple[str, set[str]]] = {}  # reward model -> policy that writes the texts, credit methods
-    for cell in study.cells.values():
-        if cell.settings.policy != TOY_POLICY:
-            _, names = methods.setdefault(cell.settings.reward_model, (cell.settings.policy, set()))
-            names.add(cell.settings.credit)
-    for reward_model, (policy, names) in methods.items():
-        for name in names:
-            with contextlib.suppress(StudyError):  # a class of an earlier command, which this one cannot import
-                register(name)
-        known = [name for name in CREDIT_METHODS if name in names]
-        before = study.quality.get(reward_model, {"arguments": {"methods": [], "num": 0}})["arguments"]
-        if set(known) <= set(before["methods"]) and num <= before["num"]:
-            continue
-        texts = max(num, before["num"])
-        asked = Quality(
-            reward_model=reward_model,
-            num=texts,
-            methods=tuple(known),  # type: ignore[arg-type]  # mypy does not see that the registry has these names
-            policy=policy,
-            device=device,
-        )
-        said = f"measuring credit quality on {reward_model}, {texts} texts (--quality-texts): {', '.join(known)}"
-        console.print(said, highlight=False, soft_wrap=True)
-        try:
-            results = [result for result, _ in measured(asked, console)]
-        except (ValueError, OSError, RuntimeError, GymnasiumError) as error:
-            console.print(f"credit quality on {reward_model} was not measured: {error}", highlight=False)
-            continue
-        given = {
-            "reward_model": reward_model,
-            "policy": policy,
-            "num": texts,
-            "methods": known,
-            "credit_beta": asked.credit_beta,
-        }
-        text = json.dumps(quality_report.record(results, given), indent=1)
-        write_text(quality_file(out, reward_model), text + "\n")
 
 
 def command_of(arguments: Ablate, config: Mapping[str, Any]) -> str:

@@ -29,6 +29,10 @@ CreditName = Literal[
     "rto",
 ]
 AllOrOne = Literal["all", CreditName]  # one Literal: of a union of two the parser would list the names unordered
+# An option of several commands; each says behind its field what leaving it out means.
+ScoreChoice = Annotated[
+    str | None, 'Which output of the reward model is the score: an index, a label or "LABEL - LABEL".'
+]
 Options = TypeVar("Options")
 DEFAULT = re.compile(r"\s*\bDefault: (.+?)\.$")  # at the end of a description, where the value itself says nothing
 
@@ -127,7 +131,8 @@ def descriptions(kind: type) -> dict[str, str]:
     """What the source of a dataclass, and of those that it inherits from, says about each field.
 
     That is the text below the field, as in `tokenmdp.cli.train.Train`, or the comment behind it, as in the
-    configurations of algorithms; "" where there is none.
+    configurations of algorithms, behind what the field's type says of itself, as `ScoreChoice` does; "" where there is
+    none.
     """
     found: dict[str, str] = {}
     for one in reversed([parent for parent in kind.__mro__ if is_dataclass(parent)]):
@@ -142,4 +147,8 @@ def descriptions(kind: type) -> dict[str, str]:
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
                 text = str(following.value.value)
             found[node.target.id] = " ".join(text.split())
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        of_the_type = [about for about in getattr(hint, "__metadata__", ()) if isinstance(about, str)]
+        if name in found:
+            found[name] = " ".join([*of_the_type, found[name]]).strip()
     return found

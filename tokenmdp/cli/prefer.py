@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tokenmdp.cli.options import parse
+from tokenmdp.cli.options import ScoreChoice, parse
 from tokenmdp.cli.sample import load_policy, open_source
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.preferences import (
@@ -40,6 +40,7 @@ from tokenmdp.preferences import (
 from tokenmdp.preferences.growing import check_finished, read_progress, record_of
 from tokenmdp.reward_models import load_reward_model, readable_by
 from tokenmdp.reward_models.retokenized import PLAIN
+from tokenmdp.reward_models.scores import read_score
 from tokenmdp.rollouts.groups import sample_groups
 from tokenmdp.runs.display import LOG_SECONDS, make_console
 from tokenmdp.runs.environments import ROWS, make_envs, resolve_device, split_prompts
@@ -66,6 +67,8 @@ class Prefer:
     judge: str = "imdb-gold"
     """Who compares: bundled name, directory or hub name of a sequence classifier; page: a person, on a page that is
     written beside --out; terminal: a person, here."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     pairs: int = 1024
     """How many prompts get responses: pairs, or with --responses above 2 rankings. Raise it to go on further."""
     responses: int = 2
@@ -158,7 +161,7 @@ def _settings(arguments: Prefer) -> tuple[str, RunSettings]:
 
 def _ask_model(console: Console, arguments: Prefer, name: str, settings: RunSettings, record: dict[str, Any]) -> int:
     tokenizer = load_tokenizer(settings.tokenizer)
-    model = load_reward_model(arguments.judge, device=settings.device)
+    model = load_reward_model(arguments.judge, device=settings.device, score=read_score(arguments.score))
     if arguments.align is not None:
         model = readable_by(model, tokenizer, PLAIN)
     annotator = Annotator(
@@ -166,6 +169,8 @@ def _ask_model(console: Console, arguments: Prefer, name: str, settings: RunSett
     )
     record |= {key: getattr(arguments, key) for key in ("temperature", "error_rate", "align")}
     record["judge"] = absolute_name(arguments.judge)
+    if arguments.score is not None:
+        record["score"] = arguments.score
 
     def judge(groups: list[Group], first: int) -> tuple[Sequence[Preference | Group], dict[str, int]]:
         judged = annotator.judge(groups, arguments.seed, first)

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from tokenmdp.cli.options import CreditName, parse
+from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.cli.sample import load_policy
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.envs.text_rows import read_rows
@@ -37,6 +37,7 @@ from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import token_pieces
 from tokenmdp.report import comparison
 from tokenmdp.reward_models import load_reward_model, readable_by
+from tokenmdp.reward_models.scores import read_score
 from tokenmdp.rollouts import collect
 from tokenmdp.runs.credit_options import credit_methods, declared, grouped_options, needs_of, policy_access
 from tokenmdp.runs.display import make_console
@@ -59,6 +60,8 @@ class Quality:
 
     reward_model: str = "imdb-tiny"
     """For the world "model": bundled name, directory or hub name of a sequence classifier."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     world: Literal["negation", "keyword", "model", "all"] = "model"
     """negation: a word list with "not" and "very"; keyword: one word decides; model: the reward model."""
     texts: Path | None = None
@@ -159,7 +162,7 @@ def _worlds(arguments: Quality, device: str) -> list[World]:
         worlds.append(keyword_world(tokenizer, arguments.num, arguments.max_new_tokens, arguments.seed))
     if "model" in wanted:
         texts, where = _texts(arguments, tokenizer, device)
-        model = load_reward_model(arguments.reward_model, device=device)
+        model = load_reward_model(arguments.reward_model, device=device, score=read_score(arguments.score))
         worlds.append(model_world(model, tokenizer, episodes_of(texts), where))
     return worlds
 
@@ -191,7 +194,7 @@ def _texts(arguments: Quality, tokenizer: PreTrainedTokenizerBase, device: str) 
     generator = torch.Generator(device).manual_seed(arguments.seed)
     texts: list[Tokens] = []
     while len(texts) < arguments.num:
-        rollout, _ = collect(envs, policy, policy, generator, seed=arguments.seed * 1_000_003 + len(texts))
+        rollout, _ = collect(envs, policy, None, generator, seed=arguments.seed * 1_000_003 + len(texts))
         episodes = Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
         texts += [text_of(episodes, row) for row in range(len(rollout.scores))]
     envs.close()

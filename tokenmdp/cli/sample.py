@@ -12,12 +12,13 @@ import torch
 import tyro
 from rich.text import Text
 
-from tokenmdp.cli.options import CreditName, parse
+from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
-from tokenmdp.models.policy import CausalLMPolicy, resolve_dtype
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.models.tokens import check_text
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample
@@ -49,6 +50,8 @@ class SampleOptions:
     """An option of the credit method, such as --credit-option budget=64; may be repeated."""
     reward_model: str | None = None
     """Bundled name, directory or hub name of a sequence classifier. Default: the run's, or the bundled one."""
+    score: ScoreChoice = None
+    """Default: the run's, or by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer. Default: the run's."""
     max_prompt_tokens: int | None = None
@@ -130,6 +133,7 @@ def sample(arguments: SampleOptions) -> int:
     given: dict[str, Any] = {
         "credit": arguments.credit,
         "reward_model": arguments.reward_model,
+        "score": arguments.score,
         "align": arguments.align,
         "max_prompt_tokens": arguments.max_prompt_tokens,
         "truncate_prompt": arguments.truncate_prompt,
@@ -157,7 +161,7 @@ def sample(arguments: SampleOptions) -> int:
     for prompts in sources:
         envs = make_envs(settings, arguments.num, prompts)
         policy = policy or load_policy(name, envs, options, settings.device)
-        rollout, _ = collect(envs, policy, policy, generator, seed=arguments.seed)
+        rollout, _ = collect(envs, policy, None, generator, seed=arguments.seed)
         samples += [replace(item, facts={}) for item in samples_from_rollout(rollout, tokenizer)]
     scale = heatmap.credit_scale([item.credits for item in samples])
     for item in samples:

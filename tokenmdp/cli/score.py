@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokenmdp.cli.options import AllOrOne, parse
+from tokenmdp.cli.options import AllOrOne, ScoreChoice, parse
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.credit_quality import Counted, PolicyAccess, run_counted
@@ -56,8 +56,8 @@ class Score:
     """The policy whose attention abc-d and abc-d2 follow: bundled name, directory or hub name."""
     reward_model: str = "imdb-tiny"
     """Bundled name, directory or hub name of a sequence classifier."""
-    score: str = "auto"
-    """Which of its outputs is the score: an index, a label or "LABEL - LABEL"; auto decides by its labels."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     tokenizer: str | None = None
     """Bundled name, directory or hub name. Default: the reward model's."""
     device: str = "auto"

@@ -12,7 +12,7 @@ import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
 from tokenmdp.cli import train_reward_model
-from tokenmdp.cli.options import CreditName, as_options, parse_parts, preset_in
+from tokenmdp.cli.options import CreditName, ScoreChoice, as_options, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
 from tokenmdp.runs.credit_options import default_beta
@@ -63,8 +63,8 @@ class Train:
     """Bundled name, directory or hub name. Default: the policy's."""
     reward_model: str
     """Bundled name, directory or hub name of a sequence classifier."""
-    score: str | None = None
-    """Which output of the reward model is the score: an index, a label or "LABEL - LABEL". Default: by its labels."""
+    score: ScoreChoice = None
+    """Default: by its labels."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
     reward_template: str | None = None
@@ -102,10 +102,7 @@ def preset_options(preset: PresetName = "quick", algorithm: str = DEFAULT_ALGORI
     4
     """
     settings = preset_settings(preset, algorithm)
-    if from_data(algorithm):
-        changes = {"updates": None, **changes}
-    else:
-        changes = {"held_out": 0.0, **changes}
+    changes = {"updates": None, **changes} if from_data(algorithm) else {"held_out": 0.0, **changes}
     names = {field.name for field in fields(Train)} & asdict(settings).keys() - {"credit_beta", "tokenizer", "device"}
     taken = {name: getattr(settings, name) for name in names - {"held_out", "data"}}
     return Train(**{"preset": preset, "updates": PRESETS[preset].updates, **taken, **changes})

@@ -19,7 +19,7 @@ import numpy as np
 from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, read_rows
 from tokenmdp.envs.text_sets import PromptsNotFound, rows_of_name, rows_of_object
 from tokenmdp.models.encoding import chat_ids, is_chat, opening_ids, vocab_size
-from tokenmdp.models.loading import resolve
+from tokenmdp.models.names import resolve
 from tokenmdp.models.tokens import check_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import torch
 from tokenmdp.credit import CREDIT_METHODS, REWARD_MODEL_NEEDS
 from tokenmdp.envs.prompts import Encoder, PromptSource, Truncate, prompt_source
 from tokenmdp.models import encoding
-from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer, resolve
+from tokenmdp.models.loading import fingerprint, load_config, load_tokenizer
+from tokenmdp.models.names import resolve
 from tokenmdp.models.sizes import PositionLimit, configured_limit
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.lexicon import names_word_list
@@ -83,22 +84,14 @@ class TextGenTask:
     def check_needs(self, needs: frozenset[str]) -> None:
         """Refuse needs that the reward model cannot meet; a named one that is not loaded yet is checked when it is."""
         loaded = self.__dict__.get("reward_model")  # where cached_property keeps it
-        if loaded is not None and (missing := needs - loaded.provides):
+        if loaded is not None:
+            has = loaded.provides
             runs = [
                 name
                 for name, method in CREDIT_METHODS.items()
-                if not (method.needs & REWARD_MODEL_NEEDS) - loaded.provides  # type: ignore[attr-defined]
+                if method.needs & REWARD_MODEL_NEEDS <= has  # type: ignore[attr-defined]
             ]
-            online = (
-                "; OnlinePrefixReward pays the same numbers as red with any reward model, for one forward per token"
-                if "prefix_scores" in missing
-                else ""
-            )
-            lacking = f"{loaded} does not provide {', '.join(sorted(missing))}. With this model {', '.join(runs)} run"
-            raise ValueError(
-                f"{lacking}{online}. Use one of them, a reward model that does, or UniformReward or SparseReward, "
-                "which need the score only"
-            )
+            loaded.check_needs(needs, f"one of the methods that run with this one ({', '.join(runs)})")
 
     def load_policy(self, name: str) -> CausalLMPolicy:
         """The policy of this name for the task; loaded once per process and task, frozen, where the reward model is."""

@@ -29,8 +29,9 @@ from gymnasium.vector.utils import iterate
 
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.intervals import Estimate, mean_interval
-from tokenmdp.models.policy import NEVER, CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.state_reader import StateReader, without_early_end
+from tokenmdp.models.token_distribution import NEVER
 from tokenmdp.wrappers.layers import check_conversions, check_infos
 
 Observation = dict[str, np.ndarray]

@@ -131,13 +131,13 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
     """Mean and 95% interval of each quantity before and after, and of the change prompt by prompt."""
-    quantities: dict[
-        str, tuple[Sequence[float], Sequence[float]]
-    ] = {  # KL: to the reference, nats per sequence; tokens: of the response
+    quantities: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         "score": (before.scores, after.scores),
         "KL": (before.kls, after.kls),
         "tokens": (before.lengths, after.lengths),
-    } | ({"judge's score": (before.gold, after.gold)} if after.gold else {})
+    }
+    if after.gold:
+        quantities["judge's score"] = before.gold, after.gold
     return {
         name: {
             "before": mean_interval(old),

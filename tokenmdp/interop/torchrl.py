@@ -21,8 +21,9 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from tokenmdp.interop.reading import mark_token_rewards_read
-from tokenmdp.models.policy import NEVER, CausalLMPolicy
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.state_reader import StateReader, read_states, without_early_end
+from tokenmdp.models.token_distribution import NEVER
 from tokenmdp.wrappers.layers import SCALING, ChangedReward, check_conversions
 
 if TYPE_CHECKING:

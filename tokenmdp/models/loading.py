@@ -1,50 +1,26 @@
-"""Names to files: aliases of the bundle, local directories, then the Hugging Face hub."""
+"""Tokenizers, configurations and weights by name; adapters of peft merged into their base model."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
-import ssl
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gymnasium.error import Error
 
-from tokenmdp.files import CheckpointError, check_digests, expand_home, recover_directory
+from tokenmdp.files import CheckpointError
 from tokenmdp.models.adapters import Adapter, cached_adapter, merge_adapter, read_adapter
-from tokenmdp.models.stored_sizes import check_stored_sizes
+from tokenmdp.models.hub import from_pretrained
+from tokenmdp.models.names import ALIASES, BUILT_IN, Kind, ModelNotFound, resolve, words
 from tokenmdp.models.tokens import toy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Kind = Literal["tokenizer", "reward_model", "policy", "prompts"]
-Loaded = TypeVar("Loaded")
-
-ASSETS = Path(__file__).parents[1] / "assets" / "imdb"
-STUDY_MODELS = Path(__file__).parents[2] / "examples" / "abc_study" / "models"  # of a checkout; not in the wheel
-ALIASES: dict[str, dict[Kind, Path]] = {
-    "imdb-tiny": {
-        "policy": ASSETS / "policy",
-        "tokenizer": ASSETS / "policy",
-        "reward_model": ASSETS / "reward_model",
-        "prompts": ASSETS / "prompts.json",
-    },
-    "imdb-gold": {"reward_model": ASSETS / "reward_model_gold"},  # another architecture, never used to train a policy
-    "imdb-plain": {"reward_model": STUDY_MODELS / "imdb-plain"},  # before its attention row was trained
-    "imdb-uniform": {"reward_model": STUDY_MODELS / "imdb-uniform"},  # the same scores, a row that says nothing
-}
-# Names answered by code, not by files.
-BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
-PATH_STARTS = ("/", "./", "../", "~")
-HUB_TIMEOUT = 3.0  # seconds; transformers alone retries an unreachable hub for 25
 _THREADS_AT_IMPORT = torch.get_num_threads()  # if the number differs later, torch.set_num_threads has been called
 
 logger = logging.getLogger(__name__)
@@ -52,33 +28,6 @@ logger = logging.getLogger(__name__)
 # By path and files: the tokenizer and its `_mark` as it was read.
 _tokenizers: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[PreTrainedTokenizerBase, tuple[object, ...]]] = {}
 _lock = threading.RLock()
-
-
-class ModelNotFound(Error, OSError):
-    """No alias, directory or reachable hub repository has this name; the message says how to get it."""
-
-
-def resolve(kind: Kind, name: str) -> str:
-    """The path of an alias's bundled file, the absolute path of a local directory, or the name unchanged.
-
-    Unchanged stay hub names and `BUILT_IN` names, also where the working directory has a folder of that name.
-
-    Raises:
-        ModelNotFound: the name is empty.
-        ValueError: it begins with ``~`` and a user who does not exist.
-
-    >>> resolve("prompts", "imdb-tiny").endswith("prompts.json"), resolve("policy", "lvwerra/gpt2-imdb")
-    (True, 'lvwerra/gpt2-imdb')
-    """
-    if not name.strip():
-        raise ModelNotFound(f"the name of the {_words(kind)} is empty; bundled: {_bundled(kind)}")
-    bundled = ALIASES.get(name, {}).get(kind)
-    if bundled is not None:
-        return str(bundled)
-    if name in BUILT_IN.get(kind, ()):
-        return name
-    directory = recover_directory(expand_home(name))
-    return str(directory.resolve()) if directory.is_dir() else name
 
 
 def fingerprint(path: str) -> tuple[tuple[str, int], ...]:
@@ -289,7 +238,7 @@ def _load_whole(
         first = ", ".join(sorted(missing)[:5])
         raise CheckpointError(
             f"{name} has no weights for {first}, so it is not a trained {type(model).__name__}; "
-            f"pass a {_words(kind)} that was saved with these weights"
+            f"pass a {words(kind)} that was saved with these weights"
         )
     for weight in () if "device_map" in options else model.parameters():
         # So far a view of the mapped file, at whatever offset its header leaves. Kernels round differently there, and a
@@ -327,114 +276,3 @@ def use_one_thread_in_workers() -> None:
             multiprocessing.current_process().name,
             _THREADS_AT_IMPORT,
         )
-
-
-def from_pretrained(loader: Callable[..., Loaded], kind: Kind, name: str, **options: Any) -> Loaded:
-    """Call a transformers ``from_pretrained``: local files first, then the hub, with errors that name the remedy."""
-    options["trust_remote_code"] = False  # left out, transformers asks on the terminal and runs the code after a "y"
-    path = resolve(kind, name)
-    if Path(path).is_dir():
-        check_digests(Path(path), below=False, weights=kind != "tokenizer")
-        if kind != "tokenizer":
-            check_stored_sizes(Path(path))
-        try:
-            with quiet():
-                return loader(path, local_files_only=True, **options)
-        except ImportError:
-            raise  # a package is missing, not a file
-        except Exception as error:  # of many types: tokenizers raises Exception itself for a damaged tokenizer.json
-            said = str(error).strip() or type(error).__name__
-            raise CheckpointError(
-                f"cannot load a {_words(kind)} from {path}: {said}. It needs config.json, model.safetensors "
-                "and the tokenizer files as save_pretrained writes them (pytorch_model.bin is not read); "
-                "restore a copy or save it again"
-            ) from error
-    if name in ALIASES:
-        if kind not in ALIASES[name]:
-            raise ModelNotFound(
-                f"{name!r} is bundled as {' and '.join(ALIASES[name])} only; as {kind} there is {_bundled(kind)}"
-            )
-        if STUDY_MODELS in Path(path).parents:
-            raise ModelNotFound(
-                f"{name!r} is not in the wheel: it lies in examples/abc_study/models/{name} of the source checkout; "
-                "pass its path"
-            )
-        raise ModelNotFound(f"the bundled {name!r} has no {path}; reinstall tokenmdp, or pass a directory or hub name")
-    _check_name(kind, name)
-    try:
-        with quiet():
-            return loader(name, local_files_only=True, **options)
-    except (OSError, ValueError):
-        _check_hub_answers(kind, name)
-    try:
-        return loader(name, **options)
-    except (OSError, ValueError) as error:
-        raise _not_found(kind, name, f"the hub has no such model or not its files ({error})") from error
-
-
-def _check_name(kind: Kind, name: str) -> None:
-    """Refuse names that need no request to the hub: a path without a directory, a name that means something else."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    what = _words(kind)
-    if others := [_words(other) for other, names in BUILT_IN.items() if name in names]:
-        toy = (kind, name) == ("policy", "toy")
-        hint = "; only `tokenmdp train` has an untrained policy of this name" if toy else ""
-        raise ModelNotFound(f"{name!r} is a bundled {others[0]} and no {what}{hint}. Bundled: {_bundled(kind)}")
-    missing = f"no {what} {name!r}: there is no such directory"
-    if name.startswith(PATH_STARTS):
-        raise ModelNotFound(f"{missing}; check the path. Bundled: {_bundled(kind)}")
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ModelNotFound(f"{missing}, and a hub name is OWNER/NAME. Bundled: {_bundled(kind)}") from error
-
-
-def _check_hub_answers(kind: Kind, name: str) -> None:
-    """Ask the hub once with a short time limit, instead of transformers' five retries."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        raise _not_found(kind, name, "it is not in the local cache and HF_HUB_OFFLINE forbids the hub")
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except OSError as error:
-        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, ssl.SSLError):
-            return  # it answered with a certificate that the hub's own client may know
-        reason = f"it is not in the local cache and {constants.ENDPOINT} did not answer ({error})"
-        raise _not_found(kind, name, reason) from error
-
-
-def _not_found(kind: Kind, name: str, reason: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"no {_words(kind)} {name!r}: tried the aliases, a local directory and the hub; {reason}. "
-        f"With a network run `hf download {name} --local-dir DIR` and pass DIR as the name. Bundled: {_bundled(kind)}"
-    )
-
-
-def _words(kind: Kind) -> str:
-    return kind.replace("_", " ")
-
-
-def _bundled(kind: Kind) -> str:
-    """The names that need no file and no hub."""
-    aliases = [alias for alias, kinds in ALIASES.items() if kind in kinds and kinds[kind].exists()]
-    return ", ".join([*aliases, *BUILT_IN.get(kind, ())])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar: loading a few megabytes is not worth one in every gym.make."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -17,7 +17,8 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from torch import nn
 
-from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState, TokenScores
+from tokenmdp.models.policy import SETTINGS, CausalLMPolicy
+from tokenmdp.models.token_distribution import DecodeState, TokenScores
 
 State = dict[str, torch.Tensor]
 
@@ -153,7 +154,7 @@ def _head_weights(classifier: Any) -> list[nn.Parameter]:
     return [weight for weight in classifier.parameters() if weight not in backbone]
 
 
-def _adapted_layers(policy: nn.Module) -> list[tuple[str, Any]]:
+def _adapted_layers(policy: Any) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, layer) for name, layer in policy.lm.named_modules() if isinstance(layer, LoraLayer)]

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import install
 from tokenmdp.models.forwards import autocast, check_recompute, forwards
+from tokenmdp.models.hub import quiet
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.onednn import use_onednn
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
 from tokenmdp.models.kv_cache import make_cache
-from tokenmdp.models.loading import check_loads, load_causal_lm, load_tokenizer, quiet, resolve, tokenizer_home
+from tokenmdp.models.loading import check_loads, load_causal_lm
+from tokenmdp.models.names import resolve
 from tokenmdp.models.policy_checks import check_logits, reads_padding
-from tokenmdp.models.sizes import capped, check_finite, logit_cap, output_layer, position_limit
-from tokenmdp.models.tokens import VocabularyMismatch
+from tokenmdp.models.policy_fit import check_positions, check_rows, check_vocabulary, warn_of_other_ends
+from tokenmdp.models.sizes import capped, check_finite, logit_cap, output_layer
+from tokenmdp.models.token_distribution import DecodeState, TokenScores, draw, process_logits
 from tokenmdp.types import TokenSpace, response_rows
-
-logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 # What a policy does to its logits, and how it computes.
@@ -42,26 +42,6 @@ SETTINGS = (
     "gradient_checkpointing",
 )  # fmt: skip
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # of attention, of Mamba
-NEVER = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would make the entropy NaN
-
-
-class DecodeState(NamedTuple):
-    """Sampling in progress: everything about the N states before response token ``step``."""
-
-    cache: Any  # transformers' cache of keys and values, changed in place by `CausalLMPolicy.append`
-    attention_mask: torch.Tensor  # (N, S) int64, S slots seen so far
-    step: int  # t, the index of the response token to come
-    logits: torch.Tensor  # (N, C) float32, processed: C is the vocabulary, or k with top-k
-    support: torch.Tensor | None  # (N, k) int64, the tokens behind the columns of logits; None: the vocabulary
-    value: torch.Tensor  # (N,) float32
-
-
-class TokenScores(NamedTuple):
-    """Response tokens scored in one forward; index t means response token t. Nats."""
-
-    logprobs: torch.Tensor  # (N, H) float32
-    values: torch.Tensor  # (N, H) float32, the state before token t
-    entropy: torch.Tensor  # (N, H) float32, of the distribution token t was drawn from
 
 
 class CausalLMPolicy(nn.Module):
@@ -103,15 +83,8 @@ class CausalLMPolicy(nn.Module):
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
             raise ValueError(f"top_k is {top_k}; choose 0 (all tokens) to {vocab_size} (the vocabulary)")
-        head = output_layer(lm)
-        self.rows, width = (int(size) for size in head.weight.shape)  # type: ignore[union-attr]
-        if self.rows < vocab_size:
-            raise ValueError(
-                f"the language model has {self.rows} logits and the environment {vocab_size} tokens: either the "
-                "tokenizer is another model's, then pass the environment tokenizer= with the policy's; or tokens such "
-                "as [PAD] were added to it, then call model.resize_token_embeddings(len(tokenizer)) and save the "
-                "model, or give up the token (tokenizer.pad_token = tokenizer.eos_token before it is saved)"
-            )
+        check_rows(lm, vocab_size)
+        self.rows, width = (int(size) for size in output_layer(lm).weight.shape)  # type: ignore[union-attr]
         self.lm = lm
         self.logit_cap = logit_cap(lm)
         accepted = inspect.signature(type(lm.base_model).forward).parameters
@@ -146,7 +119,7 @@ class CausalLMPolicy(nn.Module):
 
         Raises:
             CheckpointError: the value head's file is damaged or belongs to another model.
-            tokenmdp.models.loading.ModelNotFound: there is no such model.
+            tokenmdp.models.names.ModelNotFound: there is no such model.
         """
         policy = cls(load_causal_lm(name, dtype=torch.float32), vocab_size, eos_token_id, **options)
         path = Path(resolve("policy", name)) / VALUE_HEAD_FILE
@@ -178,7 +151,7 @@ class CausalLMPolicy(nn.Module):
             policy = cls.from_pretrained(model, **options)
         else:
             policy = cls(model.float(), **options)
-        warn_of_other_ends(policy)
+        warn_of_other_ends(policy.lm, policy.eos_token_ids)
         policy.check_positions(task.max_prompt_tokens + task.max_new_tokens)
         return policy
 
@@ -291,18 +264,7 @@ class CausalLMPolicy(nn.Module):
             uniform: (N,) float64 in [0, 1); None draws from PyTorch's own generator.
             deterministic: takes the most likely token; its logprob is still the one under the distribution.
         """
-        every_logprob = state.logits.log_softmax(-1)  # (N, C)
-        if deterministic:
-            column = every_logprob.argmax(-1, keepdim=True)  # (N, 1)
-        else:
-            if uniform is None:
-                uniform = torch.rand(len(every_logprob), dtype=torch.float64, device=every_logprob.device)
-            cdf = every_logprob.exp().double().cumsum(-1)  # in float32 the rare tokens of 50,000 would vanish
-            column = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-            column = column.clamp(max=cdf.shape[1] - 1)  # a product rounded up to the last sum
-        logprob = every_logprob.gather(-1, column)
-        token = column if state.support is None else state.support.gather(-1, column)
-        return token.squeeze(-1), logprob.squeeze(-1), state.value
+        return draw(state, uniform, deterministic)
 
     def evaluate(
         self,
@@ -386,82 +348,12 @@ class CausalLMPolicy(nn.Module):
     def _process(
         self, raw_logits: torch.Tensor, first_step: int, support: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (N, T, rows) of response tokens first_step, first_step + 1, .. -> what is sampled, and its support."""
-        logits = raw_logits[..., : self.vocab_size]  # (N, T, V), of the forward's dtype
-        if self.temperature != 1.0:
-            logits = logits.float() / self.temperature
-        if (too_early := self.min_new_tokens - first_step) > 0:
-            logits[:, :too_early, list(self.eos_token_ids)] = torch.finfo(
-                logits.dtype
-            ).min  # -inf would make the entropy NaN
-        if self.top_k and support is None:
-            support = logits.topk(self.top_k, dim=-1).indices  # (N, T, k)
-        return (logits, None) if support is None else (logits.gather(-1, support), support)
-
-    def check_positions(self, slots: int) -> None:
-        """Refuse episodes longer than the model's positions, which would be an index error later.
-
-        Raises:
-            ValueError: with both numbers.
-        """
-        limit = position_limit(self.lm)
-        if limit is not None and slots > limit.tokens:
-            raise ValueError(
-                f"prompt and response take up to {slots} slots and the policy has {limit}; "
-                "lower max_prompt_tokens or max_new_tokens"
-            )
-
-
-def warn_of_other_ends(policy: CausalLMPolicy) -> None:
-    """Warn where the model's generation configuration lists ends of text that do not end an episode."""
-    listed = policy.lm.generation_config.eos_token_id if policy.lm.generation_config is not None else None
-    if isinstance(listed, list) and (others := sorted(set(listed) - set(policy.eos_token_ids))):
-        logger.warning(
-            "%s ends its texts with any of the ids %s and the environment with %s only, so it will write on after %s; "
-            "make the environment with eos_token_id=%s",
-            type(policy.lm).__name__, listed, list(policy.eos_token_ids), others,
-            sorted({*listed, *policy.eos_token_ids}),
+        """`process_logits` of response tokens first_step, first_step + 1, .."""
+        return process_logits(
+            raw_logits, support, vocab_size=self.vocab_size, temperature=self.temperature, top_k=self.top_k,
+            too_early=self.min_new_tokens - first_step, eos_token_ids=self.eos_token_ids,
         )  # fmt: skip
 
-
-def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a policy whose own tokenizer, if it comes with one, disagrees with the environment's.
-
-    Raises:
-        VocabularyMismatch: with the first token that differs.
-    """
-    home = tokenizer_home("policy", name)
-    if home is None:
-        return
-    theirs = load_tokenizer(resolve("policy", home)).get_vocab()
-    different = [(index, token) for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
-    if different:
-        index, token = min(different)
-        raise VocabularyMismatch(
-            f"the environment's tokenizer ({len(tokenizer)} tokens) and the policy {name!r} ({len(theirs)} tokens) "
-            f"differ, first in id {index} ({token!r} in the environment); "
-            f"make the environment with tokenizer={name!r}, and a reward model that reads it"
-        )
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of the forwards: "float32", "bfloat16", or "auto" for bfloat16 where the hardware computes it.
-
-    >>> resolve_dtype("float32", torch.device("cpu"))
-    torch.float32
-    """
-    if dtype == "float32":
-        return torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == "bfloat16":
-        if not native:
-            logger.warning("this %s emulates bfloat16: it is slower than float32 here", device.type)
-        return torch.bfloat16
-    if dtype != "auto":
-        raise ValueError(f'dtype is {dtype!r}; choose "auto", "float32" or "bfloat16"')
-    if not native:
-        logger.info("dtype auto: this %s does not compute in bfloat16, falling back to float32", device.type)
-    return torch.bfloat16 if native else torch.float32
+    def check_positions(self, slots: int) -> None:
+        """`tokenmdp.models.policy_fit.check_positions` of this policy's language model."""
+        check_positions(self.lm, slots)

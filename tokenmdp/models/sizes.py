@@ -81,6 +81,11 @@ def output_layer(lm: PreTrainedModel) -> nn.Module:
     return layer
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The token ids that the model has an embedding for; vocabularies padded for speed have more than tokens."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
 def check_finite(model: nn.Module, name: str) -> None:
     """Refuse weights that are NaN or infinite: most texts would not show it.
 

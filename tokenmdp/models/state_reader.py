@@ -22,7 +22,8 @@ import torch
 from torch.nn.functional import pad
 
 from tokenmdp.models.kv_cache import GrowingLayer, make_cache
-from tokenmdp.models.policy import SETTINGS, CausalLMPolicy, DecodeState
+from tokenmdp.models.policy import SETTINGS, CausalLMPolicy
+from tokenmdp.models.token_distribution import DecodeState
 
 logger = logging.getLogger(__name__)
 

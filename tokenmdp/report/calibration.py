@@ -50,8 +50,9 @@ def plot(gaps: np.ndarray, path: str | Path) -> Path:
     axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")
     observed = [one.observed.value for one in found]
     errors = [
-        [one.observed.value - one.observed.low for one in found], [one.observed.high - one.observed.value for one in found]
-    ]  # fmt: skip
+        [one.observed.value - one.observed.low for one in found],
+        [one.observed.high - one.observed.value for one in found],
+    ]
     predicted = [one.predicted for one in found]
     axes.errorbar(predicted, observed, yerr=errors, fmt="o", color=COLOURS[0], capsize=2, label="held-out pairs")
     title = f"{len(gaps)} held-out pairs, {found[0].pairs if found else 0} per bin; 95% intervals"

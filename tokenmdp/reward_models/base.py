@@ -150,19 +150,35 @@ class RewardModel(ABC):
                 f"{self._text(episodes, row)!r}; look for NaN in its weights, and use float32"
             )
 
-    def _check(self, episodes: Episode, needs: frozenset[str], empty_responses: bool) -> None:
+    def check_needs(
+        self,
+        needs: frozenset[str],
+        methods: str = "a method that needs less (`tokenmdp credits` lists what each needs)",
+    ) -> None:
+        """Refuse needs beyond what this model provides.
+
+        Args:
+            needs: keys of `tokenmdp.credit.NEEDS`.
+            methods: for the message, which methods there are instead.
+
+        Raises:
+            ValueError: with what is lacking, what there is, and what to use.
+        """
         if lacking := sorted(needs - self.provides):
             provided = ", ".join(sorted(self.provides)) or "nothing but the score"
             online = (
-                "; `tokenmdp.wrappers.OnlinePrefixReward` pays the same numbers as red with any reward model"
+                "; `tokenmdp.wrappers.OnlinePrefixReward` pays the same numbers as red with any reward model, for one "
+                "forward per token"
                 if "prefix_scores" in lacking
                 else ""
             )
             raise ValueError(
                 f"{self} does not provide {', '.join(lacking)} (it provides {provided}); use a reward model that does, "
-                "or a method that needs less (`tokenmdp credits` lists what each needs), such as UniformReward or "
-                f"SparseReward, which need the score only{online}"
+                f"or {methods}, such as UniformReward or SparseReward, which need the score only{online}"
             )
+
+    def _check(self, episodes: Episode, needs: frozenset[str], empty_responses: bool) -> None:
+        self.check_needs(needs)
         attention_mask, response_mask = episodes.attention_mask.bool(), episodes.response_mask.bool()
         empty = (~response_mask.any(-1)).nonzero()
         if len(empty) and not empty_responses:

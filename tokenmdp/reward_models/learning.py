@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from tokenmdp.models.forwards import check_recompute, forwards
-from tokenmdp.models.loading import ALIASES, Kind, load_config, load_own_tokenizer, load_weights, quiet
+from tokenmdp.models.hub import quiet
+from tokenmdp.models.loading import load_config, load_own_tokenizer, load_weights
+from tokenmdp.models.names import ALIASES, Kind
 from tokenmdp.reward_models.classifier import HFRewardModel
 from tokenmdp.reward_models.scores import READING, Reading
 from tokenmdp.types import Episode

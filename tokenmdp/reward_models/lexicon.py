@@ -64,20 +64,22 @@ class LexiconRewardModel(RewardModel):
         responses = episodes.input_ids[:, episodes.prompt_slots :]  # (N, P+H) -> (N, H)
         masks = episodes.response_mask.bool()
         ids = [row[mask].tolist() for row, mask in zip(responses, masks, strict=True)]
-        score = torch.tensor([self._total(row) for row in ids])
-        shares = prefixes = None
+        every_prefix = bool(needs & {"attention", "prefix_scores"})
+        texts = [growing_texts(self._decode, row, 0) if every_prefix else [self._decode(row)] for row in ids]
+        score = torch.tensor([self._total(prefixes[-1]) for prefixes in texts])
+        shares = prefix_scores = None
         if "attention" in needs:
             shares = torch.zeros(masks.shape)
-            for row, mask, tokens in zip(shares, masks, ids, strict=True):
-                row[mask] = self._shares(tokens)
+            for row, mask, prefixes in zip(shares, masks, texts, strict=True):
+                row[mask] = self._shares(prefixes)
         if "prefix_scores" in needs:
-            prefixes = torch.zeros(len(ids), masks.shape[1] + 1)
-            for row, mask, tokens in zip(prefixes, masks, ids, strict=True):
-                row[1:][mask] = torch.tensor([self._total(tokens[: end + 1]) for end in range(len(tokens))])
-        return RewardOutput(score.float(), shares, prefix_scores=prefixes)
+            prefix_scores = torch.zeros(len(ids), masks.shape[1] + 1)
+            for row, mask, prefixes in zip(prefix_scores, masks, texts, strict=True):
+                row[1:][mask] = torch.tensor([self._total(text) for text in prefixes[1:]])
+        return RewardOutput(score.float(), shares, prefix_scores=prefix_scores)
 
-    def _total(self, ids: list[int]) -> float:
-        return float(sum(weight for _, _, weight in self._words(self._decode(ids))))
+    def _total(self, text: str) -> float:
+        return float(sum(weight for _, _, weight in self._words(text)))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -102,19 +104,23 @@ class LexiconRewardModel(RewardModel):
         >>> model.token_credit(load_tokenizer("toy")("great but dull")["input_ids"]).tolist()
         [2.0, 0.0, -1.0]
         """
-        return self._spread(ids, self._words(self._decode(ids)))
+        prefixes = growing_texts(self._decode, ids, 0)
+        return self._spread(prefixes, self._words(prefixes[-1]))
 
-    def _shares(self, ids: list[int]) -> torch.Tensor:
+    def _shares(self, prefixes: list[str]) -> torch.Tensor:
         """``_words``' absolute weights spread over the tokens; (T,) with sum 1."""
-        words = [(start, end, abs(weight)) for start, end, weight in self._words(self._decode(ids))]
-        shares = EPSILON + self._spread(ids, words)
+        words = [(start, end, abs(weight)) for start, end, weight in self._words(prefixes[-1])]
+        shares = EPSILON + self._spread(prefixes, words)
         return (shares / shares.sum()).float()
 
-    def _spread(self, ids: list[int], words: list[tuple[int, int, float]]) -> torch.Tensor:
-        """Each word's number over the tokens that cover its characters, in proportion; (T,) float64."""
-        # Prefixes, because a token's own text depends on its neighbours: blanks, and characters of several bytes.
-        ends = [len(text) for text in growing_texts(self._decode, ids, 0)[1:]]
-        spread = torch.zeros(len(ids), dtype=torch.float64)
+    def _spread(self, prefixes: list[str], words: list[tuple[int, int, float]]) -> torch.Tensor:
+        """Each word's number over the tokens that cover its characters, in proportion; (T,) float64.
+
+        ``prefixes`` are the texts of the first 0, 1, ..., T tokens, because a token's own text depends on its
+        neighbours: blanks, and characters of several bytes.
+        """
+        ends = [len(text) for text in prefixes[1:]]
+        spread = torch.zeros(len(ends), dtype=torch.float64)
         for start, end, number in words:
             left = 0
             for index, right in enumerate(ends):

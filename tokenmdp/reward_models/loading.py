@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.models.loading import ALIASES, fingerprint, resolve
+import torch
+
+from tokenmdp.models.hub import from_pretrained
+from tokenmdp.models.loading import fingerprint, load_weights, tokenizer_home
+from tokenmdp.models.names import ALIASES, ModelNotFound, resolve
 from tokenmdp.reward_models.base import RewardModel
-from tokenmdp.reward_models.classifier import load_classifier
+from tokenmdp.reward_models.classifier import HFRewardModel
 from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
 from tokenmdp.reward_models.scores import Score
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 _loaded: dict[tuple[Any, ...], RewardModel] = {}
 _lock = threading.RLock()
@@ -49,3 +58,30 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
             loaded.reloader = _reload
             _loaded[key] = loaded
         return _loaded[key]
+
+
+def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
+    """A sequence classifier and its tokenizer from an alias, a directory or a hub repository.
+
+    Raises:
+        ModelNotFound: nothing has this name, or the hub cannot be reached.
+        CheckpointError: the directory is damaged or holds no trained classifier.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
+    model = load_weights(AutoModelForSequenceClassification.from_pretrained, "reward_model", name, DTYPES[dtype])
+    home, tokenizer = tokenizer_home("reward_model", name), None
+    if home is not None:
+        try:
+            tokenizer = from_pretrained(AutoTokenizer.from_pretrained, "reward_model", home)
+        except ModelNotFound:  # a hub repository without tokenizer files: sizes are compared instead
+            tokenizer = None
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    loaded = HFRewardModel(model, tokenizer, score=score, name=name)
+    logger.info("the score of %s is %s", loaded, loaded.meaning)
+    loaded.options = {"score": score, "dtype": dtype, "device": device}  # "cuda", not the "cuda:0" it became
+    return loaded

@@ -57,8 +57,8 @@ class Reading(NamedTuple):
             or not reading.scale > 0
         ):
             raise ValueError(
-                f'{name} has {READING!r}: {record!r} in its config.json; it holds append_eos (true or false), shift and '
-                "scale (above 0), or is left out"
+                f"{name} has {READING!r}: {record!r} in its config.json; it holds append_eos (true or false), shift "
+                "and scale (above 0), or is left out"
             )
         return reading
 
@@ -86,12 +86,14 @@ class ScoreRule(NamedTuple):
         return self._replace(words=words, shift=reading.shift, scale=reading.scale)
 
 
-def read_score(text: str) -> Score:
+def read_score(text: str | None) -> Score:
     """A score as the command line gives it: digits are an index, the rest is a label, "LABEL - LABEL" or "auto".
 
-    >>> read_score("2"), read_score("POSITIVE")
-    (2, 'POSITIVE')
+    >>> read_score("2"), read_score("POSITIVE"), read_score(None)
+    (2, 'POSITIVE', 'auto')
     """
+    if text is None:
+        return "auto"
     return int(text) if text.isascii() and text.isdigit() else text
 
 

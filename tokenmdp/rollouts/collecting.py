@@ -62,7 +62,7 @@ def credited_envs(envs: VectorEnv) -> TextGenVectorEnv:
 def collect(
     envs: VectorEnv,
     policy: CausalLMPolicy,
-    reference: CausalLMPolicy,
+    reference: CausalLMPolicy | None,
     generator: torch.Generator | None = None,
     *,
     seed: int | None = None,
@@ -72,12 +72,13 @@ def collect(
     credited_rows: int | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
-    """Play one episode in every row and score it under the frozen reference.
+    """Play one episode in every row and score it under the frozen reference, if there is one.
 
     Args:
         envs: Vector environment without autoreset, under a credit wrapper. All rows are reset.
         policy: Samples through its KV cache; one transfer to the host per step.
-        reference: Scores the same tokens, on the same support.
+        reference: Scores the same tokens, on the same support. None: nobody does, which saves that forward;
+            ``ref_logprobs`` are the policy's own, so that kl is 0.
         generator: Sampling noise, on the policy's device.
         seed: Of the first row (of the first process); default: continue with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
@@ -109,7 +110,8 @@ def collect(
         if responses_per_prompt > 1:
             observation = _share_prompts(envs, observation, responses_per_prompt)
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
-    rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
+    if reference is not None:
+        rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
     with processes.raise_together():
         _check_finite(rollout, credited_rows, rows.start)
     report = {
@@ -161,7 +163,7 @@ def _play(
     share_ended: float,
     credited_rows: int | None,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """The episodes that began with ``observation``, without ``ref_logprobs``, and the last info of every row."""
+    """The episodes that began with ``observation``, not scored under a reference, and the last info of every row."""
     task, device, wrapper = credited_envs(envs).task, policy.lm.device, find_credit_wrapper(envs)
     assert wrapper is not None  # `credited_envs` refuses that
     # Slots before the longest prompt are padding in every row.
@@ -199,7 +201,7 @@ def _play(
         attention_mask=torch.as_tensor(observation["attention_mask"][:, seen], device=device).bool(),
         response_mask=mask,
         logprobs=logprobs[:, :length] * mask,  # (N, H); rows that ended may have gone on sampling, which is ignored
-        ref_logprobs=torch.zeros(mask.shape, device=device),
+        ref_logprobs=logprobs[:, :length] * mask,
         values=values[:, :length] * mask,
         token_rewards=token_rewards[:, :length],
         scores=torch.as_tensor(last_infos["score"], dtype=torch.float32, device=device),

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenmdp.models.policy import CausalLMPolicy, DecodeState
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.token_distribution import DecodeState
 
 # A share of the batch being decoded. Leaving rows out copies the cache of the others, so it is done only when that
 # pays.

@@ -37,7 +37,7 @@ def sample_groups(
     numbers = np.random.SeedSequence((seed, batch)).generate_state(2)
     generator = torch.Generator(policy.lm.device).manual_seed(int(numbers[0]))
     rollout, _ = collect(
-        envs, policy, policy, generator,
+        envs, policy, None, generator,
         seed=int(numbers[1]), responses_per_prompt=responses_per_prompt, credited_rows=0,
     )  # fmt: skip
     return groups_from(rollout, credited_envs(envs).task.tokenizer, responses_per_prompt)

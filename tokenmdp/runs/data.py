@@ -42,7 +42,7 @@ def split_data(records: Sequence[Record], share: float) -> tuple[list[Record], l
         raise ValueError(f"held_out is {share}; it is a share of the prompts, at least 0 and below 1")
     if not share:
         return list(records), []
-    every, places = max(2, round(1 / share)), {}
+    every, places = max(2, round(1 / share)), dict[Any, int]()
     for record in records:
         places.setdefault(record.prompt_ids, len(places))  # type: ignore[attr-defined]
     parts: tuple[list[Record], list[Record]] = [], []

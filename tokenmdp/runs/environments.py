@@ -92,7 +92,6 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
     """The vector environment of a run under its credit wrapper, with its reward model loaded and checked."""
     given: dict[str, Any] = {
         "prompts": prompts,
-        "score": None if settings.score is None else read_score(settings.score),
         "reward_template": settings.reward_template,
         "horizon_range": settings.horizon_range,
         "max_prompt_tokens": settings.max_prompt_tokens,
@@ -105,6 +104,7 @@ def make_envs(settings: RunSettings, num_envs: int, prompts: str | Sequence[Any]
         score_when="all_done",  # one reward-model call per update
         tokenizer=settings.tokenizer,
         reward_model=settings.reward_model,
+        score=read_score(settings.score),
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         reward_device=settings.device,

@@ -21,7 +21,7 @@ from tokenmdp.evaluation.policies import (
     load_evaluation,
     save_evaluation,
 )
-from tokenmdp.files import CheckpointError, write_text
+from tokenmdp.files import write_text
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.report import curves, heatmap
 from tokenmdp.reward_models import load_reward_model
@@ -29,14 +29,24 @@ from tokenmdp.runs.data import read_data, split_data
 from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.runs.environments import credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
-from tokenmdp.training.processes import Processes, processes_of
+from tokenmdp.training.accelerated import processes_of
+from tokenmdp.training.processes import Processes
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SHOWN_SAMPLES = 4  # in the terminal; the page shows all that were kept
-CURVES = ("score_mean", "loss", "accuracy", "chosen_logratio", "rejected_logratio", "kl", "explained_variance", "entropy")
+CURVES = (
+    "score_mean",
+    "loss",
+    "accuracy",
+    "chosen_logratio",
+    "rejected_logratio",
+    "kl",
+    "explained_variance",
+    "entropy",
+)
 OF_EPISODES = ("score_mean", "kl", "explained_variance", "entropy")
 SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
@@ -78,7 +88,9 @@ class PolicyRun:
             tokenizer = load_tokenizer(settings.tokenizer)
             data = read_data(settings, tokenizer)
             source, self.held_out = split_data(data, settings.held_out)
-            console.print(f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out")
+            console.print(
+                f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out"
+            )
         if checkpoint is not None:
             total = {} if updates is None else {"total_updates": updates}
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
@@ -86,7 +98,8 @@ class PolicyRun:
             policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
             own = {"tokenizer": tokenizer} if self.kind.learns_from != "episodes" else {}
             config = agent_config(settings, updates)
-            agent = self.kind(policy, source, config, accelerator=accelerator, **own)  # type: ignore[call-arg]
+            kind: Any = self.kind
+            agent = kind(policy, source, config, accelerator=accelerator, **own)
             if settings.policy == TOY_POLICY:
                 console.print("the toy policy starts untrained: random weights, random words")
                 if agent.config.lora_rank:
@@ -163,8 +176,8 @@ def describe(agent: Learner) -> str:
     adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
     precision = str(agent.model.compute_dtype).removeprefix("torch.")
     return (
-        f"{agent.model_name} of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on {agent.model.lm.device}; "
-        f"{agent.batch_words()} per update"
+        f"{agent.model_name} of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on "
+        f"{agent.model.lm.device}; {agent.batch_words()} per update"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tokenmdp.agents import DEFAULT_ALGORITHM, algorithm
 from tokenmdp.files import expand_home
-from tokenmdp.models.loading import ALIASES
+from tokenmdp.models.names import ALIASES
 from tokenmdp.runs.credit_options import POLICIES
 
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code

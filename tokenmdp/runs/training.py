@@ -19,7 +19,7 @@ from tokenmdp.runs.display import Interruption, OutputClosed, TrainingDisplay, m
 from tokenmdp.runs.policy_run import PolicyRun
 from tokenmdp.runs.reward_model_run import RewardModelRun, RewardModelSettings
 from tokenmdp.runs.settings import RunSettings
-from tokenmdp.training.processes import launched, processes_of
+from tokenmdp.training.accelerated import launched, processes_of
 from tokenmdp.wording import count
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def train(
 
 
 def _train(
-    kind: PolicyRun | RewardModelRun,
+    kind: Any,
     out: Path,
     updates: int | None,
     checkpoint_every: int,
@@ -75,14 +75,14 @@ def _train(
                 held.enter_context(run.alone())
         with run.setting_up():
             learner = set_up(kind, run, updates, resume, accelerator, console)
-        updates = learner.config.total_updates if updates is None else updates
+        total: int = learner.config.total_updates if updates is None else updates
 
         with processes.raise_together(), processes.whole_weights(learner.model, *learner.references()):
             if not processes.rank:
                 # Only now, so that a failed set-up leaves no half-made run behind.
                 run.claim(kind.record(), torch.get_num_threads())
                 kind.before(run, learner, console)
-        if learn(run, learner, updates, checkpoint_every, console):
+        if learn(run, learner, total, checkpoint_every, console):
             raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
         with processes.raise_together(), processes.whole_weights(learner.model, *learner.references()):
             if not processes.rank:
@@ -91,7 +91,7 @@ def _train(
 
 
 def set_up(
-    kind: PolicyRun | RewardModelRun,
+    kind: Any,
     run: RunDirectory,
     updates: int | None,
     resume: bool,

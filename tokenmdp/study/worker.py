@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,8 @@ def run_cell(cell: Cell, device: str = "cpu", progress: Callable[[Metrics], None
     split = split_prompts(settings)
     envs = make_envs(settings, settings.num_envs, split.training)
     policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
-    agent = algorithm(settings.algorithm)(policy, envs, agent_config(settings, cell.updates))
+    kind: Any = algorithm(settings.algorithm)
+    agent: Agent = kind(policy, envs, agent_config(settings, cell.updates))
     evaluations: dict[str, list[float]] = defaultdict(list)
     samples: list[Sample] = []
 

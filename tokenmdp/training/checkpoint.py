@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
 from tokenmdp.files import (
     DIGESTS,
     CheckpointError,

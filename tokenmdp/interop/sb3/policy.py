@@ -20,9 +20,12 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmdp.models.loading import holds_tokenizer, load_tokenizer, resolve
-from tokenmdp.models.policy import NEVER, CausalLMPolicy, check_vocabulary
+from tokenmdp.models.loading import holds_tokenizer, load_tokenizer
+from tokenmdp.models.names import resolve
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.policy_fit import check_vocabulary
 from tokenmdp.models.state_reader import StateReader, last_slots, read_states
+from tokenmdp.models.token_distribution import NEVER
 from tokenmdp.models.tokens import VocabularyMismatch
 
 try:
