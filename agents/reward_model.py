@@ -179,10 +179,12 @@ class RewardModelLearner(DataLearner):
 
     def _scores(self, examples: Sequence[Example]) -> torch.Tensor:
         """The raw scores of all responses, example by example, on the CPU, without gradient."""
-        found = [torch.zeros(0)]
+        size = self.config.batch_size
         with torch.no_grad():
-            for start in range(0, len(examples), self.config.batch_size):
-                found.append(self.model(*self.lay_out(examples[start : start + self.config.batch_size])).cpu())
+            found = [
+                self.model(*self.lay_out(examples[start : start + size])).cpu()
+                for start in range(0, len(examples), size)
+            ]
         return torch.cat(found)
 
     def save(self, directory: Any) -> None:
