@@ -46,8 +46,10 @@ EXAMPLES_TO_CENTRE = 256  # of the data; the mean score of their responses becom
 
 @dataclass(frozen=True)
 class RewardModelConfig(DataConfig):
-    """The numbers of one run. Defaults fit the bundled 4.5M-parameter model and a thousand pairs."""
+    """The numbers of one run. Defaults fit the bundled 4.5M-parameter model and some thousand pairs."""
 
+    learning_rate: float = 3e-4  # of the whole model
+    batch_size: int = 32  # prompts with their responses per update
     utilities: str = ""  # "" is Bradley-Terry; a utility for all prompts, such as "x"; or by kind: "closed=x,open=-1/x"
     error_rate: float = 0.0  # Bradley-Terry: the share of labels that are coin flips
     centring: float = 0.0  # Bradley-Terry: weight of (sum of both scores)**2

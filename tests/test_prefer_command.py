@@ -6,10 +6,10 @@ import re
 import pytest
 
 from tokenmdp import cli
-from tokenmdp.cli import prefer
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.preferences import Answer, Answers, Ranking, read_groups, read_preferences, read_records
 from tokenmdp.preferences.people import Questionnaire
+from tokenmdp.runs import comparisons
 from tokenmdp.runs.environments import toy_policy
 
 
@@ -57,8 +57,8 @@ def test_a_model_compares_and_an_interruption_costs_nothing(run, tmp_path, monke
             raise KeyboardInterrupt
         return sample(*arguments, batch=batch, **options)
 
-    sample = prefer.sample_groups
-    monkeypatch.setattr(prefer, "sample_groups", stop)
+    sample = comparisons.sample_groups
+    monkeypatch.setattr(comparisons, "sample_groups", stop)
     status, printed = run(tmp_path / "cut.jsonl")
     assert status == 130
     assert "run the same command to go on" in printed
@@ -168,8 +168,8 @@ def test_ids_of_the_bundled_policy_survive(tmp_path, monkeypatch, capsys):
         sampled.extend(groups)
         return groups
 
-    sample, out = prefer.sample_groups, tmp_path / "pairs.jsonl"
-    monkeypatch.setattr(prefer, "sample_groups", recorded)
+    sample, out = comparisons.sample_groups, tmp_path / "pairs.jsonl"
+    monkeypatch.setattr(comparisons, "sample_groups", recorded)
     assert cli.main(["prefer", "--pairs", "128", "--error-rate", "0.2", "--device", "cpu", "--out", str(out)]) == 0
     tokenizer = load_tokenizer("imdb-tiny")
     records = read_preferences(out, tokenizer)  # checks every text against its ids

@@ -76,6 +76,7 @@ class RewardOutput(NamedTuple):
     attention: torch.Tensor | None = None  # (N, H): raw last-layer row of the pooled token, mean over heads
     attention_layers: torch.Tensor | None = None  # (N, layers, heads, H): that row in every layer and head
     prefix_scores: torch.Tensor | None = None  # (N, H+1): of the prompt and the first t tokens; [T] is the score
+    spread: torch.Tensor | None = None  # (N,): the sd over an ensemble's members
 
 
 class Outcome(NamedTuple):
@@ -123,7 +124,7 @@ def take(columns: Columns, episodes: torch.Tensor | slice) -> Columns:
     """Some of the N episodes of a record: every tensor at ``episodes``, a slice, indices (n,) or a mask (N,).
 
     >>> take(RewardOutput(torch.tensor([1.0, 2.0, 3.0])), slice(2))
-    RewardOutput(score=tensor([1., 2.]), attention=None, attention_layers=None, prefix_scores=None)
+    RewardOutput(score=tensor([1., 2.]), attention=None, attention_layers=None, prefix_scores=None, spread=None)
     """
     taken: Any = (None if column is None else column[episodes] for column in columns)
     return type(columns)(*taken)

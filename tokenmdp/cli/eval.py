@@ -9,11 +9,11 @@ from pathlib import Path
 import tyro
 
 from tokenmdp.cli.options import parse
-from tokenmdp.cli.sample import load_policy, open_run
 from tokenmdp.evaluation.policies import comparison, comparison_table, evaluate
 from tokenmdp.files import check_digests
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import evaluation_envs, make_envs, resolve_device, split_prompts
+from tokenmdp.runs.opening import load_policy, open_run
 
 
 @dataclass(frozen=True)

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenmdp.cli.options import ScoreChoice, parse
-from tokenmdp.cli.sample import load_policy, open_source
-from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.preferences import (
-    Annotator,
     Answers,
-    Group,
     GrowingFile,
     OtherPairs,
     OtherSettings,
-    Preference,
     Questionnaire,
-    ceiling,
-    chances_of,
     join,
-    model_scores,
     page,
-    pairs_of,
     read_answers,
     read_groups,
-    read_records,
     terminal,
     write_records,
 )
 from tokenmdp.preferences.growing import check_finished, read_progress, record_of
-from tokenmdp.reward_models import load_reward_model, readable_by
-from tokenmdp.reward_models.retokenized import PLAIN
-from tokenmdp.reward_models.scores import read_score
-from tokenmdp.rollouts.groups import sample_groups
-from tokenmdp.runs.display import LOG_SECONDS, make_console
-from tokenmdp.runs.environments import ROWS, make_envs, resolve_device, split_prompts
-from tokenmdp.runs.settings import RunSettings, absolute_name
+from tokenmdp.preferences.queries import Rule
+from tokenmdp.runs.comparisons import Comparing, ask_model, print_sampled, record_of_sampling, sample, settings_of
+from tokenmdp.runs.display import make_console
 from tokenmdp.wording import count
 
 PEOPLE = ("page", "terminal")
-SAMPLING = (
-    "env", "policy", "tokenizer", "prompts", "eval_prompts", "max_new_tokens", "min_new_tokens", "horizon_range",
-    "max_prompt_tokens", "truncate_prompt",
-)  # fmt: skip
-Judge = Callable[[list[Group], int], tuple[Sequence[Preference | Group], dict[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +55,13 @@ class Prefer:
     """T: a model prefers a to b with probability sigmoid(T (score a - score b)); inf is always the higher score."""
     error_rate: float = 0.0
     """The share of a model's answers that are coin flips instead."""
+    ask_by: Rule = "random"
+    """Which pairs to ask about: as they come, or of --candidates times as many those on which the members of
+    --ask-model disagree most, by the variance of their predictions or of their labels."""
+    ask_model: str | None = None
+    """The ensemble for --ask-by, a directory of `tokenmdp train reward-model --members`."""
+    candidates: int = 4
+    """With --ask-by, how many pairs are sampled for each that is asked about."""
     align: Literal["offsets"] | None = None
     """offsets: the judge reads the text with its own tokenizer."""
     seed: int = 1
@@ -125,85 +110,21 @@ def prefer(arguments: Prefer) -> int:
             f"--judge {arguments.judge} compares two responses, and asks at most all pairs twice: --responses is "
             f"{arguments.responses}, --ask-twice {arguments.ask_twice} of --pairs {arguments.pairs}"
         )
-    name, settings = _settings(arguments)
-    record = {key: value for key, value in asdict(settings).items() if key in SAMPLING}
-    record |= {key: getattr(arguments, key) for key in ("seed", "responses", "sampling_temperature", "top_k")}
-    if record["horizon_range"] is not None:
-        record["horizon_range"] = list(record["horizon_range"])  # as JSON gives it back
+    asked = Comparing(**{one.name: getattr(arguments, one.name) for one in fields(Comparing)})
     if arguments.judge in PEOPLE:
-        return _ask_people(console, arguments, name, settings, record)
-    return _ask_model(console, arguments, name, settings, record)
-
-
-def _settings(arguments: Prefer) -> tuple[str, RunSettings]:
-    """The policy's name, and the settings of its environment."""
-    name, settings = open_source(arguments.policy)
-    given = {
-        key: value
-        for key in ("max_prompt_tokens", "truncate_prompt", "max_new_tokens")
-        if (value := getattr(arguments, key)) is not None
-    }
-    if arguments.prompts is not None:
-        given |= {"prompts": absolute_name(arguments.prompts), "eval_prompts": None}
-    policy, tokenizer = absolute_name(name) or name, absolute_name(settings.tokenizer) or settings.tokenizer
-    device = resolve_device(arguments.device)
-    # The environment only has the texts written: a word list scores them, which costs nothing. The judge reads later.
-    plain: dict[str, Any] = {
-        "reward_model": f"lexicon:{tokenizer}",
-        "credit": "sparse",
-        "credit_options": {},
-        "align": None,
-    }
-    return policy, replace(
-        settings, policy=policy, tokenizer=tokenizer, device=device, reward_template=None, **plain, **given
-    )
-
-
-def _ask_model(console: Console, arguments: Prefer, name: str, settings: RunSettings, record: dict[str, Any]) -> int:
-    tokenizer = load_tokenizer(settings.tokenizer)
-    model = load_reward_model(arguments.judge, device=settings.device, score=read_score(arguments.score))
-    if arguments.align is not None:
-        model = readable_by(model, tokenizer, PLAIN)
-    annotator = Annotator(
-        arguments.judge, model_scores(model, tokenizer, ROWS), arguments.temperature, arguments.error_rate
-    )
-    record |= {key: getattr(arguments, key) for key in ("temperature", "error_rate", "align")}
-    record["judge"] = absolute_name(arguments.judge)
-    if arguments.score is not None:
-        record["score"] = arguments.score
-
-    def judge(groups: list[Group], first: int) -> tuple[Sequence[Preference | Group], dict[str, int]]:
-        judged = annotator.judge(groups, arguments.seed, first)
-        return judged.records, {"tied": judged.tied, "compared": judged.pairs}
-
-    file = GrowingFile(arguments.out, record, arguments.pairs)
-    _sample(console, arguments, name, settings, file, judge)
-    records = read_records(arguments.out)
-    pairs, counts = pairs_of(records), file.counts
-    _print_sampled(console, file)
-    console.print(
-        f"{counts['tied']} of {count(counts['compared'], 'pair')} tied and dropped "
-        f"({counts['tied'] / max(counts['compared'], 1):.1%}); {count(len(records), 'line')} in {arguments.out}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    if pairs:
-        agree = sum((pair.score_chosen or 0.0) > (pair.score_rejected or 0.0) for pair in pairs)
-        console.print(
-            f"accuracy's ceiling: {ceiling(chances_of(pairs, annotator)):.3f} of labels are expected to agree with the "
-            f"judge's own order (temperature {arguments.temperature:g}, error rate {arguments.error_rate:g}); of these "
-            f"{len(pairs)} pairs {agree / len(pairs):.3f} do",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        return _ask_people(console, arguments, asked)
+    ask_model(console, asked)
     return 0
 
 
-def _ask_people(console: Console, arguments: Prefer, name: str, settings: RunSettings, record: dict[str, Any]) -> int:
+def _ask_people(console: Console, arguments: Prefer, asked: Comparing) -> int:
     if record_of(arguments.out).exists():
         raise OtherSettings(f"{arguments.out} holds the comparisons of a model; choose another --out")
-    record |= {"pairs": arguments.pairs, "ask_twice": arguments.ask_twice}
+    name, settings = settings_of(asked)
+    record = record_of_sampling(asked, settings) | {"pairs": arguments.pairs, "ask_twice": arguments.ask_twice}
     file = GrowingFile(_beside(arguments.out, ".groups.jsonl"), record, arguments.pairs)
-    _sample(console, arguments, name, settings, file, lambda groups, first: (groups, {}))
-    _print_sampled(console, file)
+    sample(console, asked, name, settings, file, lambda groups, first: (groups, {}))
+    print_sampled(console, file)
     questionnaire = _questionnaire(arguments.out)
     if arguments.judge == "terminal":
         answers = terminal.ask(
@@ -254,58 +175,6 @@ def _write_joined(console: Console, out: Path, questionnaire: Questionnaire, peo
         if agreement.pairs:
             console.print(f"{what} agreed on {agreement} pairs", highlight=False)
     return 0
-
-
-def _sample(
-    console: Console, arguments: Prefer, name: str, settings: RunSettings, file: GrowingFile, judge: Judge
-) -> None:
-    """Sample and judge until the file has all groups; every batch depends on the seed and its own number only."""
-    with file.open() as known:
-        if known:
-            console.print(f"{file.path} has {file.done} of {arguments.pairs}", highlight=False, soft_wrap=True)
-        if file.done >= arguments.pairs:
-            return
-        batch_size = max(1, ROWS // arguments.responses)  # groups
-        split = split_prompts(settings)
-        envs = make_envs(settings, batch_size * arguments.responses, split.training)
-        options = settings.config | {"temperature": arguments.sampling_temperature, "top_k": arguments.top_k}
-        policy = load_policy(name, envs, options, settings.device)
-        console.print(split.note, highlight=False, soft_wrap=True)
-        with _progress(console, file.done, arguments.pairs) as show:
-            while file.done < arguments.pairs:
-                batch, used = divmod(file.done, batch_size)
-                sampled = sample_groups(envs, policy, arguments.responses, seed=arguments.seed, batch=batch)
-                taken = sampled[used : used + arguments.pairs - file.done]
-                groups = [group for group in taken if group is not None]
-                # The noise of a group is seeded with its place among those that differ, so that it is the same however
-                # the sampling was cut.
-                records, counts = judge(groups, file.done - file.counts["identical"])
-                file.append(records, file.done + len(taken), {"identical": len(taken) - len(groups), **counts})
-                show(file.done)
-        envs.close()
-
-
-@contextmanager
-def _progress(console: Console, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A live bar on a terminal, a line now and then in a file."""
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar, logged = progress.add_task("", total=total, completed=done), time.monotonic()
-
-        def show(now: int) -> None:
-            nonlocal logged
-            progress.update(bar, completed=now)
-            if not console.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
-                logged = time.monotonic()
-                console.print(f"{now} of {total}", highlight=False)
-
-        yield show
-
-
-def _print_sampled(console: Console, file: GrowingFile) -> None:
-    identical = file.counts["identical"]
-    note = f", {identical} of them with the same response throughout, left out" if identical else ""
-    console.print(f"{count(file.done, 'prompt')}{note}", highlight=False)
 
 
 def _beside(out: Path, ending: str) -> Path:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tokenmdp.cli.options import CreditName, ScoreChoice, parse
-from tokenmdp.cli.sample import load_policy
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.envs.text_rows import read_rows
 from tokenmdp.evaluation.credit_quality import (
@@ -42,6 +41,7 @@ from tokenmdp.rollouts import collect
 from tokenmdp.runs.credit_options import credit_methods, declared, grouped_options, needs_of, policy_access
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
+from tokenmdp.runs.opening import load_policy
 from tokenmdp.runs.settings import PRESETS, parse_options
 from tokenmdp.types import Episode
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -15,23 +15,17 @@ from rich.text import Text
 from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
-from tokenmdp.files import recover_directory
 from tokenmdp.models.loading import load_tokenizer
-from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.models.tokens import check_text
 from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.credit_options import default_beta
-from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import make_envs, resolve_device, split_prompts
-from tokenmdp.runs.settings import PRESETS, RunSettings, absolute_options, parse_options, settings_from_record
-
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
+from tokenmdp.runs.opening import load_policy, open_source
+from tokenmdp.runs.settings import absolute_options, parse_options
 
 
 @dataclass(frozen=True)
@@ -75,52 +69,6 @@ class SampleOptions:
 def main(arguments: Sequence[str]) -> int:
     """Parse and sample; returns the exit status."""
     return sample(parse(SampleOptions, "sample", arguments))
-
-
-def load_policy(name: str, envs: VectorEnv, options: dict[str, Any], device: str) -> CausalLMPolicy:
-    """A policy for ``envs``; ``options`` are of the algorithm's configuration, as far as they concern sampling."""
-    policy = CausalLMPolicy.for_task(
-        name,
-        envs.unwrapped.task,  # type: ignore[attr-defined]
-        temperature=options.get("temperature", 1.0),
-        top_k=options.get("top_k", 0),
-        compute_dtype=resolve_dtype(options.get("dtype", "auto"), torch.device(device)),
-    )
-    return policy.to(torch.device(device))
-
-
-def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
-    """A run with a checkpoint, and its settings.
-
-    Raises:
-        RunError: this is not a run, or it has no checkpoint yet.
-    """
-    run = RunDirectory(path)
-    settings = settings_from_record(run.settings())
-    if not recover_directory(run.checkpoint).exists():
-        raise RunError(f"{path} has no checkpoint yet; run its `tokenmdp train` command until the first one is saved")
-    return run, settings
-
-
-def open_source(source: str) -> tuple[str, RunSettings]:
-    """The policy of a run and its settings; of any other model, the settings of the preset quick with it.
-
-    Raises:
-        RunError: a directory that holds neither, or a run without a checkpoint.
-    """
-    if (Path(source) / "run.json").exists():
-        run, settings = open_run(Path(source))
-        return str(run.checkpoint), settings
-    files = ("config.json", "adapter_config.json")
-    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
-        raise RunError(
-            f"{source} is neither a run nor a model: it holds no run.json and no config.json; pass a run directory, "
-            "its checkpoint/, or a directory that save_pretrained wrote"
-        )
-    quick = PRESETS["quick"].settings
-    return source, replace(
-        quick, tokenizer=source, policy=source, credit="attention", credit_beta=default_beta("attention")
-    )
 
 
 def sample(arguments: SampleOptions) -> int:

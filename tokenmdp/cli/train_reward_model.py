@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenmdp.agents import algorithm
 from tokenmdp.cli.options import as_options, parse_parts
+from tokenmdp.reward_models.ensemble import write_ensemble
 from tokenmdp.runs import training
+from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.reward_model_run import NAME, RewardModelSettings
 from tokenmdp.runs.settings import SET_APART, absolute_name
@@ -33,6 +35,11 @@ class TrainRewardModel:
     """The share of the prompts that is not learned from, to test what was."""
     seed: int = 1
     """Seeds the new head and the order of the data."""
+    members: int = 1
+    """Above 1: an ensemble. Each member learns from its own bootstrap of the data, and --out is the directory for
+    --reward-model."""
+    penalty: float = 0.0
+    """Of an ensemble: the score is the members' mean less this many of their sds."""
     updates: int | None = None
     """Updates in all; raise it to train a finished run further. Default: as many as --epochs of the data take."""
     device: str = "auto"
@@ -60,7 +67,15 @@ def train(arguments: TrainRewardModel, config: Mapping[str, Any] | None = None) 
         raise ValueError(f"--data is missing: {NAME} learns from comparisons; `tokenmdp prefer` makes some")
     if arguments.updates is not None and arguments.updates < 1:
         raise ValueError(f"--updates is {arguments.updates}; it must be at least 1")
+    if arguments.members < 1:
+        raise ValueError(f"--members is {arguments.members}; it must be at least 1")
+    if arguments.penalty and arguments.members == 1:
+        raise ValueError(f"--penalty {arguments.penalty} is a number of sds of an ensemble's members: pass --members")
+    if arguments.penalty < 0:
+        raise ValueError(f"--penalty is {arguments.penalty}; it must be at least 0")
     kind = algorithm(NAME).config_class
+    if arguments.members > 1:  # raw logits of several models have no common unit
+        config = dict(config or {}) | {"unit_scale": True}
     full, own = asdict(kind(**dict(config or {}))), asdict(kind())
     settings = RewardModelSettings(
         data=absolute_name(arguments.data) or arguments.data,
@@ -71,4 +86,12 @@ def train(arguments: TrainRewardModel, config: Mapping[str, Any] | None = None) 
         config={key: value for key, value in full.items() if key not in SET_APART and value != own[key]},
     )
     out = arguments.out or Path("runs") / f"{NAME}-seed{arguments.seed}"
-    return training.train(settings, out, arguments.updates, CHECKPOINT_EVERY, resume=arguments.resume)
+    if arguments.members == 1:
+        return training.train(settings, out, arguments.updates, CHECKPOINT_EVERY, resume=arguments.resume)
+    members = [f"member-{place}" for place in range(arguments.members)]
+    for place, member in enumerate(members):
+        own_settings = replace(settings, member=place)
+        training.train(own_settings, out / member, arguments.updates, CHECKPOINT_EVERY, resume=arguments.resume)
+    write_ensemble(out, [f"{member}/checkpoint" for member in members], arguments.penalty)
+    make_console().print(f"ensemble of {len(members)}, for --reward-model: {out}", highlight=False, soft_wrap=True)
+    return 0

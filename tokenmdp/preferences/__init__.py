@@ -33,6 +33,7 @@ from tokenmdp.preferences.errors import (
 from tokenmdp.preferences.growing import GrowingFile
 from tokenmdp.preferences.jsonl import read_groups, read_records, write_records
 from tokenmdp.preferences.people import Answer, Answers, Questionnaire, join, read_answers
+from tokenmdp.preferences.queries import query_values
 from tokenmdp.preferences.records import Comparison, Group, Preference, Ranking, ranking_from
 from tokenmdp.preferences.tables import read_preferences
 
@@ -69,6 +70,7 @@ __all__ = [
     "model_scores",
     "page",
     "pairs_of",
+    "query_values",
     "ranking_from",
     "read_answers",
     "read_demonstrations",

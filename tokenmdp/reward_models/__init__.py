@@ -3,12 +3,14 @@
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.reward_models.base import NonFiniteScore, RewardModel
 from tokenmdp.reward_models.classifier import HFRewardModel
+from tokenmdp.reward_models.ensemble import EnsembleRewardModel
 from tokenmdp.reward_models.lexicon import LexiconRewardModel, toy_lexicon
 from tokenmdp.reward_models.loading import load_reward_model
 from tokenmdp.reward_models.retokenized import RetokenizedRewardModel, readable_by
 from tokenmdp.reward_models.scaled import ScaledRewardModel
 
 __all__ = [
+    "EnsembleRewardModel",
     "HFRewardModel",
     "LexiconRewardModel",
     "NonFiniteScore",

@@ -14,6 +14,7 @@ from tokenmdp.models.loading import fingerprint, load_weights, tokenizer_home
 from tokenmdp.models.names import ALIASES, ModelNotFound, resolve
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.classifier import HFRewardModel
+from tokenmdp.reward_models.ensemble import EnsembleRewardModel, read_ensemble
 from tokenmdp.reward_models.lexicon import load_lexicon, names_word_list
 from tokenmdp.reward_models.scores import Score
 
@@ -34,7 +35,7 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
 
     Names: the aliases "imdb-tiny" and "imdb-gold", and in a checkout "imdb-plain" and "imdb-uniform"; "lexicon"
     (sentiment words read with the bundled tokenizer), "lexicon:TOKENIZER" (the same words with another tokenizer),
-    "toy-lexicon"; a directory with a sequence classifier; a hub repository.
+    "toy-lexicon"; a directory with a sequence classifier, or an ensemble of them; a hub repository.
 
     In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
     `torch.set_num_threads` has chosen another number; see `tokenmdp.models.loading.use_one_thread_in_workers`.
@@ -54,7 +55,15 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     with _lock:
         if key not in _loaded:
             loaded: RewardModel
-            loaded = load_lexicon(name) if word_list else load_classifier(name, score=score, dtype=dtype, device=device)
+            if word_list:
+                loaded = load_lexicon(name)
+            elif (ensemble := read_ensemble(path)) is not None:
+                members, penalty = ensemble
+                one_by_one = [load_reward_model(one, score=score, dtype=dtype, device=device) for one in members]
+                loaded = EnsembleRewardModel(one_by_one, penalty, name=name)
+                loaded.options = {"score": score, "dtype": dtype, "device": device}
+            else:
+                loaded = load_classifier(name, score=score, dtype=dtype, device=device)
             loaded.reloader = _reload
             _loaded[key] = loaded
         return _loaded[key]

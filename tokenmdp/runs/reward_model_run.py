@@ -45,6 +45,7 @@ class RewardModelSettings:
     data: str
     policy: str  # what it starts from
     held_out: float
+    member: int | None = None  # of an ensemble: it learns from its own bootstrap of the records
     seed: int = 1
     device: str = "cpu"
     algorithm: str = NAME
@@ -68,7 +69,8 @@ class RewardModelRun:
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
-        return {key: value for key, value in asdict(self.settings).items() if key != "device"}
+        without = {"device"} | ({"member"} if self.settings.member is None else set())
+        return {key: value for key, value in asdict(self.settings).items() if key not in without}
 
     def set_up(
         self, checkpoint: Path | None, updates: int | None, accelerator: Accelerator | None, console: Console
@@ -77,6 +79,8 @@ class RewardModelRun:
         settings = self.settings
         records = read_preferences(settings.data, load_own_tokenizer(kind_of(settings.policy), settings.policy))
         training, self.held_out = split_data(records, settings.held_out)
+        if settings.member is not None:
+            training = bootstrap(training, settings.seed, settings.member)
         console.print(
             f"{settings.data}: {count(len(training), 'record')} to learn from, {len(self.held_out)} held out",
             highlight=False, soft_wrap=True,
@@ -131,7 +135,8 @@ class RewardModelRun:
     def _config(self, updates: int | None) -> Any:
         settings = self.settings
         kind = algorithm(NAME).config_class
-        return kind(**settings.config, seed=settings.seed, device=settings.device, total_updates=updates)
+        seed = settings.seed if settings.member is None else settings.seed + 1000 * (1 + settings.member)
+        return kind(**settings.config, seed=seed, device=settings.device, total_updates=updates)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,12 @@ def judged(learner: RewardModelLearner, records: Sequence[Any]) -> Judged:
     ]  # fmt: skip
     chances = [pair.probability for pair in pairs if pair.probability is not None]
     return Judged((scores[:, 0] - scores[:, 1]).numpy(), np.array(chances), np.array(order))
+
+
+def bootstrap(records: Sequence[Any], seed: int, member: int) -> list[Any]:
+    """As many records, drawn with replacement; every member has its own draw."""
+    drawn = np.random.default_rng((seed, member)).integers(len(records), size=len(records))
+    return [records[place] for place in drawn]
 
 
 def _right(gaps: np.ndarray) -> np.ndarray:

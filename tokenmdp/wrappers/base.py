@@ -169,13 +169,16 @@ class CreditWrapper:
     def _columns(self, outcome: Outcome) -> dict[str, np.ndarray]:
         """The credit of the rows that ended: ``token_rewards`` (n, H) float32 and the method's report (n,).
 
-        A method that does not conserve the return adds ``credit_residual = score - sum_t token_rewards[t]``.
+        A method that does not conserve the return adds ``credit_residual = score - sum_t token_rewards[t]``, an
+        ensemble of reward models ``score_sd``, the sd over its members.
         """
         base = self.env.unwrapped
         credit = self.credit(outcome, base.resources() if isinstance(base, TokenEpisodes) else Resources())
         self._check_credit(credit.token_rewards, outcome)
         columns = {"token_rewards": credit.token_rewards.float().numpy().copy()}
         columns |= {key: values.numpy().copy() for key, values in credit.report.items()}
+        if outcome.reward.spread is not None:
+            columns["score_sd"] = outcome.reward.spread.numpy().copy()
         if not self.credit.conserves_return:
             columns["credit_residual"] = outcome.reward.score.numpy() - columns["token_rewards"].sum(-1)
         if "attention_entropy" in columns and not self._judged:
