@@ -27,13 +27,14 @@ COMMANDS = {
     "train": "train a policy against a reward model, then show what changed",
     "sample": "write texts with a policy, each token tinted by its credit",
     "score": "the score of a text and the credit of each token",
+    "rlhf": "comparisons, a reward model and a policy trained on it, round by round",
     "prefer": "sample responses, ask a model or a person which is better, and write the comparisons",
     "eval": "evaluate a run's policy before and after training again",
     "credits": "list the credit methods: what each does, promises and needs",
     "quality": "measure where each method's credit lands, with intervals and costs",
     "ablate": "compare credit methods over seeds, with statistics and a page",
 }
-RESUMABLE = ("train", "prefer", "ablate")
+RESUMABLE = ("train", "prefer", "rlhf", "ablate")
 
 
 def installed_version() -> str:
@@ -75,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         report_error(f"there is no command {name!r}; {hint}")
         return 2
-    if name == "train" and "--no-reexec" not in rest and argv is None:
+    if name in ("train", "rlhf") and "--no-reexec" not in rest and argv is None:
         from tokenmdp.runs.process_settings import reexecute_with_settings
 
         reexecute_with_settings()

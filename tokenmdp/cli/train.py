@@ -59,6 +59,8 @@ class Train:
     """Episodes per update."""
     policy: str
     """Bundled name, directory or hub name of a causal language model."""
+    reference: str | None = None
+    """A frozen policy that the KL is measured to. Default: the policy as it starts."""
     tokenizer: str | None = None
     """Bundled name, directory or hub name. Default: the policy's."""
     reward_model: str
@@ -179,7 +181,7 @@ def settings_from(
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
         check_template(arguments.reward_template)
     base, credit = preset_settings(arguments.preset, name), arguments.credit
-    paths = ("policy", "reward_model", "prompts", "eval_prompts", "data", "judge")
+    paths = ("policy", "reference", "reward_model", "prompts", "eval_prompts", "data", "judge")
     names: dict[str, Any] = {key: absolute_name(getattr(arguments, key)) for key in paths}
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (

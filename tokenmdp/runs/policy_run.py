@@ -96,7 +96,8 @@ class PolicyRun:
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
         else:
             policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
-            own = {"tokenizer": tokenizer} if self.kind.learns_from != "episodes" else {}
+            own: dict[str, Any] = {"tokenizer": tokenizer} if self.kind.learns_from != "episodes" else {}
+            own["reference"] = settings.reference
             config = agent_config(settings, updates)
             kind: Any = self.kind
             agent = kind(policy, source, config, accelerator=accelerator, **own)

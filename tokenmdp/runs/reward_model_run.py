@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NAME = "reward-model"
+WORDS = {
+    "accuracy": "preferred response scores higher",
+    "ceiling": "at most, with labels as noisy as these",
+    "order": "in the judge's own order",
+}
 SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
 
@@ -117,8 +122,8 @@ class RewardModelRun:
             table = Table(title=f"{count(len(found.gaps), 'held-out pair')}", title_justify="left")
             table.add_column("")
             table.add_column("share of pairs [95% interval]", justify="right")
-            for what, number in found.table().items():
-                table.add_row(what, str(number))
+            for key, number in found.table().items():
+                table.add_row(WORDS[key], str(number))
             console.print(table)
             plot = calibration.plot(found.gaps, run.report / "calibration.png")
             files.append(("calibration", plot))
@@ -149,13 +154,13 @@ class Judged:
 
     def table(self) -> dict[str, Estimate]:
         """Accuracy, its ceiling, and how often the judge's own order is met."""
-        rows = {"preferred response scores higher": bootstrap_interval(_right(self.gaps))}
+        rows = {"accuracy": bootstrap_interval(_right(self.gaps))}
         if len(self.chances):
             best = ceiling(self.chances)
-            rows["at most, with labels as noisy as these"] = Estimate(best, -math.inf, math.inf)
+            rows["ceiling"] = Estimate(best, -math.inf, math.inf)
         known = ~np.isnan(self.order) & (self.order != 0)
         if known.any():
-            rows["in the judge's own order"] = bootstrap_interval(_right(self.gaps[known] * np.sign(self.order[known])))
+            rows["order"] = bootstrap_interval(_right(self.gaps[known] * np.sign(self.order[known])))
         return rows
 
 

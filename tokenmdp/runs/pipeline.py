@@ -1,0 +1,293 @@
+"""RLHF in stages and rounds: demonstrations, comparisons, a reward model, a policy trained on it, and again.
+
+    sft/                    the start, where there are demonstrations
+    round-K/pairs.jsonl     responses of the latest policy, compared by the judge
+    round-K/comparisons.jsonl     those of all rounds so far, which the reward model learns from
+    round-K/reward-model/   a run of its own; not with DPO, which learns from the comparisons themselves
+    round-K/policy/         a run of its own
+    round-K/judged.json     what the judge says about that policy on held-out prompts
+    pipeline.json           the settings
+
+Every stage is skipped once it is finished, and an unfinished one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tokenmdp.agents import algorithm
+from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, played, save_evaluation
+from tokenmdp.files import locked, make_directory, write_text
+from tokenmdp.intervals import Estimate, mean_interval
+from tokenmdp.preferences import Preference, write_records
+from tokenmdp.report import pipeline_page
+from tokenmdp.reward_models import load_reward_model
+from tokenmdp.rollouts.samples import samples_from_rollout
+from tokenmdp.runs import training
+from tokenmdp.runs.comparisons import Comparing, ask_model
+from tokenmdp.runs.directory import RunDirectory, RunError
+from tokenmdp.runs.environments import evaluation_envs, split_prompts
+from tokenmdp.runs.opening import load_policy
+from tokenmdp.runs.reward_model_run import RewardModelSettings
+from tokenmdp.runs.settings import PRESETS, RunSettings, preset_settings
+
+FORMAT = "tokenmdp-pipeline-1"
+CHECKPOINT_EVERY = 10  # updates
+HELD_OUT = 0.1  # of the comparisons' prompts
+SHOWN_SAMPLES = 6  # per policy, on the page
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """Everything that decides what a pipeline computes.
+
+    Raises:
+        ValueError: numbers out of their range, or a judge that is the model to be trained.
+    """
+
+    policy: str = "imdb-tiny"
+    judge: str = "imdb-gold"
+    demonstrations: str | None = None  # for SFT before the first round
+    rounds: int = 1
+    pairs_per_round: int = 4096
+    temperature: float = 1.0  # of the judge
+    error_rate: float = 0.0  # of the judge
+    algorithm: str = "ppo"
+    updates: int | None = None  # of the policy, per round; None: the preset's, or one pass over the comparisons
+    credit: str = "red"
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration
+    start: Literal["sft", "last"] = "sft"  # which policy each round trains
+    reference: Literal["fixed", "moved"] = "fixed"  # the start, or the latest policy
+    prompts: str | None = None  # None: the bundled ones
+    max_new_tokens: int = 16
+    eval_samples: int = 256
+    seed: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, least in {"rounds": 1, "pairs_per_round": 20, "max_new_tokens": 1, "eval_samples": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        if algorithm(self.algorithm).learns_from == "texts" or self.algorithm == "reward-model":
+            raise ValueError(f"--algorithm {self.algorithm} trains no policy on preferences; choose ppo, rloo or dpo")
+
+
+class Stage(NamedTuple):
+    """A policy of the pipeline and what the judge says about it."""
+
+    name: str
+    policy: str
+    evaluation: Evaluation  # scores are the judge's, gold those of the reward model that the policy was trained on
+
+
+def rlhf(settings: PipelineSettings, out: Path, console: Console) -> list[Stage]:
+    """Run the pipeline, or go on with it; the policies from the start to the last round.
+
+    Raises:
+        RunError: the directory holds another pipeline, or something else.
+    """
+    make_directory(out)
+    with locked(out, wait=False):
+        claim(settings, out)
+        start = settings.policy
+        if settings.demonstrations is not None:
+            start = train_policy(settings, "sft", out / "sft", {"data": settings.demonstrations}, console)
+        stages = [judged(settings, "start", start, start, None, out / "start.json", console)]
+        records: list[Preference] = []
+        for number in range(1, settings.rounds + 1):
+            console.rule(f"round {number} of {settings.rounds}")
+            place, latest = out / f"round-{number}", stages[-1].policy
+            # 1 Sample from the latest policy, and ask the judge.
+            records += ask(settings, latest, place / "pairs.jsonl", number, console)
+            # 2 A reward model of all comparisons so far; DPO does without.
+            write_records(place / "comparisons.jsonl", records)
+            source: dict[str, Any] = {"data": str(place / "comparisons.jsonl"), "held_out": HELD_OUT}
+            proxy = None
+            if algorithm(settings.algorithm).learns_from == "episodes":
+                proxy = train_reward_model(settings, start, place, console)
+                source = {"reward_model": proxy}
+            # 3 A policy, near its reference.
+            source["policy"] = start if settings.start == "sft" else latest
+            source["reference"] = start if settings.reference == "fixed" else latest
+            policy = train_policy(settings, settings.algorithm, place / "policy", source, console)
+            stages.append(judged(settings, f"round {number}", policy, start, proxy, place / "judged.json", console))
+    return stages
+
+
+def ask(settings: PipelineSettings, policy: str, path: Path, number: int, console: Console) -> list[Preference]:
+    """New comparisons of a policy's responses."""
+    make_directory(path.parent)
+    asked = Comparing(
+        policy=policy,
+        out=path,
+        judge=settings.judge,
+        pairs=settings.pairs_per_round,
+        temperature=settings.temperature,
+        error_rate=settings.error_rate,
+        seed=1000 * settings.seed + number,
+        prompts=settings.prompts,
+        max_new_tokens=settings.max_new_tokens,
+        device=settings.device,
+    )
+    return ask_model(console, asked)
+
+
+def train_reward_model(settings: PipelineSettings, start: str, place: Path, console: Console) -> str:
+    """A reward model that begins as the start policy; its directory."""
+    own = RewardModelSettings(
+        data=str(place / "comparisons.jsonl"), policy=start, held_out=HELD_OUT, seed=settings.seed,
+        device=settings.device,
+    )  # fmt: skip
+    out = place / "reward-model"
+    if not finished(out):
+        training.train(own, out, None, CHECKPOINT_EVERY)
+    return str(RunDirectory(out).checkpoint)
+
+
+def train_policy(settings: PipelineSettings, name: str, out: Path, source: dict[str, Any], console: Console) -> str:
+    """Train a policy in a run directory of its own; the directory of its checkpoint."""
+    updates = settings.updates
+    if updates is None and algorithm(name).learns_from == "episodes":
+        updates = PRESETS["quick"].updates
+    own = replace(run_settings(settings, name), **source)
+    if not finished(out):
+        training.train(own, out, None if name == "sft" else updates, CHECKPOINT_EVERY)
+    return str(RunDirectory(out).checkpoint)
+
+
+def run_settings(settings: PipelineSettings, name: str) -> RunSettings:
+    """The settings of a policy's run, apart from what it learns from."""
+    base = preset_settings("quick", name)
+    changes: dict[str, Any] = {
+        "policy": settings.policy,
+        "tokenizer": settings.policy,
+        "reward_model": settings.judge,
+        "judge": settings.judge,
+        "config": base.config | (settings.config if name == settings.algorithm else {}),
+    }
+    changes |= {key: getattr(settings, key) for key in ("seed", "device", "max_new_tokens", "eval_samples")}
+    if settings.prompts is not None:
+        changes |= {"prompts": settings.prompts, "eval_prompts": None}
+    if algorithm(name).uses_credit:
+        changes["credit"] = settings.credit
+    return replace(base, **changes)
+
+
+def judged(
+    settings: PipelineSettings, name: str, policy: str, start: str, proxy: str | None, path: Path, console: Console
+) -> Stage:
+    """What the judge, and the reward model ``proxy``, say about a policy on held-out prompts; KL to the start."""
+    if path.exists():
+        return Stage(name, policy, load_evaluation(path))
+    own = run_settings(settings, "rloo")
+    split = split_prompts(own)
+    with console.status(f"the judge reads texts of {name}"):
+        envs = evaluation_envs(own, settings.eval_samples, split.held_out)
+        trained, reference = (load_policy(one, envs, {}, settings.device) for one in (policy, start))
+        second = None if proxy is None else load_reward_model(proxy, device=settings.device)
+        found = evaluate(trained, reference, envs, samples=settings.eval_samples, shown=0, judge=second)
+        few = next(played(envs, trained, reference, samples=SHOWN_SAMPLES, seed=0, credited=0))
+        tinted = few._replace(token_rewards=few.logprobs - few.ref_logprobs)
+        tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
+        found.samples.extend(samples_from_rollout(tinted, tokenizer))
+        envs.close()
+    save_evaluation(path, found)
+    return Stage(name, policy, found)
+
+
+def finished(out: Path) -> bool:
+    """Whether a run has trained to its end and written its report."""
+    return (RunDirectory(out).report / "summary.json").exists()
+
+
+def claim(settings: PipelineSettings, out: Path) -> None:
+    """Write ``pipeline.json``, or compare it.
+
+    Raises:
+        RunError: other settings, or something else in the directory.
+    """
+    record = {key: value for key, value in asdict(settings).items() if key not in ("device", "rounds")}
+    path = out / "pipeline.json"
+    if not path.exists():
+        if strangers := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
+            raise RunError(
+                f"{out} holds {', '.join(strangers[:3])} but no {path.name}, so it is not a pipeline; nothing there "
+                "was touched: choose another --out"
+            )
+        write_text(path, json.dumps({"format": FORMAT, "settings": record}, indent=2) + "\n")
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); choose another --out") from error
+    different = sorted(key for key in stored.keys() | record.keys() if stored.get(key) != record.get(key))
+    if different:
+        changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {record.get(key)!r}" for key in different)
+        raise RunError(f"{out} holds a pipeline with other settings ({changes}); choose another --out")
+
+
+def elo(better: Evaluation, worse: Evaluation) -> Estimate:
+    """``400 log10(P / (1 - P))``, P the mean of sigma(score - score) over prompts answered by both.
+
+    The interval is that of P's mean over prompts, carried over.
+
+    >>> one, other = (Evaluation(scores=[score, score], kls=[], lengths=[], samples=[]) for score in (1.0, 0.0))
+    >>> round(elo(one, other).value)
+    174
+    """
+    gaps = np.subtract(better.scores, worse.scores)
+    chances = mean_interval(1 / (1 + np.exp(-gaps)))
+    return Estimate(*(400 * math.log10(p / (1 - p)) for p in np.clip(chances, 1e-6, 1 - 1e-6)))
+
+
+def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> pipeline_page.Pipeline:
+    """What the page shows of a finished pipeline."""
+    policies, models = [], []
+    for number, stage in enumerate(stages):
+        found, place = stage.evaluation, out / f"round-{number}"
+        gain = elo(found, stages[number - 1].evaluation) if number else None
+        links = [("the run of this policy", f"../{place.name}/policy/report/samples.html")] if number else []
+        if number and (path := RunDirectory(place / "reward-model").report / "summary.json").exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            models.append(reward_model_line(number, record, settings.pairs_per_round))
+            links.append(("calibration of its reward model", f"../{place.name}/reward-model/report/calibration.png"))
+        proxy = mean_interval(found.gold) if found.gold else None
+        score, kl = mean_interval(found.scores), mean_interval(found.kls)
+        policies.append(pipeline_page.Policy(stage.name, score, kl, proxy, gain, found.samples, links))
+    note = (
+        f"{settings.policy} trained by {settings.algorithm} on comparisons of {settings.judge}, "
+        f"{settings.pairs_per_round} per round, {settings.reference} reference, seed {settings.seed}"
+    )
+    return pipeline_page.Pipeline("RLHF, round by round", note, settings.eval_samples, policies, models)
+
+
+def reward_model_line(number: int, record: dict[str, Any], pairs: int) -> pipeline_page.RewardModel:
+    """A reward model's line of the page, from the summary of its run."""
+    accuracy = Estimate(**record["accuracy"])
+    ceiling = record["ceiling"]["value"] if "ceiling" in record else None
+    return pipeline_page.RewardModel(number, number * pairs, accuracy, ceiling)
+
+
+def stage_table(pipeline: pipeline_page.Pipeline) -> Table:
+    """One line per policy."""
+    table = Table(
+        title=f"{pipeline.samples} responses to held-out prompts",
+        caption="mean score of judge and reward model [95% interval]; KL to the start in nats per sequence; Elo against "
+        "the policy before",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("judge", "KL", "reward model", "Elo"):
+        table.add_column(heading, justify="right")
+    for one in pipeline.policies:
+        gain = "" if one.elo is None else pipeline_page.whole(one.elo)
+        table.add_row(one.name, str(one.gold), str(one.kl), str(one.proxy or ""), gain)
+    return table
