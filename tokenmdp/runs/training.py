@@ -95,7 +95,8 @@ def _train(
                 )  # only now, so that a failed set-up leaves no half-made run behind
                 before = evaluate_before(run, agent, settings, split, console)
         if learn(run, agent, updates, checkpoint_every, console):
-            raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+            # As at any other time; the checkpoint is saved.
+            raise OutputClosed if console.quiet and not processes.rank else KeyboardInterrupt
         with processes.raise_together(), processes.whole_weights(agent.policy, agent.reference):
             if before is not None:
                 report(run, agent, settings, split, before, console)
