@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -34,7 +35,7 @@ RUNS = {
 }
 OWN_REFERENCE = ("vine",)  # with the policy itself, the values would first learn a KL that is rounding error alone
 SHARDED = ("uniform", "lora")
-UPDATES = 5
+UPDATES = 3
 
 
 def make_envs(name, accelerator=None):
@@ -62,12 +63,16 @@ def record(agent):
     return {"history": history, "weights": {name: weight.clone() for name, weight in weights.items()}}
 
 
-def in_two_processes(directory):
-    """Play everything that `_process` does; files appear in ``directory``."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, Path(directory)), nprocs=2)
+        return free.getsockname()[1]
+
+
+def in_two_processes(directory):
+    """Play everything that `_process` does; files appear in ``directory``."""
+    method = "fork" if sys.platform == "linux" else "spawn"  # which imports everything again
+    torch.multiprocessing.start_processes(_process, (free_port(), Path(directory)), nprocs=2, start_method=method)
 
 
 def _process(rank, port, directory):

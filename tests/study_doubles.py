@@ -7,11 +7,13 @@ study = load_study(path)
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from tokenmdp.evaluation.credit_quality import METRICS, AttentionVerdict, MethodQuality, WorldQuality
 from tokenmdp.evaluation.credit_quality.measure import CONTROLS
@@ -21,6 +23,7 @@ from tokenmdp.report.samples import Sample
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.settings import RunSettings
 from tokenmdp.study.directory import declare
+from tokenmdp.study.report import page
 from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 
 METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")
@@ -258,3 +261,11 @@ def synthetic_study(
         (path / "quality").mkdir(exist_ok=True)
         (path / "quality" / f"{model}.json").write_text(json.dumps(quality_record(model)))
     return path
+
+
+@contextmanager
+def figures_not_drawn():
+    """Reports are written with empty figures: drawing takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write_figure", lambda figure, folder, name: f'<svg id="{name}"></svg>')
+        yield

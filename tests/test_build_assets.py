@@ -140,9 +140,9 @@ def write_reviews(folder: Path) -> None:
 
 def test_whole_recipe_on_made_up_reviews(tmp_path, monkeypatch, capsys):
     write_reviews(tmp_path)
-    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 2e4 --classify-steps 3 "
-    sizes += "--align-steps 3 --uniform-steps 3 --gold-width 32 --gold-heads 2 --gold-tokens 1e4 --gold-steps 3 "
-    sizes += "--openings 400 --written 60"
+    sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 4e3 --classify-steps 2 "
+    sizes += "--align-steps 2 --uniform-steps 2 --gold-width 32 --gold-heads 2 --gold-tokens 4e3 --gold-steps 2 "
+    sizes += "--openings 150 --written 30"
     bundle = tmp_path / "bundle"
 
     def build(*options):

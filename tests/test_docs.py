@@ -36,7 +36,14 @@ CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # Without doctests, which pytest collects itself.
 BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(?!>>>)(.*?)^```$", re.MULTILINE | re.DOTALL)
-SMALLER = {"num_updates=150": "num_updates=1", "num_envs=64": "num_envs=4"}
+SMALLER = {
+    "num_updates=150": "num_updates=1",
+    "num_envs=64": "num_envs=4",
+    "episodes=64": "episodes=4",
+    "n_steps=32,": "n_steps=8,",
+    "model.learn(256": "model.learn(64",
+    ".learn(2048": ".learn(512",
+}
 
 
 def blocks():

@@ -1,5 +1,6 @@
 """The examples run offline on the toy environment."""
 
+import functools
 import re
 
 import cleanrl_style
@@ -153,8 +154,8 @@ def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_pa
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys):
+def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, max_new_tokens=5))
     sizes = ["--updates", "1", "--num-envs", "4", "--out", str(tmp_path / "curves.png")]
     credit_ablation.main([*sizes, "--tuned", "imdb-tiny"])
     first = dict(re.findall(r"(\S+) seed 1: score (\S+)", capsys.readouterr().out))

@@ -1,5 +1,6 @@
 import ast
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import pytest
 
 import tokenmdp
+from tokenmdp.reward_models import load_reward_model
 
 PACKAGE = Path(tokenmdp.__file__).parent
 PURE = ("types", "envs.token_mdp", "credit", "returns", "divergences", "losses")
 OF_TRANSFORMERS = ("models.policy", "models.kv_cache", "models.kernels")  # and of commands, which need it anyway
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def run(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def modules_after(statement):
@@ -26,9 +28,31 @@ def test_import_adds_nothing_but_this_package_to_gymnasium():
     assert {name for name in added if name.split(".")[0] not in ("tokenmdp", "__future__", "importlib")} == set()
 
 
-def test_making_an_env_needs_no_import():
-    code = "import gymnasium; print(gymnasium.make('tokenmdp:TextGen-Toy-v0').reset(seed=0)[0]['input_ids'].shape)"
-    assert run(code) == "(12,)\n"
+def test_loading_and_credit_import_no_library_before_they_need_it():
+    code = (
+        "import sys, tokenmdp.models.loading, tokenmdp.reward_models, tokenmdp.credit\n"
+        "tokenmdp.credit.DeepLiftCredit()\nprint({'transformers', 'captum'} & set(sys.modules))"
+    )
+    assert run(code) == "set()\n"
+
+
+FRESH = """
+import sys, gymnasium
+print(gymnasium.make("tokenmdp:TextGen-Toy-v0").reset(seed=0)[0]["input_ids"].shape)
+import tokenmdp
+print("tokenmdp.evaluation" in sys.modules, tokenmdp.evaluation.evaluate is tokenmdp.evaluate)
+import pickle
+print(pickle.load(open(sys.argv[1], "rb")).name)
+"""
+
+
+def test_a_fresh_process_makes_an_env_finds_the_evaluation_and_reads_a_pickle(tmp_path):
+    """In this order: nothing was imported before that the line does not import by itself."""
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(load_reward_model("imdb-tiny")))
+    first, second, third = run(FRESH, tmp_path / "model.pickle").splitlines()
+    assert first == "(12,)"
+    assert second == "False True"  # as a module and as a function
+    assert third == "imdb-tiny"
 
 
 def test_every_public_name_resolves_and_is_listed():
@@ -37,11 +61,6 @@ def test_every_public_name_resolves_and_is_listed():
         assert getattr(tokenmdp, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         tokenmdp.nothing  # noqa: B018
-
-
-def test_evaluation_is_there_as_module_and_function():
-    code = "import tokenmdp; print(tokenmdp.evaluation.evaluate is tokenmdp.evaluate)"  # where nothing else imports it
-    assert run(code) == "True\n"
 
 
 def test_the_ids_are_registered_without_a_step_limit():

@@ -11,7 +11,7 @@ from tokenmdp.interop.arrays import mark_token_rewards_read, relabel
 from tokenmdp.returns import gae
 from tokenmdp.wrappers import vector
 
-STEPS, ENVS, ROLLOUTS = 11, 5, 50  # 2,750 rows; 11 steps never hold whole episodes only
+STEPS, ENVS, ROLLOUTS = 11, 5, 25  # 1,375 rows; 11 steps never hold whole episodes only
 
 
 def native(mode):
@@ -23,7 +23,7 @@ def sync(mode):
 
 
 def workers(mode):
-    return gym.vector.AsyncVectorEnv([single] * ENVS, autoreset_mode=mode)
+    return gym.vector.AsyncVectorEnv([single] * ENVS, autoreset_mode=mode, context="fork")
 
 
 class Loop:
@@ -88,9 +88,9 @@ def test_every_row_gets_its_own_tokens_reward(kind, mode, patient, as_tensor):
         unfinished += ((whose >= 0) & ~decided).sum()
         begun_earlier += (used & (whose == last_episodes)).sum()
         last_episodes = np.where(whose[-1] >= 0, whose[-1], -2)
-    assert rows >= 1000
-    assert begun_earlier > 50  # tokens of episodes that straddle two rollouts
-    assert unfinished > 50
+    assert rows >= 600
+    assert begun_earlier > 25  # tokens of episodes that straddle two rollouts
+    assert unfinished > 25
     assert (idle > 0) == (mode == "NextStep" or patient)
     loop.envs.close()
 

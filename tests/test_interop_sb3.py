@@ -105,11 +105,11 @@ def check_complete(ledger, snapshots):
 @cache
 def trained(algorithm, kind):
     """The same again for two tests, which only look."""
-    return train(algorithm, kind, n_envs=1 if kind == "spawn" else N_ENVS)  # there each imports everything again
+    return train(algorithm, kind)
 
 
 KINDS = [(algorithm, kind) for algorithm in ALGORITHMS for kind in ("dummy", "bridge")]
-KINDS += [(PPO, "fork"), (MaskablePPO, "fork"), (PPO, "spawn")]  # masks come from the workers too
+KINDS += [(PPO, "fork"), (MaskablePPO, "fork")]  # masks come from the workers too
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), KINDS)

@@ -1,44 +1,61 @@
 """A run whose process is killed with SIGKILL resumes as if nothing had happened."""
 
 import functools
+import os
 import signal
-import subprocess
-import sys
 
 import pytest
+import torch
+from forked import exit_code, needs_fork
 
 from tokenmdp import cli
 from tokenmdp.report.curves import read_metrics
+from tokenmdp.runs.settings import PRESETS
 
-UPDATES = 22  # the preset saves after the 10th and the 20th
+UPDATES = 5  # saved after the second and the fourth
 OPTIONS = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "2", "--device", "cpu", "--dtype", "float32"]
 UNTIMED = ("seconds", "tokens_per_second")
-KILL = {
-    # In the middle of update 12, after 5 of its 16 minibatches: the weights have moved, nothing is saved.
-    "update": """
-steps, step = 0, torch.optim.Adam.step
-def replacement(self, *arguments, **options):
-    global steps
-    steps += 1
-    if steps > 11 * 16 + 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *arguments, **options)
-torch.optim.Adam.step = replacement
-""",
-    # Between the two renames that put the second checkpoint in the place of the first.
-    "save": """
-replace = os.replace
-def replacement(source, target):
-    replace(source, target)
-    if str(target).endswith("checkpoint.previous"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replacement
-""",
-}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_an_update():
+    """In the middle of update 4, after 5 of its 16 minibatches: the weights have moved, nothing is saved."""
+    steps, step = 0, torch.optim.Adam.step
+
+    def replacement(self, *arguments, **options):
+        nonlocal steps
+        steps += 1
+        if steps > 3 * 16 + 5:
+            die()
+        return step(self, *arguments, **options)
+
+    torch.optim.Adam.step = replacement
+
+
+def die_in_a_save():
+    """Between the two renames that put the second checkpoint in the place of the first."""
+    rename = os.replace
+
+    def replacement(source, target):
+        rename(source, target)
+        if str(target).endswith("checkpoint.previous"):
+            die()
+
+    os.replace = replacement
 
 
 def arguments(algorithm, out):
     return ["train", algorithm, *OPTIONS, "--updates", str(UPDATES), "--out", str(out)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def saves_after_every_second_update():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "smoke", PRESETS["smoke"]._replace(checkpoint_every=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +71,19 @@ def unbroken(tmp_path_factory):
     return run
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@needs_fork
 @pytest.mark.parametrize(
-    ("algorithm", "moment", "done"), [("ppo", "update", 11), ("ppo", "save", 20), ("rloo", "update", 11)]
+    ("algorithm", "death", "done"),
+    [("ppo", die_in_an_update, 3), ("ppo", die_in_a_save, 4), ("rloo", die_in_an_update, 3)],
 )
-def test_a_killed_run_ends_with_the_metrics_and_files_of_an_unbroken_one(tmp_path, unbroken, algorithm, moment, done):
+def test_a_killed_run_ends_with_the_metrics_and_files_of_an_unbroken_one(tmp_path, unbroken, algorithm, death, done):
     out, unbroken = tmp_path / "run", unbroken(algorithm)
-    program = (
-        f"import os, signal, torch\nfrom tokenmdp import cli\n{KILL[moment]}\ncli.main({arguments(algorithm, out)!r})"
-    )
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    def killed():
+        death()
+        cli.main(arguments(algorithm, out))
+
+    assert exit_code(killed) == -signal.SIGKILL
     assert len(read_metrics(out / "metrics.jsonl")) == done
     assert cli.main(arguments(algorithm, out)) == 0
     runs = [read_metrics(path / "metrics.jsonl") for path in (out, unbroken)]

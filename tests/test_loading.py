@@ -4,8 +4,6 @@ import json
 import logging
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,6 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
-from doubles import SB3
 from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from tokenmdp.files import CheckpointError
@@ -231,11 +228,6 @@ def test_directory_without_or_with_a_damaged_tokenizer(policy_dir):
         load_tokenizer(str(policy_dir))
 
 
-def test_importing_does_not_import_transformers():
-    code = "import sys, tokenmdp.models.loading, tokenmdp.reward_models; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_names_answered_by_code_win_over_directories_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "toy-lexicon", "lexicon"):
@@ -295,36 +287,3 @@ def test_a_number_of_threads_from_the_environment_stands(three_threads, policy_d
 def test_a_process_that_is_no_worker_keeps_its_threads(three_threads, policy_dir):
     load_causal_lm(str(policy_dir))
     assert torch.get_num_threads() == 3
-
-
-WORKERS = """
-import gymnasium as gym, numpy as np, torch
-
-class Threads(gym.Wrapper):
-    def threads(self):
-        return torch.get_num_threads()
-
-def make():
-    return Threads(gym.make("tokenmdp:TextGen-IMDb-v0", max_new_tokens=1))
-
-if __name__ == "__main__":
-    from stable_baselines3.common.vec_env import SubprocVecEnv
-
-    envs = SubprocVecEnv([make], start_method="spawn")
-    envs.reset()
-    fresh = envs.env_method("threads")[0]
-    envs.step(np.array([5]))
-    print(fresh == torch.get_num_threads(), envs.env_method("threads")[0])
-    envs.close()
-"""
-
-
-@pytest.mark.slow
-def test_workers_of_sb3_score_with_one_thread(tmp_path):
-    """Those of Gymnasium are in test_interop_sb3_tools.py."""
-    pytest.importorskip("stable_baselines3", reason=SB3)
-    script = tmp_path / "workers.py"
-    script.write_text(WORKERS)
-    free = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=free)
-    assert done.stdout == "True 1\n", done.stderr

@@ -57,7 +57,7 @@ def check_known_optimum(kind, **options):
         reward_model=TableRewardModel(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
     )  # fmt: skip
     config = kind.config_class(
-        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=3e-3, anneal_lr=True, total_updates=80,
+        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=6e-3, anneal_lr=True, total_updates=30,
         num_minibatches=2, **options,
     )  # fmt: skip
     agent = kind(make_lm(vocab_size=3, eos=2), vector.SparseReward(envs), config)
@@ -72,7 +72,7 @@ def check_known_optimum(kind, **options):
     optimum, best = mdp.optimum(reference, config.kl_coef)
     assert math.isclose(reference.exp().sum(), 1, abs_tol=1e-5)
     assert total_variation(seq_logprobs(agent.policy), optimum) > 0.3
-    agent.learn(80)
+    agent.learn(30)
     policy = seq_logprobs(agent.policy)
     assert total_variation(policy, optimum) < 0.05
     assert best - mdp.objective(policy, reference, config.kl_coef) < 0.02

@@ -1,6 +1,9 @@
 """Runs of two gloo processes against the same runs of one."""
 
 import contextlib
+import functools
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from forked import Command, needs_fork
 from gymnasium.error import DependencyNotInstalled
 from rich.console import Console
 from safetensors.torch import load_file
@@ -127,22 +131,42 @@ def test_an_error_in_one_process_ends_both(directory):
         assert "nan" in second[trouble][1].lower() or "NaN" in first[trouble][1]
 
 
+def launched_environments(directory):
+    """What accelerate's launcher adds to the environment of each of two processes."""
+    (directory / "tell.py").write_text(
+        "import json, os\nopen('rank' + os.environ['RANK'], 'w').write(json.dumps(dict(os.environ)))"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "tell"]
+    done = subprocess.run(launch, cwd=directory, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads((directory / f"rank{rank}").read_text()) for rank in (0, 1)]
+    return [{name: one[name] for name in one if one[name] != os.environ.get(name)} for one in told]
+
+
+@needs_fork
 def test_the_command_gives_two_processes_one_run(tmp_path):
-    """Started by accelerate's launcher, then continued by one process; against one process all the way."""
+    """In the environment that accelerate's launcher gives, then continued by one process; against one all the way."""
     options = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--device", "cpu", "--lora-rank", "2"]
     options += ["--dtype", "float32", "--adam-eps", "1e-5", "--learning-rate", "1e-3"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "tokenmdp", "train"]
     two, one = (["--out", str(tmp_path / name), "--updates"] for name in ("two", "one"))
-    done = subprocess.run([*launch, *options, *two, "2"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run directory: ") == 1  # one of them talks
-    assert "2 processes with 2 episodes each" in done.stdout
-    assert cli.main(["train", *options, *two, "3"]) == 0
-    assert cli.main(["train", *options, *one, "3"]) == 0
+    environments = launched_environments(tmp_path)
+    assert [(one["RANK"], one["WORLD_SIZE"]) for one in environments] == [("0", "2"), ("1", "2")]
+    # The launcher itself, where they would meet, has ended.
+    meeting = {"MASTER_PORT": str(gloo_runs.free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    runs = [
+        Command("train", *options, *two, "1", before=functools.partial(os.environ.update, environment | meeting))
+        for environment in environments
+    ]
+    (first, said), (second, silent) = [run.end() for run in runs]
+    assert (first, second) == (0, 0), said + silent
+    assert (said + silent).count("run directory: ") == 1  # one of them talks
+    assert "2 processes with 2 episodes each" in said
+    assert cli.main(["train", *options, *two, "2"]) == 0
+    assert cli.main(["train", *options, *one, "2"]) == 0
     assert cli.main(["eval", str(tmp_path / "two"), "--samples", "4", "--device", "cpu"]) == 0
     runs = [read_metrics(tmp_path / out / "metrics.jsonl") for out in ("two", "one")]
-    assert [metrics["update"] for metrics in runs[0]] == [1, 2, 3]
+    assert [metrics["update"] for metrics in runs[0]] == [1, 2]
     for metrics, expected in zip(*runs, strict=True):
         timeless = {key: value for key, value in expected.items() if key not in gloo_runs.UNTIMED}
         assert {key: metrics[key] for key in timeless} == pytest.approx(timeless, rel=0, abs=1e-4)

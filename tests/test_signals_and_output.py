@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,84 +13,83 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from doubles import TOY
+from forked import Command, needs_fork
 
 from tokenmdp.cli import main
+from tokenmdp.runs import display
 from tokenmdp.runs.display import MessageConsole
 from tokenmdp.wording import visible
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 SMOKE = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec"]
-COMMAND = [sys.executable, "-m", "tokenmdp"]
-
-
-def start(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}
-    return subprocess.Popen([*COMMAND, *arguments], env=environment, **options)
 
 
 def updates_of(path):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@posix
-@pytest.mark.slow
+def train(out, updates, until, **options):
+    """The command that trains, as soon as it has finished ``until`` updates."""
+    run = Command(*SMOKE, "--updates", str(updates), "--out", str(out), **options)
+    while updates_of(out / "metrics.jsonl") < until and run.runs:
+        time.sleep(0.02)
+    return run
+
+
+def updates_saved(out):
+    return len(json.loads((out / "checkpoint" / "state" / "history.json").read_text()))
+
+
+@needs_fork
 def test_the_end_of_the_terminal_saves(tmp_path):
-    out = tmp_path / "run"
-    with start(*SMOKE, "--updates", "2000", "--out", str(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-        while updates_of(out / "metrics.jsonl") < 3 and run.poll() is None:
-            time.sleep(0.1)
-        run.send_signal(signal.SIGHUP)
-        said = run.communicate(timeout=120)[0].decode()
-    assert run.returncode == 130, said
+    run = train(tmp_path, 2000, until=2)
+    run.send(signal.SIGHUP)
+    status, said = run.end()
+    assert status == 130, said
     assert "Traceback" not in said
-    saved = json.loads((out / "checkpoint" / "state" / "history.json").read_text())
-    assert len(saved) == updates_of(out / "metrics.jsonl") >= 3
+    assert updates_saved(tmp_path) == updates_of(tmp_path / "metrics.jsonl") >= 2
 
 
-@posix
-@pytest.mark.slow
+@needs_fork
 def test_nohup_overrules_the_end_of_the_terminal(tmp_path):
-    out = tmp_path / "run"
-    ignoring = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    with start(
-        *SMOKE,
-        "--updates",
-        "6",
-        "--out",
-        str(out),
-        preexec_fn=ignoring,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as run:
-        while updates_of(out / "metrics.jsonl") < 1 and run.poll() is None:
-            time.sleep(0.1)
-        run.send_signal(signal.SIGHUP)
-        said = run.communicate(timeout=120)[0].decode()
-    assert run.returncode == 0, said
-    assert updates_of(out / "metrics.jsonl") == 6
+    run = train(tmp_path, 3, until=1, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    run.send(signal.SIGHUP)
+    status, said = run.end()
+    assert status == 0, said
+    assert updates_of(tmp_path / "metrics.jsonl") == 3
 
 
-@posix
-@pytest.mark.slow
-def test_a_closed_pipe_ends_quietly_and_training_saves_first(tmp_path):
-    for arguments in (["credits"], ["--help"]):
-        reader, writer = os.pipe()
-        os.close(reader)  # nobody reads
-        run = start(*arguments, stdout=writer, stderr=subprocess.PIPE)
-        os.close(writer)
-        said = run.communicate(timeout=120)[1].decode()
-        assert (run.returncode, said) == (141, ""), (arguments, said)
-    out = tmp_path / "run"
-    run = start(*SMOKE, "--updates", "2000", "--out", str(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while updates_of(out / "metrics.jsonl") < 1 and run.poll() is None:
-        time.sleep(0.1)
+@needs_fork
+def test_training_saves_before_a_closed_pipe_ends_it(tmp_path):
+    run = train(tmp_path, 2000, until=1, before=lambda: setattr(display, "LOG_SECONDS", 0))  # a line for each update
     run.stdout.close()
-    said = run.stderr.read().decode()
+    status, said = run.end()
+    assert status == 141, said
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
-    assert run.wait(timeout=180) == 141
-    saved = json.loads((out / "checkpoint" / "state" / "history.json").read_text())
-    assert len(saved) == updates_of(out / "metrics.jsonl") >= 1
+    assert updates_saved(tmp_path) == updates_of(tmp_path / "metrics.jsonl") >= 1
+
+
+def until_nobody_reads():
+    poll = select.poll()
+    poll.register(1, 0)  # errors are reported always
+    poll.poll(60_000)
+
+
+@needs_fork
+def test_a_closed_pipe_ends_a_command_quietly():
+    run = Command("credits", before=until_nobody_reads)
+    run.stdout.close()
+    assert run.end() == (141, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_closed_pipe_ends_the_interpreter_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)  # nobody reads
+    run = subprocess.Popen([sys.executable, "-m", "tokenmdp", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    said = run.communicate(timeout=120)[1].decode()
+    assert (run.returncode, said) == (141, "")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -8,19 +8,45 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
 import torch
+from forked import needs_fork, started
 
 from tokenmdp import cli
-from tokenmdp.study import worker
+from tokenmdp.study import scheduler, worker
 
-UPDATES = 24
+UPDATES = 16
 OPTIONS = [
     "--preset", "smoke", "--methods", "sparse", "attention", "uniform", "--seeds", "1", "--updates", str(UPDATES),
-    "--eval-every", "12", "--jobs", "2", "--device", "cpu",
+    "--eval-every", "8", "--jobs", "2", "--device", "cpu",
 ]  # fmt: skip
 PATIENCE = 300  # seconds, for a busy machine
+
+
+class Forked:
+    """What `subprocess.Popen` would be of the worker, in a copy of this process."""
+
+    def __init__(self, command, **_):
+        assert command[1:3] == ["-m", "tokenmdp.study.worker"]
+        self.process = started(lambda: sys.exit(worker.main(command[3:])))
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+
+def fork_workers(real=0):
+    """Let the scheduler copy this process for its workers, after so many ``real`` ones."""
+    kinds = iter([subprocess.Popen] * real)
+    popen = lambda command, **options: next(kinds, Forked)(command, **options)  # noqa: E731
+    scheduler.subprocess = SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
+
+
+def ablate_with_forked_workers(out):
+    fork_workers()
+    cli.main(["ablate", *OPTIONS, "--out", str(out)])
 
 
 def wait_until(condition):
@@ -65,17 +91,15 @@ def contents(out):
     return {name: {key: value for key, value in record.items() if key not in took} for name, record in files.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
-def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys):
+@needs_fork  # and the workers are found in /proc
+def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys, monkeypatch):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    command = [sys.executable, "-m", "tokenmdp", "ablate", *OPTIONS, "--out", str(broken)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started(ablate_with_forked_workers, broken)
     try:
         running = wait_until(lambda: times(broken) and under_way(broken) and workers_of(process.pid))
     finally:
         process.kill()
-        process.wait()
+        process.join()
     with contextlib.suppress(ProcessLookupError):  # it may just have ended
         os.kill(running[0], signal.SIGKILL)
     wait_until(lambda: not any(map(alive, running)))  # another orphan ends by itself
@@ -84,6 +108,8 @@ def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys)
     finished = times(broken)
     assert 0 < len(finished) < 3
 
+    monkeypatch.setattr(scheduler, "subprocess", subprocess)  # to be put back
+    fork_workers(real=1)
     assert cli.main(["ablate", *OPTIONS, "--out", str(broken)]) == 0
     assert capsys.readouterr().out.count(" finished (") == 3 - len(finished)
     assert finished.items() <= times(broken).items()  # what was finished was not touched

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from study_doubles import quality_record, synthetic_study
+from study_doubles import figures_not_drawn, quality_record, synthetic_study
 
 from tokenmdp.cli.study_quality import measure_credit_quality
 from tokenmdp.study.directory import declare, load_study
@@ -51,7 +51,8 @@ def small(tmp_path):
 
 
 def test_one_reward_model_has_its_table_without_a_figure(small, tmp_path):
-    text = write_report(load_study(small), tmp_path / "report").read_text(encoding="utf-8")
+    with figures_not_drawn():
+        text = write_report(load_study(small), tmp_path / "report").read_text(encoding="utf-8")
     section = re.search(r'<section id="quality">.*?</section>', text)[0]
     assert "No figure: needs several reward models" in section
     assert "credit quality on the reward model imdb-tiny" in section

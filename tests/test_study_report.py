@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
-from study_doubles import paper_like, quality_record, synthetic_study
+from study_doubles import figures_not_drawn, paper_like, quality_record, synthetic_study
 
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting
@@ -85,8 +85,15 @@ def partial(tmp_path_factory):
         crashed=lambda cell: (cell.method, cell.seed) == ("red", 1),
     )  # fmt: skip
     study = load_study(path)
-    write_report(study, path / "report")
+    with figures_not_drawn():
+        write_report(study, path / "report")
     return study
+
+
+@pytest.fixture
+def without_figures():
+    with figures_not_drawn():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +167,7 @@ def test_a_study_of_the_readers_own_meets_no_paper(partial):
     assert not re.search("claim|reproduced|Chan et al", text)
 
 
-def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path):
+def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path, without_figures):
     mine = Section("mine", "A < B", html="<p>my table</p>", markdown="| mine |\n")
     text = write_report(partial, tmp_path, title="C & D", intro="<p>Why.</p>", first=[mine]).read_text(encoding="utf-8")
     assert "<h1>C &amp; D</h1>" in text
@@ -170,10 +177,10 @@ def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path):
 
 
 def test_the_same_study_gives_the_same_bytes_and_stale_figures_go(partial, tmp_path):
-    stale = tmp_path / "figures" / "kl.svg"
-    stale.parent.mkdir()
+    stale = tmp_path / "second" / "figures" / "kl.svg"
+    stale.parent.mkdir(parents=True)
     stale.write_text("old")
-    pages = [partial.path / "report" / "index.html", write_report(partial, tmp_path)]
+    pages = [write_report(partial, tmp_path / "first"), write_report(partial, tmp_path / "second")]
     files = [{file.relative_to(page.parent): file.read_bytes() for file in page.parent.rglob("*.*")} for page in pages]
     assert files[0] == files[1]
     assert not stale.exists()
@@ -218,7 +225,7 @@ def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
     assert "tokenmdp ablate --gold imdb-gold" in words
 
 
-def test_runs_that_broke_are_named_below_the_curves(tmp_path):
+def test_runs_that_broke_are_named_below_the_curves(tmp_path, without_figures):
     def course(cell):
         return replace(paper_like(cell), collapse=0.5 if (cell.method, cell.seed) == ("sparse", 2) else 2.0)
 
@@ -227,7 +234,7 @@ def test_runs_that_broke_are_named_below_the_curves(tmp_path):
     assert "Runs that lost more than half of what they had gained: 1 of 3 of sparse&#x27;s." in text
 
 
-def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path):
+def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path, without_figures):
     study = replace(partial, notice="First <b>line</b> &\nsecond.\n \nA paragraph.")
     page = write_report(study, tmp_path).read_text(encoding="utf-8")
     first, second = "First &lt;b&gt;line&lt;/b&gt; &amp; second.", "A paragraph."

@@ -176,7 +176,7 @@ def _table(pipeline: Pipeline) -> str:
 
 
 def _and_proxy(pipeline: Pipeline) -> str:
-    return ", and of the reward model that was trained on," if any(one.proxy for one in pipeline.policies) else ""
+    return ", and of the reward model that it was trained on," if any(one.proxy for one in pipeline.policies) else ""
 
 
 def _links(links: Sequence[tuple[str, str]]) -> str:

@@ -83,7 +83,8 @@ def _train(
                 run.claim(kind.record(), torch.get_num_threads())
                 kind.before(run, learner, console)
         if learn(run, learner, total, checkpoint_every, console):
-            raise KeyboardInterrupt  # as at any other time; the checkpoint is saved
+            # As at any other time; the checkpoint is saved.
+            raise OutputClosed if console.quiet and not processes.rank else KeyboardInterrupt
         with processes.raise_together(), processes.whole_weights(learner.model, *learner.references()):
             if not processes.rank:
                 kind.report(run, learner, console)
