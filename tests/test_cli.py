@@ -314,7 +314,7 @@ def test_a_command_that_fails_early_leaves_no_half_made_run(tmp_path, error):
     [
         (["--gamma", "2"], "gamma is 2.0; it must lie in [0, 1]"),
         (["--kl-coef", "inf"], "kl_coef is inf; it must be finite"),
-        (["--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--seed", "-1"], "--seed is -1; it must lie in 0 to"),
         (["--kl-coef", "0", "--kl-target", "6"], "kl_target is 6.0 and kl_coef is 0"),
         (["--updates", "0"], "--updates is 0"),
         (["--num-envs", "0"], "--num-envs is 0"),

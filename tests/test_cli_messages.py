@@ -92,11 +92,12 @@ def test_runs_with_adapters_have_a_directory_of_their_own():
     assert names == ["smoke-attention-seed1", "smoke-attention-lora8-seed1"]
 
 
-def test_choices_are_listed_in_the_librarys_order(capsys):
+@pytest.mark.parametrize(("command", "first"), [("score", "all"), ("sample", "None")])
+def test_choices_are_listed_in_the_librarys_order(command, first, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["score", "a film", "--credit", "atention"])
+        cli.main([command, "imdb-tiny", "--credit", "atention"])
     listed = re.findall(r"'([\w-]+)'", capsys.readouterr().err.replace("\n", ""))
-    assert [name for name in listed if name in ("all", *CREDIT_METHODS)] == ["all", *CREDIT_METHODS]
+    assert [name for name in listed if name in (first, *CREDIT_METHODS)] == [first, *CREDIT_METHODS]
 
 
 def test_warnings_of_others_keep_their_place(monkeypatch, capsys):

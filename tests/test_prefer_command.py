@@ -144,7 +144,7 @@ def test_a_person_compares_in_the_terminal_and_goes_on_later(run, tmp_path, monk
     ("options", "message"),
     [
         ({"out": "pairs.json"}, "ends in .jsonl"),
-        ({"pairs": 0}, "at least 1 and 2"),
+        ({"pairs": 0}, "--pairs is 0; it must be at least 1"),
         ({"judge": "page", "responses": 3}, "compares two responses"),
         ({"judge": "imdb-gold"}, "the first that differs is id 0"),  # a model of another vocabulary
         ({"error_rate": 1.5}, "error_rate is 1.5"),

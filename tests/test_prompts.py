@@ -6,8 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tokenmdp.envs.prompts import Encoder, PromptsNotFound, clean_text, prompt_source, unknown_words
-from tokenmdp.envs.text_rows import read_rows
+from tokenmdp.envs.prompts import Encoder, clean_text, prompt_source, unknown_words
+from tokenmdp.envs.text_rows import PromptsNotFound, read_rows
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import toy_tokenizer
 

@@ -250,7 +250,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_aligned():
         (["--plan", "missing.json"], "--plan missing.json cannot be read"),
         (["--plan=missing.json"], "--plan missing.json cannot be read"),
         (["--plan", "rates.json", "--preset", "smoke"], "--preset is smoke; leave out one of them"),
-        (["--plan", "text.json"], "--plan text.json has no object; it is a JSON object of adam_eps, align"),
+        (["--plan", "text.json"], "--plan text.json has no options; it is a JSON object of adam_eps, align"),
         (["--plan", "rates.json"], "--plan rates.json has sparse; it is a JSON object of adam_eps"),
         (["--reward-models", "no-such-model"], "no-such-model"),
     ],

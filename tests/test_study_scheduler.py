@@ -14,6 +14,7 @@ from study_doubles import make_result, paper_like
 
 from tokenmdp import cli
 from tokenmdp.cli import ablate
+from tokenmdp.runs import display
 from tokenmdp.study import scheduler
 from tokenmdp.study.directory import declare, load_study
 from tokenmdp.study.grid import expand
@@ -175,8 +176,10 @@ def test_no_more_than_the_asked_number_run_at_once(stand_in, tmp_path):
 
 
 @UNIX
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in, tmp_path, monkeypatch, name):
+    number = signal.Signals[name]
+    monkeypatch.setattr(display, "_to_nowhere", lambda stream: None)  # or a terminal would show no more of the tests
     line = f"echo $$ > {tmp_path}/pid; exec sleep 60"
     study, cells = stand_in(s2=line)
 
@@ -197,7 +200,18 @@ def test_an_interruption_ends_the_running_cells_and_keeps_the_finished(stand_in,
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert len(list((study / "cells").glob("*.json"))) == 2
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert {signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+
+
+@UNIX
+def test_nohup_overrules_the_end_of_the_terminal(stand_in):
+    study, cells = stand_in(**{cell.id: "kill -HUP $PPID; sleep 0.1; exit 1" for cell in expand(SMOKE)[:1]})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert list(run(study, cells, jobs=1)) == [cells[0].id]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(load_study(study).results) == 3
 
 
 @UNIX

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
+from tokenmdp.cli.checks import check_directory, check_numbers, check_seed
 from tokenmdp.cli.options import ScoreChoice, as_options, parse_parts, preset_in, value_in
 from tokenmdp.cli.study_quality import measure_credit_quality
 from tokenmdp.files import locked
@@ -149,9 +150,12 @@ def read_plan(place: Path, config: Any) -> dict[str, Any]:
     known -= {"preset", "plan", "learning_rates", *UNRECORDED}
     try:
         record = json.loads(place.read_text(encoding="utf-8"))
-        unknown = ", ".join(sorted(set(record) - known)) if isinstance(record, dict) else "no object"
+        unknown = ", ".join(sorted(set(record) - known)) if isinstance(record, dict) else "no options"
     except (OSError, ValueError, RecursionError) as error:
-        raise StudyError(f"--plan {place} cannot be read ({error})") from error
+        raise StudyError(
+            f"--plan {place} cannot be read ({error}); give a file of JSON such as "
+            '{"methods": ["sparse", "red"], "seeds": [1, 2]}'
+        ) from error
     if unknown:
         raise StudyError(f"--plan {place} has {unknown}; it is a JSON object of {', '.join(sorted(known))}")
     return record
@@ -173,13 +177,15 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
         return 0
     device = resolve_device(arguments.device)
     config = config or {}
+    check_numbers(arguments, jobs=1, num_envs=1)
+    for seed in arguments.seeds:
+        check_seed(seed, "--seeds")
+    check_directory(out)
     plan = plan_of(arguments, config)
     cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
     mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
     most = default_jobs(device)
     jobs = most if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise StudyError(f"--jobs is {jobs}; it must be at least 1")
     if arguments.quality_texts < 0 or arguments.quality_texts == 1:
         raise StudyError(f"--quality-texts is {arguments.quality_texts}; it must be 0 or at least 2")
     with console.status("loading the models once, to find errors before the work"):
@@ -232,8 +238,6 @@ def plan_of(arguments: Ablate, config: Mapping[str, Any]) -> Plan:
     plan = PLANS[arguments.preset]
     if arguments.plan is not None:
         plan = replace(plan, name=arguments.plan.stem)
-    if arguments.num_envs < 1:
-        raise StudyError(f"--num-envs is {arguments.num_envs}; it must be at least 1")
     rate = {} if arguments.learning_rate is None else {"learning_rate": arguments.learning_rate}
     base = replace(
         plan.base,

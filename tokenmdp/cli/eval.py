@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from tokenmdp.cli.checks import check_numbers
 from tokenmdp.cli.options import parse
 from tokenmdp.evaluation.policies import comparison, comparison_table, evaluate
 from tokenmdp.files import check_digests
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def evaluate_run(arguments: Eval) -> int:
     """Evaluate a run's policy again, against its reference, on its evaluation prompts."""
     console = make_console()
-    if arguments.samples < 2:
-        raise ValueError(f"--samples is {arguments.samples}; an interval needs at least 2")
+    check_numbers(arguments, samples=2)  # an interval needs two
     run, settings = open_run(arguments.run)
     settings = replace(settings, device=resolve_device(arguments.device))
     check_digests(run.checkpoint)

@@ -8,8 +8,10 @@ import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -91,8 +93,19 @@ def option_class(kind: type, left_out: Collection[str] = ()) -> Any:
             {"help_behavior_hint": f"(default: {found[1]})"} if (found := DEFAULT.search(text)) else {}
         )
         shown = tyro.conf.arg(help=DEFAULT.sub("", text), **hint)
-        options.append((one.name, Annotated[hints[one.name], shown], field(default=one.default)))
+        options.append((one.name, Annotated[_in_order(hints[one.name]), shown], field(default=one.default)))
     return make_dataclass(kind.__name__, options, kw_only=True, frozen=True, namespace={"__doc__": " "})
+
+
+def _in_order(hint: Any) -> Any:
+    """Choices or None as one Literal: the parser lists the choices of a union in any order.
+
+    >>> _in_order(Literal["left", "right"] | None)
+    typing.Literal[None, 'left', 'right']
+    """
+    parts = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else ()
+    choices = [part for part in parts if get_origin(part) is Literal]
+    return Literal[(None, *get_args(choices[0]))] if choices and {*parts} == {choices[0], NoneType} else hint
 
 
 def as_options(values: Any, left_out: Collection[str] = ()) -> Any:
@@ -127,6 +140,7 @@ def value_in(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
+@cache
 def descriptions(kind: type) -> dict[str, str]:
     """What the source of a dataclass, and of those that it inherits from, says about each field.
 

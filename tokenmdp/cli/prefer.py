@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from tokenmdp.cli.checks import check_directory, check_numbers
 from tokenmdp.cli.options import ScoreChoice, parse
 from tokenmdp.preferences import (
     Answers,
@@ -103,8 +104,8 @@ def prefer(arguments: Prefer) -> int:
         raise ValueError(f"--out is {arguments.out}; comparisons are JSON lines: give a name that ends in .jsonl")
     if arguments.labels:
         return _join(console, arguments)
-    if arguments.pairs < 1 or arguments.responses < 2:
-        raise ValueError(f"--pairs {arguments.pairs} --responses {arguments.responses}: at least 1 and 2")
+    check_numbers(arguments, pairs=1, responses=2, ask_twice=0, max_prompt_tokens=1, max_new_tokens=1, top_k=0)
+    check_directory(arguments.out.parent)
     if arguments.judge in PEOPLE and (arguments.responses != 2 or arguments.ask_twice > arguments.pairs):
         raise ValueError(
             f"--judge {arguments.judge} compares two responses, and asks at most all pairs twice: --responses is "

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from tokenmdp.cli.checks import check_directory, check_numbers
 from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.envs.text_rows import read_rows
@@ -117,9 +118,8 @@ def measured(arguments: Quality, console: Console) -> Iterator[tuple[WorldQualit
     Raises:
         ValueError: arguments that do not fit.
     """
-    for flag, value, least in (("num", arguments.num, 2), ("max-forwards", arguments.max_forwards, 1)):
-        if value < least:
-            raise ValueError(f"--{flag} is {value}; it must be at least {least}")
+    check_numbers(arguments, num=2, max_new_tokens=1, max_forwards=1)  # an interval needs two texts
+    check_directory(arguments.out)
     device = resolve_device(arguments.device)
     options = {name: dict(given) for name, given in DEFAULT_OPTIONS.items()}
     for name, given in grouped_options(parse_options(arguments.option, "--option"), "--option").items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tokenmdp.cli.checks import check_directory, check_numbers
 from tokenmdp.cli.options import CreditName, parse
 from tokenmdp.report.pipeline_page import write_page
 from tokenmdp.runs.display import make_console
@@ -65,6 +66,10 @@ class Rlhf:
 def main(arguments: Sequence[str]) -> int:
     """Parse and run; returns the exit status."""
     options = parse(Rlhf, "rlhf", arguments)
+    check_numbers(
+        options, rounds=1, pairs_per_round=20, updates=1, max_new_tokens=1, eval_samples=2, temperature=0, error_rate=0
+    )
+    check_directory(options.out)
     console = make_console()
     settings = PipelineSettings(
         policy=absolute_name(options.policy) or options.policy,

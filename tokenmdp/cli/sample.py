@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.text import Text
 
+from tokenmdp.cli.checks import check_numbers, check_page
 from tokenmdp.cli.options import CreditName, ScoreChoice, parse
 from tokenmdp.envs.prompts import unknown_words
 from tokenmdp.envs.rendering import SEPARATOR
@@ -74,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
 def sample(arguments: SampleOptions) -> int:
     """Write texts with a policy and show the credit of each token."""
     console = make_console()
-    if arguments.num < 1:
-        raise ValueError(f"--num is {arguments.num}; it must be at least 1")
+    check_numbers(arguments, num=1, max_prompt_tokens=1, max_new_tokens=1, top_k=0)
+    check_page(arguments.html)
     name, settings = open_source(arguments.source)
     device = resolve_device(arguments.device)
     given: dict[str, Any] = {

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tokenmdp.cli.checks import check_page
 from tokenmdp.cli.options import AllOrOne, ScoreChoice, parse
 from tokenmdp.credit import CREDIT_METHODS, CreditMethod
 from tokenmdp.envs.rendering import SEPARATOR
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
 def score(arguments: Score) -> int:
     """Score a text and show the credit of each of its tokens."""
     console = make_console()
+    check_page(arguments.html)
     device = resolve_device(arguments.device)
     given = parse_options(arguments.credit_option, "--credit-option")
     if arguments.credit == ALL:

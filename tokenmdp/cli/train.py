@@ -12,6 +12,7 @@ import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
 from tokenmdp.cli import train_reward_model
+from tokenmdp.cli.checks import check_numbers
 from tokenmdp.cli.options import CreditName, ScoreChoice, as_options, parse_parts, preset_in
 from tokenmdp.reward_models.retokenized import check_template
 from tokenmdp.runs import training
@@ -144,8 +145,6 @@ def train(arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, 
     """Train with the algorithm called ``name``, or resume, then report; returns the exit status."""
     if from_data(name) and arguments.data is None:
         raise ValueError(f"--data is missing: {name} learns from a file, directory or data set; pass one")
-    if arguments.updates is not None and arguments.updates < 1:
-        raise ValueError(f"--updates is {arguments.updates}; it must be at least 1")
     settings = settings_from(arguments, name, config)
     out = arguments.out or Path("runs") / default_name(arguments.preset, settings)
     every = PRESETS[arguments.preset].checkpoint_every
@@ -172,10 +171,8 @@ def settings_from(
     Raises:
         ValueError: an option out of its range, or one that needs another one.
     """
-    leasts = {"num_envs": 1, "max_prompt_tokens": 1, "max_new_tokens": 1, "eval_samples": 2}  # an interval needs two
-    for key, least in leasts.items():
-        if (value := getattr(arguments, key)) is not None and value < least:
-            raise ValueError(f"--{key.replace('_', '-')} is {value}; it must be at least {least}")
+    # An interval needs two samples.
+    check_numbers(arguments, updates=1, num_envs=1, max_prompt_tokens=1, max_new_tokens=1, eval_samples=2)
     if arguments.reward_template is not None:
         if arguments.align is None:
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")

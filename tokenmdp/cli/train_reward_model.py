@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.agents import algorithm
+from tokenmdp.cli.checks import check_directory, check_numbers
 from tokenmdp.cli.options import as_options, parse_parts
 from tokenmdp.reward_models.ensemble import write_ensemble
 from tokenmdp.runs import training
@@ -65,14 +66,10 @@ def train(arguments: TrainRewardModel, config: Mapping[str, Any] | None = None) 
     """Train a reward model, or resume, then report; returns the exit status."""
     if arguments.data is None:
         raise ValueError(f"--data is missing: {NAME} learns from comparisons; `tokenmdp prefer` makes some")
-    if arguments.updates is not None and arguments.updates < 1:
-        raise ValueError(f"--updates is {arguments.updates}; it must be at least 1")
-    if arguments.members < 1:
-        raise ValueError(f"--members is {arguments.members}; it must be at least 1")
+    check_numbers(arguments, updates=1, members=1, penalty=0)
+    check_directory(arguments.out)
     if arguments.penalty and arguments.members == 1:
         raise ValueError(f"--penalty {arguments.penalty} is a number of sds of an ensemble's members: pass --members")
-    if arguments.penalty < 0:
-        raise ValueError(f"--penalty is {arguments.penalty}; it must be at least 0")
     kind = algorithm(NAME).config_class
     if arguments.members > 1:  # raw logits of several models have no common unit
         config = dict(config or {}) | {"unit_scale": True}

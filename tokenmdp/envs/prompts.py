@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, read_rows
-from tokenmdp.envs.text_sets import PromptsNotFound, rows_of_name, rows_of_object
+from tokenmdp.envs.text_sets import rows_of_name, rows_of_object
 from tokenmdp.models.encoding import chat_ids, is_chat, opening_ids, vocab_size
 from tokenmdp.models.names import resolve
 from tokenmdp.models.tokens import check_text
@@ -191,8 +191,6 @@ def read_prompts(source: Any) -> tuple[Prompts, str]:
     file, column = prompt_file(source)
     if file is None:
         return rows_of_name(source), source
-    if not file.is_file():
-        raise PromptsNotFound(f"prompts {source!r}: no file {file}; give an existing {', '.join(FILE_SUFFIXES)} file")
     return read_rows(file, column), str(file)
 
 

@@ -36,6 +36,10 @@ DELIMITERS = ",;\t"
 MISSING = ("NAType", "NaTType")  # of pandas
 
 
+class PromptsNotFound(gym.error.Error, OSError):
+    """A prompt source that names no file, data set or bundled list."""
+
+
 class Prompts(list[Any]):
     """Prompts, or texts whose openings are prompts, each with its place, such as "line 3 of prompts.txt".
 
@@ -63,10 +67,14 @@ def read_rows(path: Path, column: str | None = None) -> Prompts:
         column: Of rows that have columns; None: ``prompt``, else ``text``.
 
     Raises:
+        PromptsNotFound: there is no such file.
         ValueError: another kind of file, a damaged one, or a row that is no text; the message names the row.
     """
     if path.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"{path} is a file, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
+        kind = "directory" if path.is_dir() else "file"
+        raise ValueError(f"{path} is a {kind}, but only {', '.join(FILE_SUFFIXES)} files are read as prompts or texts")
+    if not path.is_file():
+        raise PromptsNotFound(f"no file {path}; give an existing {', '.join(FILE_SUFFIXES)} file")
     if path.suffix == ".parquet":
         return parquet_rows([path], column)
     text = read_text(path)

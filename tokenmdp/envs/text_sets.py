@@ -10,13 +10,18 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from tokenmdp.envs.text_rows import FILE_SUFFIXES, Prompts, checked, checked_rows, column_of, parquet_rows, read_rows
+from tokenmdp.envs.text_rows import (
+    FILE_SUFFIXES,
+    Prompts,
+    PromptsNotFound,
+    checked,
+    checked_rows,
+    column_of,
+    parquet_rows,
+    read_rows,
+)
 
 TRAIN = "train"
-
-
-class PromptsNotFound(gym.error.Error, OSError):
-    """A prompt source that names no file, data set or bundled list."""
 
 
 def rows_of_object(source: Any) -> Prompts:

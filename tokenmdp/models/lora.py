@@ -49,7 +49,15 @@ def add_adapters(policy: Any, rank: int, alpha: float, target_modules: str, seed
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft then sets it, as GPT-2 needs
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, policy.lm)
+        try:
+            inject_adapter_in_model(config, policy.lm)
+        except ValueError as error:
+            kinds = ("Linear", "Conv1D")  # GPT-2's are called Conv1D
+            layers = (name for name, layer in policy.lm.named_modules() if type(layer).__name__ in kinds)
+            raise ValueError(
+                f"lora_target_modules={target_modules!r} cannot be adapted ({error}); choose 'all-linear', or a "
+                f"regular expression for whole names such as {next(layers, 'transformer.h.0.attn.c_attn')}"
+            ) from error
     for weight in heads:
         weight.requires_grad_(True)
     for name, layer in _adapted_layers(policy):

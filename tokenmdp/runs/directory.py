@@ -147,7 +147,8 @@ class RunDirectory:
             holder = self.path.resolve().parent
             hint = f"; it lies in the run {holder}: pass that" if (holder / self.record.name).exists() else ""
             raise RunError(
-                f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error}){hint}"
+                f"{self.path} is not a tokenmdp run: {self.record.name} cannot be read ({error})"
+                f"{hint or '; pass the directory of a `tokenmdp train`'}"
             ) from error
         except (ValueError, RecursionError) as error:
             raise RunError(

@@ -73,8 +73,17 @@ def discard_broken_output() -> None:
             pass
 
 
-def discard_terminal() -> None:
-    """Drop what is written to a terminal from now on: it is being closed, and writing would raise an error."""
+def ending_signals() -> list[signal.Signals]:
+    """What asks a command to end beside Ctrl-C: SIGTERM, and the end of the terminal unless ``nohup`` ignores it."""
+    if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return [signal.SIGTERM]
+    return [signal.SIGTERM, signal.SIGHUP]
+
+
+def discard_terminal(number: int) -> None:
+    """After the signal of its end, drop what is written to a terminal from now on: writing would raise an error."""
+    if sys.platform == "win32" or number != signal.SIGHUP:
+        return
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and stream.isatty():
             _to_nowhere(stream)
@@ -171,10 +180,7 @@ class Interruption:
         self.asked, self.asked_at = False, 0.0
 
     def __enter__(self) -> Interruption:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
+        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending_signals())}
         return self
 
     def __exit__(
@@ -184,8 +190,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if sys.platform != "win32" and number == signal.SIGHUP:
-            discard_terminal()
+        discard_terminal(number)
         if self.asked:
             if self.patient and time.monotonic() - self.asked_at < ECHO_SECONDS:
                 return

@@ -52,6 +52,8 @@ def split_prompts(settings: RunSettings) -> PromptSplit:
         )
     if prompt_file(source)[0] is not None or _without_test(source):
         prompts, _ = read_prompts(source)
+        if not prompts:
+            raise ValueError(f"{source} holds no prompts; give at least one")
         if len(prompts) < FEWEST_TO_SPLIT:
             return PromptSplit(
                 prompts,

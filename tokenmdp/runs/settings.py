@@ -155,7 +155,7 @@ def parse_options(options: Sequence[str], flag: str) -> dict[str, Any]:
     for option in options:
         name, equals, text = option.partition("=")
         if not equals or not name.rpartition(".")[2].isidentifier():
-            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES.get(flag, 'kl_coef=0.1')}")
+            raise ValueError(f"{flag} {option!r} is not name=value, such as {EXAMPLES.get(flag, 'credit_beta=0.4')}")
         try:
             parsed[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -43,7 +43,7 @@ def parse_method(specification: str) -> Method:
     """
     name, _, text = specification.partition(":")
     register(name)
-    options = parse_options(re.split(r",(?=\w+=)", text), "--credit-option") if text else {}
+    options = parse_options(re.split(r",(?=\w+=)", text), f"--methods {name}:") if text else {}
     label = without_directories(" ".join([name, *(f"{key}={value}" for key, value in options.items())]))
     beta = options.pop("credit_beta", default_beta(name))
     if not isinstance(beta, int | float):

@@ -11,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 from rich.console import Console
 
 from tokenmdp.files import write_text
+from tokenmdp.runs.display import discard_terminal, ending_signals
 from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.progress import Progress, Worker, display_of
@@ -68,7 +70,8 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
         id -> what went wrong, of the cells that failed; the others went on.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or a termination request; all processes have ended and finished cells are kept.
+        KeyboardInterrupt: Ctrl-C, a termination request or the end of the terminal; all processes have ended and
+            finished cells are kept.
         StudyError: the study was moved or deleted; all processes have ended.
     """
     progress = Progress.of(path, cells, jobs)
@@ -125,19 +128,25 @@ def _check_presence(path: Path) -> None:
 
 @contextlib.contextmanager
 def _termination_is_an_interrupt() -> Iterator[None]:
-    """A batch system's request to end is handled as Ctrl-C."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A batch system's request to end is handled as Ctrl-C, and so is the end of the terminal."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        discard_terminal(number)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
     """An interrupt in the block is raised at its end, when the process that was started is known and can be ended."""
     came: list[int] = []
-    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
     held = {number: handler for number, handler in held.items() if callable(handler)}  # not those that are ignored
     for number in held:
         signal.signal(number, lambda number, frame: came.append(number))
