@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -122,6 +123,11 @@ class Agent(Learner):
         cfg = self.config
         if cfg.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_horizon, self.num_episodes)
+
+    @classmethod
+    def load(cls, directory: str | Path, envs: VectorEnv, **options: Any) -> Self:  # type: ignore[override]
+        """As `Learner.load`, from the same environments: same arguments, same num_envs over all processes."""
+        return super().load(directory, envs, **options)
 
     @property
     def tokenizer(self) -> Any:

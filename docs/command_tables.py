@@ -14,14 +14,18 @@ import tyro
 
 from tokenmdp.agents import ALGORITHMS, DEFAULT_ALGORITHM, algorithm
 from tokenmdp.agents.base import AgentConfig
+from tokenmdp.agents.data import DataConfig
+from tokenmdp.agents.learner import LearnerConfig
 from tokenmdp.cli.ablate import plan_options
 from tokenmdp.cli.eval import Eval
 from tokenmdp.cli.options import DEFAULT, descriptions
 from tokenmdp.cli.prefer import Prefer
 from tokenmdp.cli.quality import Quality
+from tokenmdp.cli.rlhf import Rlhf
 from tokenmdp.cli.sample import SampleOptions
 from tokenmdp.cli.score import Score
-from tokenmdp.cli.train import preset_options
+from tokenmdp.cli.train import from_data, left_out, preset_options
+from tokenmdp.cli.train_reward_model import TrainRewardModel
 from tokenmdp.runs.settings import SET_APART, agent_config, preset_settings
 
 PAGE = Path(__file__).with_name("command.md")
@@ -57,15 +61,24 @@ def shown(value: Any) -> str:
 def tables() -> dict[str, str]:
     """Name of a table in the page -> its Markdown."""
     quick = agent_config(preset_settings("quick", DEFAULT_ALGORITHM), updates=1)
-    shared = {field.name for field in fields(AgentConfig)}
-    own = {name: table(algorithm(name).config_class, shared) for name in ALGORITHMS}
+    every, episodes, data = ({one.name for one in fields(kind)} for kind in (LearnerConfig, AgentConfig, DataConfig))
+    own = {
+        name: table(
+            algorithm(name).config_class, data - {"batch_size", "learning_rate"} if from_data(name) else episodes
+        )
+        for name in ALGORITHMS
+        if name != "sft"
+    }
     commands = {
         "sample": SampleOptions, "score": Score, "prefer": Prefer, "eval": Eval, "quality": Quality,
-        "ablate": plan_options(),
+        "ablate": plan_options(), "rlhf": Rlhf,
     }  # fmt: skip
     return {
-        "train": table(preset_options()),
-        "every algorithm": table(quick, {field.name for field in fields(quick)} - shared | set(SET_APART)),
+        "train": table(preset_options(), left_out(DEFAULT_ALGORITHM)),
+        "every algorithm": table(quick, {field.name for field in fields(quick)} - every | set(SET_APART)),
+        "episodes": table(quick, {field.name for field in fields(quick)} - episodes | every),
+        "data": table(DataConfig, every - {"learning_rate", "anneal_lr"} | set(SET_APART)),
+        "train reward-model": table(TrainRewardModel),
         **own,
         **{name: table(kind) for name, kind in commands.items()},
     }

@@ -21,7 +21,7 @@ NO_MODEL = "'./nowhere': there is no such directory; check the path"
 REFUSED = (
     ("trian", "no command 'trian'; did you mean train?"),
     ("--verbose", "no command '--verbose'; choose one of train, sample"),
-    ("train dpo", "no algorithm 'dpo'; choose one of ppo, rloo"),
+    ("train dqn", "no algorithm 'dqn'; choose one of ppo, rloo, sft, reward-model, dpo"),
     ("train ppo --preset large", "invalid choice 'large' for argument '--preset'. Expected one of ('quick', 'smoke')"),
     ("train ppo --no-such-option 1", "Unrecognized options: --no-such-option"),
     ("train ppo --kl-coef x", f"--kl-coef: {NUMBER}"),

@@ -278,8 +278,8 @@ def stage_table(pipeline: pipeline_page.Pipeline) -> Table:
     """One line per policy."""
     table = Table(
         title=f"{pipeline.samples} responses to held-out prompts",
-        caption="mean score of judge and reward model [95% interval]; KL to the start in nats per sequence; Elo against "
-        "the policy before",
+        caption="mean score of judge and reward model [95% interval]; KL to the start in nats per sequence; Elo "
+        "against the policy before",
     )
     table.add_column("", no_wrap=True)
     for heading in ("judge", "KL", "reward model", "Elo"):
