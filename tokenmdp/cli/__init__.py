@@ -28,13 +28,14 @@ COMMANDS = {
     "sample": "write texts with a policy, each token tinted by its credit",
     "score": "the score of a text and the credit of each token",
     "rlhf": "comparisons, a reward model and a policy trained on it, round by round",
+    "soup": "average the weights of two policies, and evaluate each average",
     "prefer": "sample responses, ask a model or a person which is better, and write the comparisons",
     "eval": "evaluate a run's policy before and after training again",
     "credits": "list the credit methods: what each does, promises and needs",
     "quality": "measure where each method's credit lands, with intervals and costs",
     "ablate": "compare credit methods over seeds, with statistics and a page",
 }
-RESUMABLE = ("train", "prefer", "rlhf", "ablate")
+RESUMABLE = ("train", "prefer", "rlhf", "soup", "ablate")
 
 
 def installed_version() -> str:

@@ -139,15 +139,21 @@ def toy_lexicon() -> LexiconRewardModel:
 def names_word_list(name: str) -> bool:
     """Whether `load_lexicon` knows ``name``.
 
-    >>> [names_word_list(name) for name in ("toy-lexicon", "lexicon", "lexicon:toy", "lexicon-of-mine")]
+    >>> [names_word_list(name) for name in ("toy-lexicon", "lexicon:toy", "restraint", "lexicon-of-mine")]
     [True, True, True, False]
     """
-    return name == "toy-lexicon" or name.partition(":")[0] == "lexicon"
+    return name == "toy-lexicon" or name.partition(":")[0] in ("lexicon", "restraint")
 
 
 def load_lexicon(name: str) -> LexiconRewardModel:
-    """The word list called "toy-lexicon", "lexicon" or "lexicon:TOKENIZER"."""
+    """The word list called "toy-lexicon", "lexicon", "restraint" or one of the latter with ":TOKENIZER".
+
+    "restraint" is less every evaluative word's absolute weight: 0 for a text that praises and blames nothing.
+    """
     if name == "toy-lexicon":
         return toy_lexicon()
-    tokenizer = name.partition(":")[2] or "imdb-tiny"
-    return LexiconRewardModel(load_tokenizer(tokenizer), SENTIMENT_WEIGHTS, name=name)
+    kind, _, tokenizer = name.partition(":")
+    weights = SENTIMENT_WEIGHTS
+    if kind == "restraint":
+        weights = {word: -abs(weight) for word, weight in weights.items()}
+    return LexiconRewardModel(load_tokenizer(tokenizer or "imdb-tiny"), weights, name=name)

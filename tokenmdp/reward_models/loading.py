@@ -33,9 +33,10 @@ def _reload(name: str, options: dict[str, Any]) -> RewardModel:
 def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32", device: str = "cpu") -> RewardModel:
     """The reward model of this name; loaded once per process, so that 64 environments share one.
 
-    Names: the aliases "imdb-tiny" and "imdb-gold", and in a checkout "imdb-plain" and "imdb-uniform"; "lexicon"
-    (sentiment words read with the bundled tokenizer), "lexicon:TOKENIZER" (the same words with another tokenizer),
-    "toy-lexicon"; a directory with a sequence classifier, or an ensemble of them; a hub repository.
+    Names: the aliases "imdb-tiny" and "imdb-gold", and in a checkout "imdb-plain" and "imdb-uniform"; word lists:
+    "lexicon" (sentiment words read with the bundled tokenizer), "restraint" (less the weight of every sentiment word,
+    good or bad), either with ":TOKENIZER" behind it for another tokenizer, "toy-lexicon"; a directory with a sequence
+    classifier, or an ensemble of them; a hub repository.
 
     In a worker process of environments, loading a classifier gives PyTorch one thread, unless OMP_NUM_THREADS or
     `torch.set_num_threads` has chosen another number; see `tokenmdp.models.loading.use_one_thread_in_workers`.
