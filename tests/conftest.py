@@ -38,3 +38,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 def _messages(error: BaseException | None) -> str:
     """The messages of an exception and of the exceptions being handled when it was raised."""
     return "" if error is None else f"{error}\n{_messages(error.__cause__ or error.__context__)}"
+
+
+@pytest.fixture
+def curves_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without the picture of their curves: to draw it takes longer than a small run."""
+    monkeypatch.setattr("tokenmdp.report.curves.plot_learning_curves", lambda runs, path, **options: path)

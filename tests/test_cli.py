@@ -22,6 +22,8 @@ from tokenmdp.runs import process_settings, training
 from tokenmdp.runs.display import TrainingDisplay, make_console
 from tokenmdp.runs.environments import split_prompts, toy_policy
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 SMALL = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "6", "--dtype", "float32", "--device", "cpu"]
 
 

@@ -17,6 +17,8 @@ from tokenmdp.files import CheckpointError
 from tokenmdp.runs.settings import settings_from_record, settings_record
 from tokenmdp.wrappers import UninformativeAttention
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 SMALL = ["--preset", "smoke", "--updates", "1", "--num-envs", "4", "--eval-samples", "2", "--device", "cpu"]
 
 

@@ -9,6 +9,8 @@ from tokenmdp.models.loading import load_causal_lm
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs.directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 SMOKE = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec", "--out"]
 
 

@@ -17,6 +17,7 @@ from doubles import SB3
 
 from tokenmdp.cli import ablate
 from tokenmdp.credit import CREDIT_METHODS, make_credit
+from tokenmdp.evaluation import evaluate
 from tokenmdp.models.loading import load_causal_lm, load_tokenizer
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.study import worker
@@ -137,11 +138,14 @@ def test_sb3_dqn(sb3, capsys):
     assert learned(capsys.readouterr().out)
 
 
-def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_path, capsys):
+def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_path, capsys, monkeypatch):
     import sb3_ablation
 
+    fewer = lambda envs, model, episodes: evaluate(envs, model, episodes=episodes // 2)  # noqa: E731
+    monkeypatch.setattr(sb3_ablation, "evaluate", fewer)
+
     picture = tmp_path / "ablation.png"
-    sizes = ["--rollouts", "6", "--num-envs", "16", "--learning-rate", "5e-3", "--seeds", "1", "2"]
+    sizes = ["--rollouts", "4", "--num-envs", "16", "--learning-rate", "1e-2", "--seeds", "1", "2"]
     sb3_ablation.main([*toy, *sizes, "--out", str(picture)])
     output = capsys.readouterr().out
     highest_before = float(re.search(r"before: score \S+ \[\S+, (\S+)\]", output)[1])
@@ -155,7 +159,10 @@ def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_pa
 
 
 def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, max_new_tokens=5))
+    shorter = {"max_new_tokens": 5, "prompts": ["The film was", "I saw"]}
+    monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, **shorter))
+    one_step = functools.partial(credit_ablation.PPOConfig, update_epochs=1, num_minibatches=1)
+    monkeypatch.setattr(credit_ablation, "PPOConfig", one_step)
     sizes = ["--updates", "1", "--num-envs", "4", "--out", str(tmp_path / "curves.png")]
     credit_ablation.main([*sizes, "--tuned", "imdb-tiny"])
     first = dict(re.findall(r"(\S+) seed 1: score (\S+)", capsys.readouterr().out))
@@ -181,7 +188,7 @@ def cells_in_this_process(monkeypatch):
 
 def test_gpt2_study_tries_untrained_models_and_says_what_they_cost(cells_in_this_process, tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="needs the study extra: pip install 'tokenmdp[study]'")
-    sizes = ["--layers", "1", "--width", "64", "--updates", "2", "--num-envs", "4", "--eval-samples", "2"]
+    sizes = ["--layers", "1", "--width", "64", "--updates", "1", "--num-envs", "4", "--eval-samples", "2"]
     assert gpt2_study.main(["--random-weights", "--out", str(tmp_path), "--device", "cpu", *sizes]) == 0
     output = capsys.readouterr().out
     rows = re.findall(r"8-16 tokens +(\S+) +1 +(\S+) +(\S+) +(\S+) GiB", output)

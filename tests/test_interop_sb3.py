@@ -34,7 +34,7 @@ from tokenmdp.wrappers.base import CreditWrapper
 pytestmark = pytest.mark.filterwarnings(
     "error:.*episodes ended unread", "ignore:.*truncated mini-batch", "ignore:You have specified a mini-batch size"
 )
-ROLLOUTS, BATCH = 5, 50  # 1060 rows in all
+ROLLOUTS, BATCH = 3, 50  # 636 rows in all
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def check_complete(ledger, snapshots):
         check_advantages(snapshot, rewards, dones, np.ones_like(dones))
         rows += rewards.size
         straddling += (~dones[-1]).sum()
-    assert rows >= 1000
+    assert rows >= 600
     assert straddling >= ROLLOUTS
 
 
@@ -185,7 +185,7 @@ def test_drop_trains_on_episodes_that_ended_and_on_nothing_else(algorithm, kind,
         assert (expected - snapshot.drawn).total() == (kept.sum() % BATCH == 1)  # a single row makes no minibatch
         rows += kept.sum()
         carried_over += (arrays["episode_starts"][0] == 0).sum()
-    assert rows >= 900
+    assert rows >= 500
     assert carried_over >= ROLLOUTS
     assert not kept.all()
     returns, values = (arrays[name][kept] for name in ("returns", "values"))

@@ -96,7 +96,7 @@ def test_every_frame_gets_its_own_tokens_reward(num_envs):
     rows, checked, straddling, undecided = num_envs or 1, 0, 0, 0
     steps, log = 11, np.zeros((0, rows))
     before = np.full(rows, -1)
-    for batch in collector(make_env(lambda: logged), steps * rows, batches=1300 // (steps * rows)):
+    for batch in collector(make_env(lambda: logged), steps * rows, batches=700 // (steps * rows)):
         relabel(batch)
         batch = batch.reshape(rows, steps)
         log = np.array(logged.truth[-steps:]).reshape(steps, rows).T
@@ -110,15 +110,15 @@ def test_every_frame_gets_its_own_tokens_reward(num_envs):
         straddling += (known & (episodes == before[:, None])).sum()
         undecided += (~known).sum()
         before = episodes[:, -1]
-    assert checked >= 1000
-    assert straddling > 50
-    assert undecided > 50
+    assert checked >= 500
+    assert straddling > 25
+    assert undecided > 25
 
 
 def test_parallel_environments():
     env = ParallelEnv(2, functools.partial(make_env, single), mp_start_method="fork")
     checked = undecided = 0
-    for batch in collector(env, frames=2 * 53, batches=11):
+    for batch in collector(env, frames=2 * 53, batches=6):
         known = relabel(batch)[MASK]
         assert batch.shape == (2, 53)
         for row in range(2):  # up to the last end of an episode
@@ -128,8 +128,8 @@ def test_parallel_environments():
         assert not torch.equal(batch["action"][0], batch["action"][1])
         checked += int(known.sum())
         undecided += int((~known).sum())
-    assert checked >= 1000
-    assert undecided > 10
+    assert checked >= 500
+    assert undecided > 5
 
 
 @pytest.mark.parametrize("layout", ["padded", "cat"])
@@ -137,14 +137,14 @@ def test_parallel_environments():
 def test_whole_trajectories_lose_no_frame(num_envs, layout):
     env = make_env(single) if num_envs is None else make_env(native)
     checked = 0
-    for batch in collector(env, 30, batches=20, trajs_per_batch=6, traj_format=layout):
+    for batch in collector(env, 30, batches=10, trajs_per_batch=6, traj_format=layout):
         real = batch[MASK].clone() if layout == "padded" else torch.ones(batch.shape, dtype=torch.bool)
         known = relabel(batch)[MASK]
         assert torch.equal(known, real)
         torch.testing.assert_close(batch["next", "reward"].squeeze(-1)[known], truth_in(batch)[known].float())
         assert (batch["next", "reward"].squeeze(-1)[~known] == 0).all()
         checked += int(known.sum())
-    assert checked > 300
+    assert checked > 150
 
 
 @pytest.mark.parametrize(

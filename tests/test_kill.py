@@ -12,8 +12,11 @@ from tokenmdp import cli
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs.settings import PRESETS
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 UPDATES = 5  # saved after the second and the fourth
 OPTIONS = ["--preset", "smoke", "--num-envs", "4", "--eval-samples", "2", "--device", "cpu", "--dtype", "float32"]
+OPTIONS += ["--update-epochs", "2", "--num-minibatches", "2"]
 UNTIMED = ("seconds", "tokens_per_second")
 
 
@@ -22,13 +25,13 @@ def die():
 
 
 def die_in_an_update():
-    """In the middle of update 4, after 5 of its 16 minibatches: the weights have moved, nothing is saved."""
+    """In the middle of update 4, after 2 of its 4 minibatches: the weights have moved, nothing is saved."""
     steps, step = 0, torch.optim.Adam.step
 
     def replacement(self, *arguments, **options):
         nonlocal steps
         steps += 1
-        if steps > 3 * 16 + 5:
+        if steps > 3 * 4 + 2:
             die()
         return step(self, *arguments, **options)
 

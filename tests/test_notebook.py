@@ -9,11 +9,7 @@ import pytest
 pytest.importorskip("captum", reason="needs the attribution extra: pip install 'tokenmdp[attribution]'")
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "credit_laboratory.ipynb"
-SMALLER = {
-    '"budget": 512': '"budget": 34',
-    "seeds=range(8)": "seeds=range(4)",
-    "linspace(0, 1, 11)": "linspace(0, 1, 3)",
-}
+SMALLER = {'"budget": 512': '"budget": 34', "linspace(0, 1, 11)": "linspace(0, 1, 3)"}
 
 
 @pytest.fixture

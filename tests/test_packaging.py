@@ -87,7 +87,7 @@ def test_checkout_without_symlinks_builds_the_same_wheel(source, tmp_path):
 def test_installed_wheel_imports_agents_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import sys, tokenmdp.agents.ppo as ppo, tokenmdp.runs.training, tokenmdp.report.heatmap\n"
+        "import sys, tokenmdp.agents.ppo as ppo, tokenmdp.runs.settings, tokenmdp.report.heatmap\n"
         "assert 'agents' not in sys.modules\nprint(ppo.__file__)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
@@ -128,7 +128,8 @@ def test_ci_runs_what_the_readme_says():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     install, test = 'pip install -c constraints.txt -e ".[test]"', "pytest"
     assert f"{install} && {test}\n" in readme
-    assert f"\n{install}\n{test}\n" in ci
+    assert f"\n{install}\n" in ci
+    assert ci.endswith(f"\n{test}\n")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

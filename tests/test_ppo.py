@@ -121,11 +121,11 @@ def test_the_same_seed_gives_the_same_run_and_another_gives_another():
 
 @pytest.mark.parametrize("wrapper", [vector.SparseReward, vector.UniformReward, vector.AttentionCreditReward])
 def test_learning_raises_the_score_and_every_metric_is_finite(wrapper):
-    agent = make_agent(make_envs(32, wrapper), kl_coef=0.02, learning_rate=2e-3, update_epochs=4)
+    agent = make_agent(make_envs(32, wrapper), kl_coef=0.02, learning_rate=4e-3, update_epochs=4)
     seen = []
-    agent.learn(12, seen.append)
+    agent.learn(6, seen.append)
     assert seen == agent.history
-    assert [metrics["update"] for metrics in seen] == list(range(1, 13))
+    assert [metrics["update"] for metrics in seen] == list(range(1, 7))
     assert all(math.isfinite(value) for metrics in seen for value in metrics.values())
     assert seen[-1]["score_mean"] > seen[0]["score_mean"] + 2
     assert seen[-1]["kl"] > 0.1
@@ -134,8 +134,8 @@ def test_learning_raises_the_score_and_every_metric_is_finite(wrapper):
 
 @pytest.mark.parametrize("estimator", ["full_return", "vine"])
 def test_the_other_estimators_learn_too(estimator):
-    options = {"kl_coef": 0.02, "learning_rate": 2e-3, "update_epochs": 4, "vine_rollouts": 2}
-    agent = make_agent(make_envs(32, vector.SparseReward), estimator=estimator, **options).learn(10)
+    options = {"kl_coef": 0.02, "learning_rate": 4e-3, "update_epochs": 4, "vine_rollouts": 2}
+    agent = make_agent(make_envs(32, vector.SparseReward), estimator=estimator, **options).learn(6)
     assert all(math.isfinite(value) for metrics in agent.history for value in metrics.values())
     assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"] + 2
     assert agent.history[-1]["kl"] > 0.1
@@ -182,7 +182,9 @@ def test_only_the_first_update_seeds_the_environment(monkeypatch):
 
 def test_the_entropy_bonus_keeps_the_policy_broad():
     narrow, broad = (
-        make_agent(make_envs(32), ent_coef=coef, kl_coef=0.0, update_epochs=4).learn(10).history[-1]["entropy"]
+        make_agent(make_envs(32), ent_coef=coef, kl_coef=0.0, update_epochs=4, learning_rate=3e-3)
+        .learn(5)
+        .history[-1]["entropy"]
         for coef in (0.0, 1.0)
     )
     assert broad > narrow + 0.2
@@ -251,7 +253,7 @@ def test_a_nan_stops_the_run_and_names_the_remedy():
 
 
 def test_bfloat16_learns_too():
-    agent = make_agent(make_envs(32), dtype="bfloat16", update_epochs=4).learn(8)
+    agent = make_agent(make_envs(32), dtype="bfloat16", update_epochs=4, learning_rate=3e-3).learn(4)
     assert agent.policy.lm.dtype == torch.float32
     assert agent.history[-1]["score_mean"] > agent.history[0]["score_mean"]
     still = make_agent(make_envs(32), dtype="bfloat16", learning_rate=1e-12).learn(1).history[0]

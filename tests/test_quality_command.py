@@ -15,6 +15,8 @@ from tokenmdp.credit import CREDIT_METHODS, NEEDS
 from tokenmdp.runs.environments import make_envs
 from tokenmdp.runs.settings import absolute_options, parse_options, settings_from_record, settings_record
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 CPU = ["--device", "cpu"]
 every_method = pytest.mark.skipif(
     find_spec("captum") is None, reason="needs the attribution extra: pip install 'tokenmdp[attribution]'"

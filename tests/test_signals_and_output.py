@@ -20,6 +20,8 @@ from tokenmdp.runs import display
 from tokenmdp.runs.display import MessageConsole
 from tokenmdp.wording import visible
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 SMOKE = ["train", "--preset", "smoke", "--num-envs", "8", "--eval-samples", "8", "--no-reexec"]
 
 

@@ -10,6 +10,8 @@ import torch
 from tokenmdp.cli import main
 from tokenmdp.runs import process_settings
 
+pytestmark = pytest.mark.usefixtures("curves_not_drawn")
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity and control groups of Linux")
 
 

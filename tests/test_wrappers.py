@@ -28,7 +28,7 @@ from tokenmdp.types import Credit
 @each_wrapper
 @pytest.mark.filterwarnings("ignore:the attention of SinkAttention")
 @pytest.mark.parametrize("model", [HashRewardModel, SinkAttention])
-def test_a_thousand_episodes_conserve_their_score_single_and_vector(name, kwargs, model):
+def test_a_thousand_episodes_conserve_their_score_and_single_ones_agree(name, kwargs, model):
     count, horizon = 1000, 8
     envs = wrapped_vec(name, kwargs, count, autoreset_mode="Disabled", reward_model=model())
     envs.reset(seed=0)
@@ -50,7 +50,7 @@ def test_a_thousand_episodes_conserve_their_score_single_and_vector(name, kwargs
     assert np.isfinite(token_rewards).all()
 
     env = wrapped(name, kwargs, reward_model=model())
-    for row in range(count):
+    for row in range(0, count, 5):
         reward, info = play(env, tokens[row], seed=row)
         assert reward == score[row]
         assert set(info) == set(columns)
