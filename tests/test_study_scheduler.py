@@ -1,7 +1,9 @@
 """Many cells side by side: what runs, what is kept, what is said, and what happens when one fails."""
 
 import errno
+import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -164,6 +166,18 @@ def test_one_crash_leaves_the_others_going(stand_in, line, reason):
     assert run(study, cells) == {}
     assert started(study).count(failed.id) == 2
     assert load_study(study).errors == {}
+
+
+@UNIX
+def test_a_terminal_shows_the_running_cells_and_keeps_the_line_of_a_failed_one(stand_in):
+    progress = """echo '{"update": 2, "score": 1.5, "kl": 0.25}' > "$3"/cells/"$4".progress; sleep 0.8; exit 3"""
+    study, cells = stand_in(**{"attention-4to7-s1": progress})
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    assert len(run(study, cells, console=screen)) == 1
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.file.getvalue())
+    assert re.search(r"attention, 4-8 tokens +1 +2 of 3 +\+1\.50 +0\.25 +0:0\d", shown)
+    assert "1 of 4 cells done" in shown
+    assert shown.count("attention, 4-8 tokens, seed 1 failed: ended with status 3 and no message") == 1
 
 
 @UNIX

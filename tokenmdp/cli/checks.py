@@ -47,13 +47,15 @@ def check_page(page: Path | None) -> None:
 
 
 def check_directory(path: Path | None) -> None:
-    """Refuse an output directory that is a file, or would lie in one.
+    """Refuse a directory to write into that is a file, or would lie in one.
 
     Raises:
         ValueError: with the file.
     """
-    for place in () if path is None else (path, *path.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise ValueError(f"--out needs the directory {path}, and {place} is a file; choose another place")
+    if path is None:
+        return
+    for place in (path, *path.parents):
+        if place.is_dir():
             return
+        if place.exists():
+            raise ValueError(f"--out needs the directory {path}, and {place} is a file; choose another place")

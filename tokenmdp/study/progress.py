@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -117,14 +117,49 @@ class Progress:
         return ", ".join(parts)
 
 
-class TableDisplay:
-    """One line per running cell, live."""
+class Display:
+    """On a terminal a live table of the running cells; in a file a line per cell that ends, and now and then the rest.
 
-    def __init__(self, progress: Progress, live: Live) -> None:
-        self.progress, self.live = progress, live
+    Enter it around the run.
+    """
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress, self.console, self.said = progress, console, time.monotonic()
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
 
     def show(self) -> None:
-        """Redraw."""
+        """Redraw the table, or report the running cells if nothing was printed for a while."""
+        if self.live is not None:
+            self.live.update(self._table())
+        elif time.monotonic() - self.said >= LINE_SECONDS:
+            running = (
+                f"{worker.cell.method} seed {worker.cell.seed} update {worker.seen.get('update', 0):.0f}"
+                for worker in self.progress.running
+            )
+            self._say(f"running: {', '.join(running)}")
+
+    def ended(self, cell: Cell) -> None:
+        """Report how a cell ended; a finished one is counted in the table."""
+        name, reason = f"{cell.method}, {cell.setting}, seed {cell.seed}", self.progress.errors.get(cell.id)
+        if self.live is None:
+            self._say(f"{name} finished" if reason is None else f"{name} failed: {reason}")
+        elif reason is not None:
+            self.console.print(f"{name} failed: {reason}", style="red", highlight=False)
+
+    def _say(self, what: str) -> None:
+        self.said = time.monotonic()
+        self.console.print(f"{what} ({self.progress})", highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
         table = Table(caption=str(self.progress), box=None, padding=(0, 2, 0, 0))
         for heading in ("cell", "seed", "update", "score", "KL", "time"):
             table.add_column(heading, justify="left" if heading == "cell" else "right", no_wrap=heading != "cell")
@@ -133,58 +168,4 @@ class TableDisplay:
             numbers = [f"{seen['score']:+.2f}", f"{seen['kl']:.2f}"] if seen else ["", ""]
             update = f"{seen.get('update', 0):.0f} of {cell.updates}"
             table.add_row(f"{cell.method}, {cell.setting}", str(cell.seed), update, *numbers, clock(worker.elapsed))
-        self.live.update(table)
-
-    def ended(self, cell: Cell) -> None:
-        """Report what happened to a cell that crashed; a finished one is counted in the table."""
-        if cell.id in self.progress.errors:
-            self.live.console.print(failure(cell, self.progress.errors[cell.id]), style="red", highlight=False)
-
-
-class LineDisplay:
-    """One line for each cell that ends and, now and then, one about those that are running."""
-
-    def __init__(self, progress: Progress, console: Console) -> None:
-        self.progress, self.console, self.said = progress, console, time.monotonic()
-
-    def show(self) -> None:
-        """Report the progress of the running cells, if nothing was printed for a while."""
-        if time.monotonic() - self.said < LINE_SECONDS:
-            return
-        running = ", ".join(
-            f"{worker.cell.method} seed {worker.cell.seed} update {worker.seen.get('update', 0):.0f}"
-            for worker in self.progress.running
-        )
-        self._say(f"running: {running} ({self.progress})")
-
-    def ended(self, cell: Cell) -> None:
-        """Report how a cell ended."""
-        failed = self.progress.errors.get(cell.id)
-        self._say(
-            f"{_name(cell)} finished ({self.progress})"
-            if failed is None
-            else f"{failure(cell, failed)} ({self.progress})"
-        )
-
-    def _say(self, line: str) -> None:
-        self.said = time.monotonic()
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def display_of(progress: Progress, console: Console) -> Iterator[TableDisplay | LineDisplay]:
-    """The display that fits the console."""
-    if not console.is_terminal:
-        yield LineDisplay(progress, console)
-        return
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        yield TableDisplay(progress, live)
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell.method}, {cell.setting}, seed {cell.seed}"
-
-
-def failure(cell: Cell, reason: str) -> str:
-    """One line about a cell that crashed."""
-    return f"{_name(cell)} failed: {reason}"
+        return table

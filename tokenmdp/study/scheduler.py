@@ -20,7 +20,7 @@ from tokenmdp.files import write_text
 from tokenmdp.runs.display import discard_terminal, ending_signals
 from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.study.labels import without_directories
-from tokenmdp.study.progress import Progress, Worker, display_of
+from tokenmdp.study.progress import Display, Progress, Worker
 from tokenmdp.study.results import Cell, StudyError, cell_file, read_result
 
 POLL_SECONDS = 0.25
@@ -78,7 +78,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
     slots = list(range(min(jobs, len(progress.waiting))))
     for cell in cells:
         _sweep(path, cell)
-    with _termination_is_an_interrupt(), display_of(progress, console) as display:
+    with _termination_is_an_interrupt(), Display(progress, console) as display:
         try:
             while progress.waiting or progress.running:
                 while progress.waiting and slots:
