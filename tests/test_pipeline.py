@@ -1,0 +1,157 @@
+"""Rounds of RLHF: every stage once, nothing twice, the same numbers after an interruption, and the page."""
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from tokenmdp import cli
+from tokenmdp.evaluation.policies import Evaluation
+from tokenmdp.intervals import Estimate
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.preferences import read_records
+from tokenmdp.report import pipeline_page
+from tokenmdp.runs import pipeline
+from tokenmdp.runs.pipeline import PipelineSettings, elo, rlhf, summary
+
+STAGES = ("ask", "train_reward_model", "train_policy", "judged")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A small language model that reads the bundled tokenizer, and prompts."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    place, tokenizer = tmp_path_factory.mktemp("rlhf"), load_tokenizer("imdb-tiny")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(place / "policy")
+    tokenizer.save_pretrained(place / "policy")
+    (place / "prompts.txt").write_text("\n".join(f"The film number {number} is" for number in range(25)))
+    (place / "texts.jsonl").write_text('{"text": "A great film."}\n{"text": "A dull film."}\n')
+    return place
+
+
+def settings(place, **changes):
+    small = {"rounds": 2, "pairs_per_round": 24, "updates": 1, "eval_samples": 4, "max_new_tokens": 3}
+    own = {"policy": str(place / "policy"), "judge": "imdb-gold", "prompts": str(place / "prompts.txt")}
+    return PipelineSettings(**(own | small | changes))
+
+
+def run(place, out, **changes):
+    return rlhf(settings(place, **changes), out, Console(quiet=True))
+
+
+def numbers(out):
+    """Everything that the stages say, without times."""
+    files = sorted(path.relative_to(out) for path in out.rglob("*.json*") if path.name in ("judged.json", "start.json"))
+    pairs = {str(path.relative_to(out)): path.read_bytes() for path in out.glob("round-*/*.jsonl")}
+    return {str(path): json.loads((out / path).read_text()) for path in files}, pairs
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A pipeline that nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        stages = run(place, place / "whole", demonstrations=str(place / "texts.jsonl"))
+    return place / "whole", stages
+
+
+def test_every_round_adds_its_comparisons_and_a_policy(whole):
+    out, stages = whole
+    assert [stage.name for stage in stages] == ["start", "round 1", "round 2"]
+    assert stages[0].policy == str(out / "sft" / "checkpoint")
+    first, second = (read_records(out / f"round-{number}" / "comparisons.jsonl") for number in (1, 2))
+    assert second[: len(first)] == first
+    assert len(second) == len(first) + len(read_records(out / "round-2" / "pairs.jsonl"))
+    for stage in stages[1:]:
+        record = json.loads((out / stage.name.replace(" ", "-") / "policy" / "run.json").read_text())["settings"]
+        assert record["policy"] == record["reference"] == stages[0].policy  # start sft, reference fixed
+        assert record["reward_model"].startswith(str(out / stage.name.replace(" ", "-")))
+        assert len(stage.evaluation.scores) == len(stage.evaluation.gold) == 4
+    assert not any(stages[0].evaluation.kls)
+    assert stages[1].evaluation.kls != stages[2].evaluation.kls
+
+
+def test_a_finished_pipeline_does_nothing_again(whole, place, monkeypatch):
+    out, stages = whole
+    before = numbers(out)
+    monkeypatch.setattr(pipeline.training, "train", lambda *_: pytest.fail("trained again"))
+    again = run(place, out, demonstrations=str(place / "texts.jsonl"))
+    assert [stage.evaluation for stage in again] == [stage.evaluation for stage in stages]
+    assert numbers(out) == before
+
+
+def test_interruptions_after_every_stage_change_no_number(whole, place, tmp_path, monkeypatch):
+    texts = str(place / "texts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for stage in STAGES:  # after its second call: in the second round, or behind SFT and the start
+        real, calls = getattr(pipeline, stage), []
+
+        def once(*arguments, real=real, calls=calls, **options):
+            calls.append(real(*arguments, **options))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return calls[-1]
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipeline, stage, once)
+            run(place, tmp_path / "cut", demonstrations=texts)
+    run(place, tmp_path / "cut", demonstrations=texts)
+    assert numbers(tmp_path / "cut") == numbers(whole[0])
+
+
+def test_a_moved_reference_and_dpo(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = run(place, tmp_path / "dpo", algorithm="dpo", reference="moved", start="last")
+    assert not list((tmp_path / "dpo").glob("round-*/reward-model"))
+    record = json.loads((tmp_path / "dpo" / "round-2" / "policy" / "run.json").read_text())["settings"]
+    assert record["reference"] == record["policy"] == stages[1].policy
+    assert record["data"] == str(tmp_path / "dpo" / "round-2" / "comparisons.jsonl")
+    assert not stages[1].evaluation.gold
+
+
+def test_other_settings_and_other_files_are_refused(whole, place, tmp_path):
+    with pytest.raises(pipeline.RunError, match="pairs_per_round is 24, asked 25"):
+        run(place, whole[0], pairs_per_round=25, demonstrations=str(place / "texts.jsonl"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(pipeline.RunError, match=r"holds notes.txt but no pipeline.json"):
+        run(place, tmp_path)
+    with pytest.raises(ValueError, match="trains no policy on preferences"):
+        settings(place, algorithm="sft")
+
+
+def test_elo_is_that_of_the_mean_chance():
+    one, other = (Evaluation(scores, [], [], []) for scores in ([2.0, 0.0], [0.0, 0.0]))
+    chance = (1 / (1 + math.exp(-2)) + 0.5) / 2
+    assert elo(one, other).value == pytest.approx(400 * math.log10(chance / (1 - chance)))
+    assert elo(other, one).value == pytest.approx(-elo(one, other).value)
+
+
+def test_the_page_shows_every_policy_and_escapes_what_it_shows(whole, place, tmp_path):
+    shown = summary(settings(place), *whole)
+    assert [one.comparisons for one in shown.reward_models] == [24, 48]
+    odd = shown.policies[0]._replace(name="<b>odd</b>", links=[("a & b", '"x"')])
+    page = pipeline_page.write_page(tmp_path, shown._replace(policies=[odd, *shown.policies[1:]])).read_text()
+    assert "<b>odd</b>" not in page
+    assert "&lt;b&gt;odd&lt;/b&gt;" in page
+    assert "a &amp; b" in page
+    assert page.count("<svg") == 2
+    assert str(Estimate(*shown.policies[1].gold)) in page
+    assert (tmp_path / "report" / "policies.png").exists()
+
+
+def test_the_command_prints_the_table_and_writes_the_page(whole, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    flags = ["--policy", "policy", "--prompts", "prompts.txt", "--demonstrations", "texts.jsonl", "--rounds", "2",
+             "--pairs-per-round", "24", "--updates", "1", "--eval-samples", "4", "--max-new-tokens", "3"]  # fmt: skip
+    assert cli.main(["rlhf", *flags, "--out", "whole"]) == 0
+    printed = capsys.readouterr().out
+    assert "round 2" in printed
+    assert (place / "whole" / "report" / "index.html").exists()
+    assert cli.main(["rlhf", *flags, "--algorithm", "rloo", "--out", "whole"]) == 2
+    assert "algorithm is 'ppo', asked 'rloo'" in capsys.readouterr().err
