@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmdp.credit import FineGrainedCredit, FineReward, MissingResource, Resources, make_credit
+from tokenmdp.credit.spans import segment_ends
 from tokenmdp.models.loading import load_tokenizer
-from tokenmdp.reward_models import LexiconRewardModel, VocabularyMismatch, load_reward_model
+from tokenmdp.reward_models import LexiconRewardModel, RewardModel, VocabularyMismatch, load_reward_model
 from tokenmdp.reward_models.lexicon import TOY_WEIGHTS, toy_lexicon
 from tokenmdp.reward_models.retokenized import RetokenizedRewardModel
-from tokenmdp.types import Outcome
+from tokenmdp.types import Outcome, lay_out
 from tokenmdp.wrappers import CreditReward
 
 TOY = load_tokenizer("toy")
@@ -95,7 +96,7 @@ def test_ends_that_coincide_keep_the_sum():
     torch.testing.assert_close(total, sum(rewards(part).sum(-1) for part in densities))
 
 
-@pytest.mark.parametrize("density", ["token", "sentence", "text"])
+@pytest.mark.parametrize("density", ["token", "clause", "sentence", "text"])
 def test_prefix_rewards_of_a_model_sum_to_its_score(density):
     model = HashRewardModel()
     torch.testing.assert_close(rewards(FineReward(density=density), model=model).sum(-1), model(EPISODE).score)
@@ -133,6 +134,57 @@ def test_calls_are_counted_and_the_known_score_is_not_asked_again():
         report = FineGrainedCredit([part], rows_per_forward=2)(outcome, Resources(model, TOY)).report
         assert report["reward_calls"].tolist() == calls
         assert sum(len(texts) for texts, _ in model.asked) == sum(calls)
+
+
+class OneText(RewardModel):
+    """A model without the scores of all prefixes: it is asked about each text."""
+
+    def __init__(self, inner):
+        super().__init__(inner.tokenizer)
+        self.inner, self.read = inner, 0
+
+    def evaluate(self, episodes, needs):
+        self.read += len(episodes.input_ids)
+        return self.inner(episodes, empty_responses=True)
+
+
+class Counting(OneText):
+    """The inner model with all that it provides; its texts are counted."""
+
+    provides = frozenset({"prefix_scores"})
+
+    def evaluate(self, episodes, needs):
+        self.read += len(episodes.input_ids)
+        return self.inner(episodes, needs=needs, empty_responses=True)
+
+
+@pytest.mark.parametrize("density", ["token", "clause", "sentence"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_causal_classifier_reads_every_text_once_and_the_numbers_are_those_of_single_texts(density, own):
+    model, tokenizer = load_reward_model("imdb-tiny"), load_tokenizer("imdb-tiny")
+    texts = [("This film", " is a joy, from start to end. I loved it"), ("So", " dull"), ("It was", " bad; truly bad.")]
+    episode = lay_out(*([tokenizer.encode(text[place]) for text in texts] for place in (0, 1)))
+    outcome, found = Outcome(episode, model(episode), torch.arange(3)), []
+    for kind in (OneText, Counting):
+        asked = kind(model)
+        credit = FineGrainedCredit([FineReward(None if own else asked, density)])
+        found.append((asked, credit(outcome, Resources(asked, tokenizer))))
+    (slow, expected), (fast, rewards_) = found
+    torch.testing.assert_close(rewards_.token_rewards, expected.token_rewards, atol=1e-5, rtol=1e-5)
+    assert fast.read == rewards_.report["reward_calls"].sum() <= 3 < slow.read + 3 * own
+
+
+def test_clauses_end_at_commas_too():
+    tokenizer = load_tokenizer("imdb-tiny")
+    episode = lay_out([tokenizer.encode("This film")], [tokenizer.encode(" is long, loud; and good. End")])
+    pieces = [tokenizer.decode(one) for one in episode.input_ids[0, episode.prompt_slots :]]
+    ends = segment_ends(episode, tokenizer, "clauses", wordless_rest=True)[0].tolist()
+    assert [piece.strip() for piece, end in zip(pieces, ends, strict=True) if end] == [
+        ",",
+        ";",
+        ".",
+        pieces[-1].strip(),
+    ]
 
 
 def test_a_batch_is_its_rows():
@@ -173,7 +225,7 @@ def test_bad_input_is_refused_with_the_remedy():
         FineGrainedCredit([FineReward()], rows_per_forward=0)
     with pytest.raises(TypeError, match="parts holds 'imdb-tiny'; each part is a FineReward"):
         FineGrainedCredit(["imdb-tiny"])
-    with pytest.raises(ValueError, match="density is 'word'; choose one of token, sentence, text"):
+    with pytest.raises(ValueError, match="density is 'word'; choose one of token, clause, sentence, text"):
         FineReward(density="word")
     with pytest.raises(ValueError, match="context is 'all'"):
         FineReward(context="all")

@@ -98,9 +98,10 @@ def test_interruptions_after_every_stage_change_no_number(whole, place, tmp_path
                 raise KeyboardInterrupt
             return calls[-1]
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(pipeline, stage, once)
+        monkeypatch.setattr(pipeline, stage, once)
+        with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path / "cut", demonstrations=texts)
+        monkeypatch.setattr(pipeline, stage, real)
     run(place, tmp_path / "cut", demonstrations=texts)
     assert numbers(tmp_path / "cut") == numbers(whole[0])
 

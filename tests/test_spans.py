@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmdp.credit.base import MissingResource
-from tokenmdp.credit.spans import UNITS, sentence_ends, unit_ids
+from tokenmdp.credit.spans import UNITS, segment_ends, unit_ids
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import token_pieces
 from tokenmdp.types import Episode
@@ -83,7 +83,8 @@ def test_units_are_numbered_in_order_and_nest(eos, text):
 @given(texts, texts)
 def test_whether_a_sentence_ends_does_not_depend_on_what_follows(first, second):
     settled = len(TOKENIZER.encode(first)) - 1  # the last token ends one because the response does
-    ends = [sentence_ends(response(*parts), TOKENIZER, wordless_rest=True)[0] for parts in ([first], [first, second])]
+    texts = [response(first), response(first, second)]
+    ends = [segment_ends(text, TOKENIZER, "sentences", wordless_rest=True)[0] for text in texts]
     assert torch.equal(ends[0][:settled], ends[1][:settled])
 
 
@@ -91,10 +92,10 @@ def test_ends_of_sentences():
     episode = response(" Great. Dull.", eos=1)
     last = int(episode.response_mask.sum()) - 1
     for wordless_rest in (False, True):
-        ends = sentence_ends(episode, TOKENIZER, wordless_rest=wordless_rest)[0]
+        ends = segment_ends(episode, TOKENIZER, "sentences", wordless_rest=wordless_rest)[0]
         assert ends.sum() == 2 + wordless_rest
         assert ends[last] == wordless_rest
-    silent = sentence_ends(response("", eos=1), TOKENIZER, wordless_rest=False)[0]
+    silent = segment_ends(response("", eos=1), TOKENIZER, "sentences", wordless_rest=False)[0]
     assert silent.tolist() == [True]
 
 

@@ -11,14 +11,14 @@ import torch
 from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.deletion import scores_of_kept
 from tokenmdp.credit.options import check_number, check_whole
-from tokenmdp.credit.spans import sentence_ends
+from tokenmdp.credit.spans import segment_ends
 from tokenmdp.credit.weights import sparse_weights
-from tokenmdp.types import Credit, Episode, Outcome
+from tokenmdp.types import Credit, Episode, Outcome, take
 
 if TYPE_CHECKING:
     from tokenmdp.reward_models import RewardModel
 
-DENSITIES = ("token", "sentence", "text")
+DENSITIES = ("token", "clause", "sentence", "text")
 CONTEXTS = ("prefix", "segment")
 
 
@@ -43,8 +43,8 @@ class FineReward:
 
     Args:
         reward_model: s; a `RewardModel`, the name of one, or None for the environment's own.
-        density: where segments end: "token" at every token, "sentence" as in `tokenmdp.credit.spans`, "text" at the
-            last token. The last token always ends a segment, except that in the context "segment" an end-of-text token
+        density: where segments end: "token" at every token, "clause" and "sentence" as in `tokenmdp.credit.spans`,
+            "text" at the last token. The last token always ends a segment, except that in the context "segment" an end-of-text token
             or punctuation after the last sentence gets nothing.
         weight: w, of any sign.
         context: "prefix" or "segment".
@@ -75,7 +75,8 @@ class FineGrainedCredit:
 
     Ends that fall on one token add up. A part's text-density segment read by the environment's own model is the score,
     so that part alone, with weight 1, is sparse credit. The sum is the score for no other choice in general. Reports
-    ``reward_calls``, the texts that were scored for it. The paper's KL term is the agent's ``kl_coef``.
+    ``reward_calls``, the texts that were scored for it: one where a model gives the scores of all prefixes of a text at
+    once, as causal classifiers do, else one per segment. The paper's KL term is the agent's ``kl_coef``.
 
     Source: Wu et al., "Fine-Grained Human Feedback Gives Better Rewards for Language Model Training", 2023, whose
     reward models read the whole text and answer at every segment's end; a model here reads it up to there.
@@ -116,27 +117,42 @@ class FineGrainedCredit:
         for part in self.parts:
             ends = self._ends(part, outcome.episode, resources)
             rows, last = ends.nonzero(as_tuple=True)  # (M,), ordered by row, then by place
-            keep = self._texts(part, mask, rows, last)
-            scores = outcome.reward.score[rows].double()
-            asked = torch.ones_like(rows, dtype=torch.bool)
-            if part.reward_model is None:
-                asked = (keep != mask[rows]).any(-1)  # the whole response already has its score
-            model = self._model(part, resources)
-            scores[asked] = scores_of_kept(
-                model, outcome.episode, rows[asked], keep[asked], self.rows_per_forward
-            ).double()
+            scores, asked = self._scores(part, self._model(part, resources), outcome, rows, last)
             if part.context == "prefix":
                 before = torch.where(rows[1:] == rows[:-1], scores[:-1], 0.0)
                 scores[1:] -= before
             total[rows, last] += part.weight * scores
-            calls += rows[asked].bincount(minlength=len(mask))
+            calls += asked.bincount(minlength=len(mask))
         return Credit(total.to(outcome.reward.score.dtype), {"reward_calls": calls})
+
+    def _scores(
+        self, part: FineReward, model: RewardModel, outcome: Outcome, rows: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's scores of the M texts (M,) float64, and the rows of the texts that it read for them."""
+        episode, mask = outcome.episode, outcome.episode.response_mask.bool()
+        keep = self._texts(part, mask, rows, last)
+        scores = outcome.reward.score[rows].double()
+        asked = torch.ones_like(rows, dtype=torch.bool)
+        if part.reward_model is None:
+            asked = (keep != mask[rows]).any(-1)  # the whole response already has its score
+        if part.context == "prefix" and "prefix_scores" in model.provides and asked.any():
+            read = rows[asked].unique()  # one forward for all segments of a text
+            prefixes = [
+                model(take(episode, some), needs=frozenset({"prefix_scores"})).prefix_scores
+                for some in read.split(self.rows_per_forward)
+            ]
+            every = torch.cat(prefixes).double()  # type: ignore[arg-type]
+            scores[asked] = every[torch.searchsorted(read, rows[asked]), last[asked] + 1]
+            return scores, read
+        scores[asked] = scores_of_kept(model, episode, rows[asked], keep[asked], self.rows_per_forward).double()
+        return scores, rows[asked]
 
     def _ends(self, part: FineReward, episode: Episode, resources: Resources) -> torch.Tensor:
         """Which tokens end a segment, (N, H) bool."""
         mask = episode.response_mask.bool()
-        if part.density == "sentence":
-            return sentence_ends(episode, resources.tokenizer, wordless_rest=part.context == "prefix")
+        if part.density in ("clause", "sentence"):
+            prefix = part.context == "prefix"
+            return segment_ends(episode, resources.tokenizer, f"{part.density}s", wordless_rest=prefix)
         return mask if part.density == "token" else sparse_weights(mask).bool()
 
     def _texts(self, part: FineReward, mask: torch.Tensor, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

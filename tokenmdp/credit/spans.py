@@ -53,16 +53,22 @@ def unit_ids(episode: Episode, tokenizer: Any, units: str) -> torch.Tensor:
     return numbers
 
 
-def sentence_ends(episode: Episode, tokenizer: Any, *, wordless_rest: bool) -> torch.Tensor:
-    """Which response tokens end a sentence, (N, H) bool.
+def segment_ends(episode: Episode, tokenizer: Any, units: str, *, wordless_rest: bool) -> torch.Tensor:
+    """Which response tokens end a sentence or a clause, (N, H) bool.
 
-    The last token ends the unfinished sentence before it. What follows the last sentence without a letter or digit,
-    such as the end-of-text token, ends another only with ``wordless_rest``.
+    The last token ends the unfinished one before it. What follows the last one without a letter or digit, such as the
+    end-of-text token, ends another only with ``wordless_rest``.
+
+    Args:
+        episode: N finished episodes.
+        tokenizer: of the response.
+        units: "sentences" or "clauses".
+        wordless_rest: whether a rest without words is a segment.
     """
     mask = episode.response_mask.bool()
     every = torch.zeros_like(mask)
-    for row, (pieces, special) in enumerate(_read(episode, tokenizer, "sentences")):
-        ends, rest = _ends(_readable(pieces, special), "sentences")
+    for row, (pieces, special) in enumerate(_read(episode, tokenizer, units)):
+        ends, rest = _ends(_readable(pieces, special), units)
         if rest or wordless_rest or not any(ends):
             ends[-1] = True
         every[row, mask[row]] = torch.tensor(ends)
