@@ -177,9 +177,9 @@ class RewardModelLearner(DataLearner):
 
     def score_pairs(self, pairs: Sequence[Comparison]) -> torch.Tensor:
         """The raw scores, without shift and scale, of chosen and rejected responses; (n, 2) float32 on the CPU."""
-        return self._scores([example_of(pair) for pair in pairs]).view(-1, 2)
+        return self.scores([example_of(pair) for pair in pairs]).view(-1, 2)
 
-    def _scores(self, examples: Sequence[Example]) -> torch.Tensor:
+    def scores(self, examples: Sequence[Example]) -> torch.Tensor:
         """The raw scores of all responses, example by example, on the CPU, without gradient."""
         size = self.config.batch_size
         with torch.no_grad():
@@ -192,7 +192,7 @@ class RewardModelLearner(DataLearner):
     def save(self, directory: Any) -> None:
         """As `Learner.save`; shift and scale are those of the responses of the first `EXAMPLES_TO_CENTRE` examples."""
         with self.processes.whole_weights(self.model):
-            scores = self._scores(self.examples[:EXAMPLES_TO_CENTRE])
+            scores = self.scores(self.examples[:EXAMPLES_TO_CENTRE])
         spread = float(scores.std(correction=0))
         self.model.set_reading(float(scores.mean()), 1 / spread if self.config.unit_scale and spread else 1.0)
         super().save(directory)
