@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from forked import needs_fork, started
+from study_doubles import figures_not_drawn
 
 from tokenmdp import cli
 from tokenmdp.study import scheduler, worker
@@ -92,6 +93,7 @@ def contents(out):
 
 
 @needs_fork  # and the workers are found in /proc
+@figures_not_drawn()
 def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys, monkeypatch):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = started(ablate_with_forked_workers, broken)
