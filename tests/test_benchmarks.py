@@ -69,7 +69,14 @@ def one_process(monkeypatch):
     monkeypatch.setattr(subprocess, "run", start)
 
 
-@pytest.mark.parametrize("part", [part for part in command.PARTS if part != "trl"])
+PARTS = [
+    pytest.param(part, marks=pytest.mark.slow) if part == "credit" else part  # starts a process
+    for part in command.PARTS
+    if part != "trl"
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_each_part_finds_something_and_writes_it(part, one_process, tmp_path):
     out = tmp_path / "speed.json"
     findings = command.main(["--smoke", part, "--threads", str(torch.get_num_threads()), "--out", str(out)])
