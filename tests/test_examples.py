@@ -158,6 +158,7 @@ def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_pa
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys, monkeypatch):
     shorter = {"max_new_tokens": 5, "prompts": ["The film was", "I saw"]}
     monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, **shorter))

@@ -46,6 +46,7 @@ print(pickle.load(open(sys.argv[1], "rb")).name)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_makes_an_env_finds_the_evaluation_and_reads_a_pickle(tmp_path):
     """In this order: nothing was imported before that the line does not import by itself."""
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(load_reward_model("imdb-tiny")))

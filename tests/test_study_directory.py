@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from study_doubles import grid_cells, make_cell, make_result, paper_like, synthetic_study
+from study_doubles import figures_not_drawn, grid_cells, make_cell, make_result, paper_like, synthetic_study
 
 from tokenmdp import cli
 from tokenmdp.cli import ablate
@@ -254,6 +254,7 @@ def test_no_two_models_share_a_quality_file(tmp_path):
     assert quality_file(tmp_path, "imdb-tiny").name == "imdb-tiny.json"
 
 
+@figures_not_drawn()
 def test_relative_names_leave_no_path_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bundled = Path(results.__file__).parents[1] / "assets" / "imdb"

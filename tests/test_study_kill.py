@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from forked import needs_fork, started
+from study_doubles import figures_not_drawn
 
 from tokenmdp import cli
 from tokenmdp.study import scheduler, worker
@@ -91,7 +93,9 @@ def contents(out):
     return {name: {key: value for key, value in record.items() if key not in took} for name, record in files.items()}
 
 
+@pytest.mark.slow
 @needs_fork  # and the workers are found in /proc
+@figures_not_drawn()
 def test_a_killed_grid_ends_with_the_tables_of_an_unbroken_one(tmp_path, capsys, monkeypatch):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = started(ablate_with_forked_workers, broken)

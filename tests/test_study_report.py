@@ -90,12 +90,6 @@ def partial(tmp_path_factory):
     return study
 
 
-@pytest.fixture
-def without_figures():
-    with figures_not_drawn():
-        yield
-
-
 @pytest.fixture(scope="module")
 def page(full):
     return (full.path / "report" / "index.html").read_text(encoding="utf-8")
@@ -167,7 +161,8 @@ def test_a_study_of_the_readers_own_meets_no_paper(partial):
     assert not re.search("claim|reproduced|Chan et al", text)
 
 
-def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path, without_figures):
+@figures_not_drawn()
+def test_sections_and_words_of_the_readers_own_come_first(partial, tmp_path):
     mine = Section("mine", "A < B", html="<p>my table</p>", markdown="| mine |\n")
     text = write_report(partial, tmp_path, title="C & D", intro="<p>Why.</p>", first=[mine]).read_text(encoding="utf-8")
     assert "<h1>C &amp; D</h1>" in text
@@ -225,7 +220,8 @@ def test_no_directory_of_this_machine_is_in_any_file(tmp_path):
     assert "tokenmdp ablate --gold imdb-gold" in words
 
 
-def test_runs_that_broke_are_named_below_the_curves(tmp_path, without_figures):
+@figures_not_drawn()
+def test_runs_that_broke_are_named_below_the_curves(tmp_path):
     def course(cell):
         return replace(paper_like(cell), collapse=0.5 if (cell.method, cell.seed) == ("sparse", 2) else 2.0)
 
@@ -234,7 +230,8 @@ def test_runs_that_broke_are_named_below_the_curves(tmp_path, without_figures):
     assert "Runs that lost more than half of what they had gained: 1 of 3 of sparse&#x27;s." in text
 
 
-def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path, without_figures):
+@figures_not_drawn()
+def test_a_notice_stands_above_everything_and_is_no_markup(partial, tmp_path):
     study = replace(partial, notice="First <b>line</b> &\nsecond.\n \nA paragraph.")
     page = write_report(study, tmp_path).read_text(encoding="utf-8")
     first, second = "First &lt;b&gt;line&lt;/b&gt; &amp; second.", "A paragraph."

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from study_doubles import make_result, paper_like
+from study_doubles import figures_not_drawn, make_result, paper_like
 
 from tokenmdp import cli
 from tokenmdp.cli import ablate
@@ -131,6 +131,7 @@ def test_a_disk_too_full_for_traces_leaves_the_other_cells_going(stand_in, monke
 
 
 @UNIX
+@figures_not_drawn()
 def test_a_disk_too_full_for_the_report_hides_no_failed_cell(stand_in, monkeypatch, capsys):
     study, _ = stand_in(**{"sparse-4to7-s2": "echo 'MemoryError: too much' >&2; exit 1"})
     monkeypatch.setattr(ablate.terminal, "write_report", full_disk)
@@ -260,6 +261,7 @@ def test_shards_share_a_study_and_the_last_one_reports(stand_in, monkeypatch, ca
 
 
 @UNIX
+@figures_not_drawn()
 def test_a_failed_cell_is_named_at_the_end_and_in_the_report(stand_in, capsys):
     study, _ = stand_in(**{"sparse-4to7-s2": "echo 'MemoryError: too much' >&2; exit 1"})
     assert cli.main(["ablate", "--preset", "smoke", "--out", str(study), "--device", "cpu"]) == 1
