@@ -48,7 +48,7 @@ class Example:
     prompt: Ids
     responses: tuple[Ids, ...]
     size: float = 1.0  # what it counts for in the mean over a batch
-    facts: Any = None  # whatever else the algorithm needs of the record
+    facts: Any = None  # whatever else the algorithm needs of the record, as JSON has it
 
 
 class DataLearner(Learner):
@@ -139,9 +139,9 @@ class DataLearner(Learner):
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 of the tokens, hexadecimal."""
+    """SHA-256 of the tokens and of what is said about them, hexadecimal."""
     found = hashlib.sha256()
     for one in examples:
         ids = [list(map(int, one.prompt)), [list(map(int, response)) for response in one.responses]]
-        found.update(json.dumps(ids).encode())
+        found.update(json.dumps([*ids, one.facts]).encode())
     return found.hexdigest()

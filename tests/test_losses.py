@@ -5,7 +5,6 @@ import torch
 
 from tokenmdp.divergences import kl_k3
 from tokenmdp.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus
-from tokenmdp.preference_losses import dpo_loss
 
 
 @pytest.fixture
@@ -76,43 +75,3 @@ def test_what_the_padding_holds_cannot_matter(batch, garbage):
     losses[0].backward()
     assert torch.isfinite(dirty.grad).all()
     assert not dirty.grad[~mask].any()
-
-
-def test_dpo_at_the_reference_is_log_2_with_slope_minus_half_beta():
-    chosen, rejected = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    policy_chosen = chosen.clone().requires_grad_()
-    loss = dpo_loss(policy_chosen, rejected, chosen, rejected, dpo_beta=0.3)
-    (slope,) = torch.autograd.grad(loss, policy_chosen)
-    assert math.isclose(loss.item(), math.log(2))
-    torch.testing.assert_close(slope * 6, torch.full_like(slope, -0.15))
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_dpo_loss_is_the_hand_loop(label_smoothing):
-    sequences = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    total = 0.0
-    for a, b, c, d in sequences.T.tolist():
-        sigma = 1 / (1 + math.exp(-0.5 * ((a - b) - (c - d))))
-        total += -(1 - label_smoothing) * math.log(sigma) - label_smoothing * math.log(1 - sigma)
-    assert math.isclose(dpo_loss(*sequences, 0.5, label_smoothing).item(), total / 6)
-
-
-def test_dpo_finds_the_tilted_policy_of_a_bandit():
-    """With all pairs labelled by Bradley-Terry on rewards r the optimum is proportional to ref * exp(r / dpo_beta)."""
-    rewards = torch.tensor([0.5, -0.3, 1.0, 0.0], dtype=torch.float64)
-    reference = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
-    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=0)
-    first, second = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
-    preferred = (rewards[first] - rewards[second]).sigmoid()
-
-    def loss():
-        optimizer.zero_grad()
-        policy = logits.log_softmax(-1)
-        pairs = zip(first, second, preferred, strict=True)
-        total = sum(p * dpo_loss(policy[i], policy[j], reference[i], reference[j], 0.5) for i, j, p in pairs)
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    torch.testing.assert_close(logits.softmax(-1), (reference + rewards / 0.5).softmax(-1), atol=1e-6, rtol=1e-6)

@@ -118,5 +118,6 @@ def start_classifier(name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = AutoModelForSequenceClassification.from_config(config).float()
-    classifier.base_model.load_state_dict(backbone.state_dict())
+    weights = backbone.state_dict()  # RoBERTa's has a pooler, which its classifier does without
+    classifier.base_model.load_state_dict({key: weights[key] for key in classifier.base_model.state_dict()})
     return classifier.eval(), tokenizer

@@ -145,6 +145,7 @@ def save(learner: Learner, directory: str | Path, form: Format, extra: dict[str,
                     learner.model.save_pretrained(new, merged_state(learner.model, state))
                     frozen = new / "state" / ("reference" if adapters_off else "base")
                     learner.model.save_pretrained(frozen, base_state(state))
+                    _save_tokenizer(learner.tokenizer, frozen)  # for learners that read their data with the model's own
                     save_state(new / "state" / "adapters.safetensors", adapter_state(learner.model, state))
                 else:
                     learner.model.save_pretrained(new, state)
