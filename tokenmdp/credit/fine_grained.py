@@ -44,8 +44,8 @@ class FineReward:
     Args:
         reward_model: s; a `RewardModel`, the name of one, or None for the environment's own.
         density: where segments end: "token" at every token, "clause" and "sentence" as in `tokenmdp.credit.spans`,
-            "text" at the last token. The last token always ends a segment, except that in the context "segment" an end-of-text token
-            or punctuation after the last sentence gets nothing.
+            "text" at the last token. The last token always ends a segment, except that in the context "segment" an
+            end-of-text token or punctuation after the last sentence gets nothing.
         weight: w, of any sign.
         context: "prefix" or "segment".
     """
