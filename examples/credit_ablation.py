@@ -20,7 +20,7 @@ from tokenmdp.wrappers import vector
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--methods", nargs="+", default=list(CREDIT_METHODS))
-parser.add_argument("--tuned", help="directory of a preference-tuned policy, for rto; see tune_on_preferences.py")
+parser.add_argument("--tuned", help="directory of a preference-tuned policy, for rto; `tokenmdp train dpo` makes one")
 parser.add_argument("--updates", type=int, default=20)
 parser.add_argument("--num-envs", type=int, default=32)
 parser.add_argument("--seeds", type=int, nargs="+", default=[1])

@@ -12,17 +12,15 @@ import pytest
 import quickstart
 import swap_wrappers
 import torch
-import tune_on_preferences
 from doubles import SB3
 
 from tokenmdp.cli import ablate
-from tokenmdp.credit import CREDIT_METHODS, make_credit
+from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.evaluation import evaluate
 from tokenmdp.models.loading import load_causal_lm, load_tokenizer
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.study import worker
 from tokenmdp.study.directory import load_study
-from tokenmdp.wrappers import CreditReward
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +70,6 @@ def test_mdp_by_hand(capsys):
 def test_mdp_by_hand_says_when_the_text_is_not_finished(capsys):
     mdp_by_hand.main(["--response", "very dull"])
     assert "Still running after 2 of 8 tokens: end --response with <eos>." in capsys.readouterr().out
-
-
-def test_tune_on_preferences_writes_a_policy_that_rto_reads(toy, tmp_path, capsys):
-    _, env_id, _, reference = toy
-    sizes = ["--pairs", "32", "--batch", "16", "--steps", "20", "--learning-rate", "1e-2"]
-    tune_on_preferences.main([*toy, *sizes, "--out", str(tmp_path / "tuned")])
-    output = capsys.readouterr().out
-    pairs, preferred, before = re.search(r"(\d+) pairs, (\d+) with a preference; mean score (\S+)", output).groups()
-    assert (pairs, 0 < int(preferred) <= 32) == ("32", True)
-    agreement = int(re.search(r"step 20: loss \d\.\d+, prefers the better of (\d+)% of pairs", output)[1])
-    assert agreement > 80
-    assert float(re.search(r"tuned: mean score (\S+),", output)[1]) > float(before)
-    env = CreditReward(gym.make(env_id), make_credit("rto", tuned=str(tmp_path / "tuned"), reference=reference))
-    env.reset(seed=0)
-    *_, info = env.step(env.unwrapped.eos_token_id)
-    assert 0 < abs(info["credit_residual"]) <= 1
 
 
 def test_cleanrl_style(capsys):

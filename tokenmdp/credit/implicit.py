@@ -52,7 +52,7 @@ class ImplicitRewardCredit:
 
     Args:
         tuned: the preference-tuned policy: a name or directory, or a `CausalLMPolicy`; such a directory is what
-            ``examples/tune_on_preferences.py`` writes.
+            ``tokenmdp train dpo`` writes (its ``checkpoint/``).
         reference: what it was tuned from.
         rto_beta: scales the log-ratio.
         clip: the most that one token can get, in units of the score; infinity does not clip.
