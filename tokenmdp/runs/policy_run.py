@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,12 @@ class PolicyRun:
         self.settings = replace(self.settings, device=str(processes.device(self.settings.device)))
         agent_config(self.settings, updates)
         credit_of(self.settings)
+        if self.settings.judge is not None and self.settings.judge == self.settings.reward_model:
+            warnings.warn(
+                f"the judge {self.settings.judge} is the reward model itself, so its score says nothing that the first "
+                "one does not; choose another --judge",
+                stacklevel=2,
+            )
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
