@@ -24,6 +24,7 @@ from tokenmdp.report import heatmap
 from tokenmdp.report.samples import Sample
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
+from tokenmdp.runs import reward_model_run
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.display import make_console
@@ -93,10 +94,16 @@ def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
     """A run with a checkpoint, and its settings.
 
     Raises:
-        RunError: this is not a run, or it has no checkpoint yet.
+        RunError: this is not a run of a policy, or it has no checkpoint yet.
     """
     run = RunDirectory(path)
-    settings = settings_from_record(run.settings())
+    record = run.settings()
+    if record.get("algorithm") == reward_model_run.NAME:
+        raise RunError(
+            f"{path} is a run of a reward model, which writes no texts; score some with `tokenmdp score TEXT "
+            f"--reward-model {run.checkpoint}`"
+        )
+    settings = settings_from_record(record)
     if not recover_directory(run.checkpoint).exists():
         raise RunError(f"{path} has no checkpoint yet; run its `tokenmdp train` command until the first one is saved")
     return run, settings
