@@ -10,9 +10,13 @@ import torch
 import torch.multiprocessing
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
+from data_doubles import PAIRS, RANKINGS, TEXTS
 
+from tokenmdp.agents.dpo import DPO
 from tokenmdp.agents.ppo import PPO
+from tokenmdp.agents.reward_model import RewardModelLearner
 from tokenmdp.agents.rloo import RLOO
+from tokenmdp.agents.sft import SFT
 from tokenmdp.files import save_state
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.training.accelerated import processes_of
@@ -36,6 +40,19 @@ RUNS = {
 OWN_REFERENCE = ("vine",)  # with the policy itself, the values would first learn a KL that is rounding error alone
 SHARDED = ("uniform", "lora")
 UPDATES = 3
+# From seven records in batches of 3, 3 and 1: in the last one the second process has none.
+FROM_DATA = {
+    "sft": (SFT, TEXTS[:7]),
+    "dpo": (DPO, PAIRS[:7]),
+    "reward model": (RewardModelLearner, [*RANKINGS, *PAIRS[:5]]),
+}
+
+
+def make_learner(name, start, accelerator=None):
+    """A learner from data; ``start`` is the directory of the toy policy."""
+    kind, data = FROM_DATA[name]
+    config = kind.config_class(dtype="float32", device="cpu", learning_rate=1e-3, adam_eps=1e-5, batch_size=3, epochs=2)
+    return kind(str(start), data, config, accelerator=accelerator)
 
 
 def make_envs(name, accelerator=None):
@@ -59,7 +76,7 @@ def resume(directory, name, accelerator=None):
 def record(agent):
     """The results that two runs must share; the weights in the first process alone if they are sharded."""
     history = [{key: value for key, value in metrics.items() if key not in UNTIMED} for metrics in agent.history]
-    weights = agent.processes.policy_state(agent.policy)
+    weights = agent.processes.policy_state(agent.model)
     return {"history": history, "weights": {name: weight.clone() for name, weight in weights.items()}}
 
 
@@ -86,6 +103,8 @@ def _process(rank, port, directory):
 
     for name in RUNS:
         keep(name, record(make_agent(name, accelerator).learn(UPDATES)))
+    for name in FROM_DATA:
+        keep(name, record(make_learner(name, directory / "start", accelerator).learn(UPDATES)))
     make_agent("uniform", accelerator).learn(2).save(directory / "saved by two")
     keep("one, then two", record(resume(directory / "saved by one", "uniform", accelerator).learn(UPDATES - 2)))
     keep("failures", {title: failure(what, accelerator) for title, what in FAILURES.items()})

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from data_doubles import saved
 from forked import Command, needs_fork
 from gymnasium.error import DependencyNotInstalled
 from rich.console import Console
@@ -26,6 +27,7 @@ from tokenmdp.agents.ppo import PPO
 from tokenmdp.files import load_state
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs import display, training
+from tokenmdp.runs.environments import toy_policy
 from tokenmdp.training import checkpoint
 from tokenmdp.training.accelerated import Accelerated, launched
 from tokenmdp.training.processes import Processes
@@ -36,6 +38,7 @@ def directory(tmp_path_factory):
     """The files that the two processes leave behind."""
     path = tmp_path_factory.mktemp("gloo")
     gloo_runs.make_agent("uniform").learn(2).save(path / "saved by one")
+    saved(toy_policy(seed=0), path / "start")
     gloo_runs.in_two_processes(path)
     return path
 
@@ -68,6 +71,16 @@ def test_two_processes_learn_what_one_learns(directory, alone, name):
     assert len(first["history"]) == gloo_runs.UPDATES
     assert first["history"] == second["history"]  # not a bit of difference: both take the same decisions
     assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("name", gloo_runs.FROM_DATA)
+def test_two_processes_learn_from_data_what_one_learns(directory, name):
+    first, second = (load_state(directory / f"{name} {rank}.safetensors") for rank in (0, 1))
+    alone = gloo_runs.make_learner(name, directory / "start").learn(gloo_runs.UPDATES)
+    assert_same(first, gloo_runs.record(alone))
+    assert alone.history[0]["loss"] != pytest.approx(alone.history[-1]["loss"], abs=1e-3)
+    assert first["history"] == second["history"]
+    assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
 
 
 def test_the_runs_put_to_the_test_what_they_are_for(alone):

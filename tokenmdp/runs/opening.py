@@ -41,7 +41,10 @@ def open_run(path: Path) -> tuple[RunDirectory, RunSettings]:
     run = RunDirectory(path)
     record = run.settings()
     if record.get("algorithm") == REWARD_MODEL:
-        raise RunError(f"{path} holds a reward model, which writes nothing; pass its checkpoint/ as --reward-model")
+        raise RunError(
+            f"{path} is a run of a reward model, which writes no texts; score some with `tokenmdp score TEXT "
+            f"--reward-model {run.checkpoint}`"
+        )
     settings = settings_from_record(record)
     if not recover_directory(run.checkpoint).exists():
         raise RunError(f"{path} has no checkpoint yet; run its `tokenmdp train` command until the first one is saved")

@@ -96,8 +96,9 @@ class PolicyRun:
             data = read_data(settings, tokenizer)
             source, self.held_out = split_data(data, settings.held_out)
             console.print(
-                f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out"
-            )
+                f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         if checkpoint is not None:
             total = {} if updates is None else {"total_updates": updates}
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
