@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenmdp import cli
-from tokenmdp.agents import base
+from tokenmdp.agents import learner
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.files import load_state
 from tokenmdp.report.curves import read_metrics
@@ -210,7 +210,7 @@ class Second(Processes):
 
 def test_processes_with_different_numbers_of_rows_are_refused(monkeypatch):
     monkeypatch.setattr(Second, "gather", lambda self, value: [6, value])
-    monkeypatch.setattr(base, "processes_of", lambda accelerator: Second())
+    monkeypatch.setattr(learner, "processes_of", lambda accelerator: Second())
     with pytest.raises(ValueError, match=r"num_envs is \[6, 8\] in the 2 processes; all must play the same number"):
         gloo_runs.make_agent("uniform")
 
