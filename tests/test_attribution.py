@@ -258,7 +258,7 @@ def test_beta_zero_is_sparse_and_beta_mixes(method):
 @each_method
 def test_single_equals_vector_in_the_environment(method):
     method = method(steps=3) if method is IntegratedGradientsCredit else method()
-    options = {"max_new_tokens": 6}
+    options = {"max_new_tokens": 6, "prompts": ["The film was", "I saw it and", "This"]}
     envs = vector.CreditReward(gym.make_vec(IMDB, num_envs=3, autoreset_mode="Disabled", **options), method)
     env = single.CreditReward(gym.make(IMDB, **options), method)
     end = env.unwrapped.eos_token_id

@@ -11,6 +11,7 @@ from doubles import HashRewardModel
 
 from tokenmdp.credit import make_credit
 from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, played, save_evaluation
+from tokenmdp.models.loading import load_causal_lm
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
@@ -19,6 +20,7 @@ from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"
 IMDB = "tokenmdp:TextGen-IMDb-v0"
+PROMPTS = ["The film was", "The acting is", "This is a very", "A story of", "We laughed; the rest was"]
 
 
 def toy_envs(wrapper=vector.UniformReward, num_envs=6, **options):
@@ -47,6 +49,11 @@ def only_uniform(seen):
     return lambda envs: vector.CreditReward(envs, Watched())
 
 
+@pytest.fixture(scope="module")
+def bundled():
+    return load_causal_lm("imdb-tiny")
+
+
 @pytest.mark.parametrize(
     ("credit", "options"),
     [
@@ -55,16 +62,16 @@ def only_uniform(seen):
         ("abc-d", {"score_when": "all_done"}),
         ("abc-d", {"score_when": "ended"}),
         ("shapley", {"score_when": "all_done", "max_new_tokens": 4}),
-        ("shapley", {"reward_model": "lexicon:imdb-tiny", "score_when": "ended"}),
+        ("shapley", {"reward_model": "lexicon:imdb-tiny", "score_when": "ended", "max_new_tokens": 12}),
     ],
     ids=str,
 )
-def test_the_shown_credit_and_all_numbers_are_those_of_the_full_computation(credit, options):
+def test_the_shown_credit_and_all_numbers_are_those_of_the_full_computation(credit, options, bundled):
     options = {"max_new_tokens": 6} | options
-    envs = gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled", **options)
+    envs = gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled", prompts=PROMPTS, **options)
     envs = vector.CreditReward(envs, make_credit(credit))
-    policy = CausalLMPolicy.for_task("imdb-tiny", envs.unwrapped.task)
-    reference = CausalLMPolicy.for_task("imdb-tiny", envs.unwrapped.task, temperature=1.5)
+    policy = CausalLMPolicy.for_task(bundled, envs.unwrapped.task)
+    reference = CausalLMPolicy.for_task(bundled, envs.unwrapped.task, temperature=1.5)
     full = list(played(envs, policy, reference, samples=10, seed=3))
     some = list(played(envs, policy, reference, samples=10, seed=3, credited=6))
     for rollout, same in zip(full, some, strict=True):

@@ -15,6 +15,7 @@ from tokenmdp.models.policy_attention import ForwardAttention
 from tokenmdp.wrappers import CreditReward, vector
 
 IMDB = "tokenmdp:TextGen-IMDb-v0"
+ONE_PROMPT = {"prompts": ["I saw it."]}  # the bundle's 4096 take half a second, and here the resets name others
 OPTIONS = {
     "shapley": {"budget": 40},
     "owen": {"budget": 40},
@@ -31,7 +32,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def policy():
-    task = gym.make(IMDB).unwrapped.task
+    task = gym.make(IMDB, **ONE_PROMPT).unwrapped.task
     return CausalLMPolicy.for_task("imdb-tiny", task)
 
 
@@ -54,7 +55,7 @@ def make(name, tuned):
 
 
 def test_rto_is_not_sparse_here(tuned):
-    env = CreditReward(gym.make(IMDB), make("rto", tuned))
+    env = CreditReward(gym.make(IMDB, **ONE_PROMPT), make("rto", tuned))
     env.reset(options={"prompt": "I saw it."})
     for token in responses(env.unwrapped.tokenizer, env.unwrapped.task.max_new_tokens)[0]:
         *_, terminated, _, info = env.step(token)
@@ -72,8 +73,8 @@ def responses(tokenizer, horizon):
 @pytest.mark.parametrize("name", CREDIT_METHODS)
 def test_single_equals_vector_and_sums_are_as_declared(name, policy, tuned):
     method = make(name, tuned)
-    envs = vector.CreditReward(gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled"), method)
-    env = CreditReward(gym.make(IMDB), method)
+    envs = vector.CreditReward(gym.make_vec(IMDB, num_envs=4, autoreset_mode="Disabled", **ONE_PROMPT), method)
+    env = CreditReward(gym.make(IMDB, **ONE_PROMPT), method)
     envs.unwrapped.policy_attention = env.unwrapped.policy_attention = ForwardAttention(policy)
     tokens = responses(env.unwrapped.tokenizer, env.unwrapped.task.max_new_tokens)
     envs.reset(seed=0, options={"prompt": [prompt for prompt, _ in TEXTS]})
@@ -107,7 +108,7 @@ def test_single_equals_vector_and_sums_are_as_declared(name, policy, tuned):
 def test_causal_methods_do_not_look_ahead(name, policy, tuned):
     """The same first tokens get the same rewards, whatever follows."""
     method = make(name, tuned)
-    env = CreditReward(gym.make(IMDB), method)
+    env = CreditReward(gym.make(IMDB, **ONE_PROMPT), method)
     env.unwrapped.policy_attention = ForwardAttention(policy)
     tokenizer, seen = env.unwrapped.tokenizer, []
     start = tokenizer.encode(" good. Then it was")

@@ -29,8 +29,8 @@ def play(env, tokens, **reset):
 @pytest.mark.parametrize("beta", [1.0, 0.4, 0.0])
 def test_rewards_equal_the_retroactive_ones_on_the_bundled_model(beta):
     prompt, text = "The acting is", " wonderful but the plot makes no sense at all and I fell asleep halfway"
-    online = single.OnlinePrefixReward(gym.make(IMDB), credit_beta=beta)
-    later = single.CreditReward(gym.make(IMDB), PrefixDifferenceCredit(beta))
+    online = single.OnlinePrefixReward(gym.make(IMDB, prompts=["It is"]), credit_beta=beta)
+    later = single.CreditReward(gym.make(IMDB, prompts=["It is"]), PrefixDifferenceCredit(beta))
     tokens = [*online.unwrapped.tokenizer.encode(text)[:15], online.unwrapped.eos_token_id]
     rewards, info = play(online, tokens, options={"prompt": prompt})
     _, expected = play(later, tokens, options={"prompt": prompt})
