@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check lint types fast test wheel-test break
+.PHONY: check lint types fast test long wheel-test break
 
 check: lint types fast  ## what every commit must pass; the pre-commit hooks call these same targets
 
@@ -12,10 +12,13 @@ types:
 	$(PYTHON) -m mypy
 
 fast:
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTHON) -m pytest -q -m "not slow and not long and not gpu"
 
 test:
 	$(PYTHON) -m pytest
+
+long:  ## before a release: the tests that `pytest` alone leaves out
+	$(PYTHON) -m pytest -m long
 
 wheel-test:  ## builds sdist and wheel, installs the wheel in a fresh venv and tests it from another directory
 	set -eu; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \

@@ -70,7 +70,7 @@ def one_process(monkeypatch):
 
 
 PARTS = [
-    pytest.param(part, marks=pytest.mark.slow) if part == "credit" else part  # starts a process
+    pytest.param(part, marks=pytest.mark.long) if part == "credit" else part  # starts a process
     for part in command.PARTS
     if part != "trl"
 ]

@@ -138,6 +138,7 @@ def write_reviews(folder: Path) -> None:
         pa.parquet.write_table(pa.table(rows), folder / f"{split}-00000-of-00001.parquet")
 
 
+@pytest.mark.long
 def test_whole_recipe_on_made_up_reviews(tmp_path, monkeypatch, capsys):
     write_reviews(tmp_path)
     sizes = "--vocab-size 300 --width 32 --layers 2 --heads 2 --policy-tokens 4e3 --classify-steps 2 "

@@ -120,6 +120,7 @@ def test_sb3_dqn(sb3, capsys):
     assert learned(capsys.readouterr().out)
 
 
+@pytest.mark.long
 def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_path, capsys, monkeypatch):
     import sb3_ablation
 
@@ -140,7 +141,7 @@ def test_sb3_ablation_learns_under_every_wrapper_and_draws_them(sb3, toy, tmp_pa
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_credit_ablation_runs_every_method_of_the_registry(tmp_path, capsys, monkeypatch):
     shorter = {"max_new_tokens": 5, "prompts": ["The film was", "I saw"]}
     monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, **shorter))
@@ -169,6 +170,7 @@ def cells_in_this_process(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_gpt2_study_tries_untrained_models_and_says_what_they_cost(cells_in_this_process, tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="needs the study extra: pip install 'tokenmdp[study]'")
     sizes = ["--layers", "1", "--width", "64", "--updates", "1", "--num-envs", "4", "--eval-samples", "2"]

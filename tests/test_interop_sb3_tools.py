@@ -212,7 +212,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_of_a_fresh_process_load_models_when_they_score_and_use_one_thread(tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)

@@ -250,7 +250,7 @@ def test_a_race_writes_what_its_sides_did(tmp_path):
     assert all(map(math.isfinite, record.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_curves_command_names_a_run_that_fails_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     arguments = ["curves", "--smoke", "--jobs", "1", "--out", str(tmp_path)]
