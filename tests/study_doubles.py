@@ -266,6 +266,13 @@ def synthetic_study(
 @contextmanager
 def figures_not_drawn():
     """Reports are written with empty figures: drawing takes most of the time."""
+
+    def empty(figure, folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").touch()
+        return f'<svg id="{name}"></svg>'
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "write_figure", lambda figure, folder, name: f'<svg id="{name}"></svg>')
+        patch.setattr(page, "write_figure", empty)
         yield
