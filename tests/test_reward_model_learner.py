@@ -190,6 +190,9 @@ def test_an_end_behind_every_text_is_saved_with_the_model_which_then_reads_it(ma
     torch.testing.assert_close(credit.token_rewards.sum(-1), both.score, rtol=0, atol=1e-5)
     assert not credit.token_rewards[~episodes.response_mask].any()
     assert (both.attention[0, :3] > 0).all()
+    texts = model.embedded(episodes)  # what attributions by gradients read
+    assert texts.response.sum(-1).tolist() == [len(response), len(response) + 1, 1]
+    torch.testing.assert_close(texts.score(texts.embeddings, torch.arange(3)).detach(), both.score, rtol=0, atol=1e-5)
     plain = make(learning_rate=1e-2).learn(3)
     plain.save(tmp_path / "plain")
     apart = load_reward_model(str(tmp_path / "plain"))
