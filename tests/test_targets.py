@@ -144,7 +144,7 @@ def test_with_a_wrong_normaliser_only_total_variation_stops_elsewhere(factor):
             rewards = pseudo_reward(name, (seq_logprobs - target).detach() + math.log(factor))
             loss = -(seq_logprobs.exp().detach() * rewards * seq_logprobs).sum()
             (gradient,) = torch.autograd.grad(loss, parameters)
-            size = 4.0 if name != "tv" else 1.0 / (1 + step / 30)
+            size = 2.0 if name != "tv" else 1.0 / (1 + step / 30)
             logits = logits - size * gradient / gradient.norm().clamp(min=1)
         ends[name] = divergence("tv", MDP.tabular_seq_logprobs(logits), target).item()
     assert all(end < 0.01 for name, end in ends.items() if name != "tv"), ends

@@ -176,12 +176,22 @@ class DistributionalTarget(Target):
 
     @classmethod
     def fit(
-        cls, features: Mapping[str, Feature], moments: Mapping[str, float], responses: Responses
+        cls,
+        features: Mapping[str, Feature],
+        moments: Mapping[str, float],
+        responses: Responses,
+        log_weights: torch.Tensor | None = None,
     ) -> DistributionalTarget:
         """Find the lambdas with which ``E_p[phi] = moments``, from samples of the base model.
 
         ``E_p[phi] = sum_i w_i phi_i / sum_i w_i`` with ``w_i = exp(lambda . phi_i)``: the moments are those of the
         samples, reweighted. `tokenmdp.targets.moments.fit_lambdas` says how.
+
+        Args:
+            features: phi, by name.
+            moments: One per feature.
+            responses: N samples of the base model.
+            log_weights: (N,) float64, ``log a - log q`` where they are samples of another policy q.
 
         Raises:
             TargetError: an unknown feature, a feature that no sample has, moments out of reach of the samples.
@@ -196,7 +206,7 @@ class DistributionalTarget(Target):
         names = list(features)
         values = torch.stack([features[name](responses) for name in names], dim=1)  # (N, K)
         wanted = torch.tensor([moments[name] for name in names], dtype=torch.float64)
-        lambdas, reached = fit_lambdas(values, wanted, names)
+        lambdas, reached = fit_lambdas(values, wanted, names, log_weights)
         return cls(
             features, dict(zip(names, lambdas.tolist(), strict=True)), dict(zip(names, reached.tolist(), strict=True))
         )

@@ -14,7 +14,7 @@ MOST_HALVINGS = 40
 
 
 def fit_lambdas(
-    features: torch.Tensor, moments: torch.Tensor, names: Sequence[str]
+    features: torch.Tensor, moments: torch.Tensor, names: Sequence[str], log_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimise the convex dual ``G(lambda) = log mean_i exp(lambda . phi_i) - lambda . moments``.
 
@@ -28,6 +28,7 @@ def fit_lambdas(
         features: phi (N, K) float64 of N samples of the base model.
         moments: (K,) float64.
         names: Of the features, for messages.
+        log_weights: (N,) float64, ``log a - log q`` where the samples are of q; default: they are of the base model.
 
     Returns:
         lambdas (K,) and the moments that are reached (K,), float64.
@@ -53,12 +54,13 @@ def fit_lambdas(
     spread = features.std(0, correction=0)
     scaled, wanted = features / spread, moments / spread  # lambda is per sd: one tolerance for all features
     lambdas = torch.zeros_like(moments)
+    base = torch.zeros(number, dtype=features.dtype) if log_weights is None else log_weights
 
     def dual(at: torch.Tensor) -> torch.Tensor:
-        return (scaled @ at).logsumexp(0) - wanted @ at  # up to a constant
+        return (base + scaled @ at).logsumexp(0) - wanted @ at  # up to a constant
 
     for _ in range(MOST_STEPS):
-        weights = (scaled @ lambdas).softmax(0)  # (N,)
+        weights = (base + scaled @ lambdas).softmax(0)  # (N,)
         means = weights @ scaled
         gradient = means - wanted
         if not gradient.isfinite().all():

@@ -18,6 +18,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from tokenmdp.targets.distributions import BinaryTarget, DistributionalTarget, ProductTarget, ScalarTarget, Target
 from tokenmdp.targets.features import Feature, Responses, TargetError, above, contains, matches, score
 
@@ -46,10 +48,14 @@ class WrittenTarget:
         """Whether P is 0 for some responses."""
         return any(part.has_zeros for part in self.fixed)
 
-    def fitted(self, responses: Responses | None = None) -> Target:
+    def fitted(self, responses: Responses | None = None, log_weights: torch.Tensor | None = None) -> Target:
         """The target, its moments fitted on samples of the base model if it has some.
 
         The moments hold for the distributional part alone; the other parts then move them.
+
+        Args:
+            responses: N samples of the base model.
+            log_weights: (N,) float64, ``log a - log q`` where they are samples of another policy q.
 
         Raises:
             TargetError: there are moments and no samples, or they are out of reach.
@@ -60,7 +66,7 @@ class WrittenTarget:
             raise TargetError(
                 f"the target {self.text!r} has moments, which are fitted on samples of the base; pass them"
             )
-        return self._product(DistributionalTarget.fit(self.features, self.moments, responses))
+        return self._product(DistributionalTarget.fit(self.features, self.moments, responses, log_weights))
 
     def with_lambdas(self, lambdas: Mapping[str, float]) -> Target:
         """The target with lambdas that were fitted before."""
