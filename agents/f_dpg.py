@@ -48,14 +48,12 @@ UNUSED = ("clip_coef", "kl_coef", "kl_target", "kl_horizon", "top_k")
 class FDPGConfig(AgentConfig):
     """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with a few hundred episodes per update."""
 
-    target: str = (
-        "score/0.5"  # such as word:great, words:a,b, regex:^ The, reward:>2, score/0.5, word:great@0.5; README
-    )
+    target: str = "score/0.5"  # such as word:great, words:a,b, reward:>2, score/0.5, word:great@0.5; agents/README.md
     divergence: Literal["forward-kl", "reverse-kl", "js", "tv"] = "js"  # to the target; the reverse KL has no zeros
     normaliser: Literal["shared", "prompt"] = "shared"  # one Z for all prompts, or one for each
     responses_per_prompt: int = 1  # K, divides num_envs; at least 2 with one Z for each prompt
     weight_clip: float | None = None  # importance weights above it are cut, which biases; None: none are
-    baseline_updates: int = 10  # past updates whose mean pseudo-reward is the baseline
+    baseline_updates: int = 5  # past updates whose mean pseudo-reward is the baseline
     moment_samples: int = 2048  # responses before the first update, for a target with moments
 
     update_epochs: int = 1  # passes over the episodes of an update
@@ -76,7 +74,8 @@ class FDPGConfig(AgentConfig):
                 "normaliser='prompt' estimates Z from the responses to one prompt, and responses_per_prompt is "
                 f"{self.responses_per_prompt}; set it to at least 2"
             )
-        read_target(self.target)
+        for part in read_target(self.target).fixed:
+            part.check_divergence(self.divergence)
 
 
 class FDPG(Agent):
@@ -103,7 +102,7 @@ class FDPG(Agent):
     config: FDPGConfig
 
     def check(self) -> None:
-        """Refuse rows that are not whole groups and a divergence that the target does not have; set the state up."""
+        """Refuse rows that are not whole groups; set the state up."""
         cfg, rows = self.config, self.envs.num_envs
         if rows % cfg.responses_per_prompt:
             raise ValueError(
@@ -111,8 +110,6 @@ class FDPG(Agent):
                 "them (in the command, --num-envs or --responses-per-prompt)"
             )
         self.wanted = read_target(cfg.target)
-        for part in self.wanted.fixed:
-            part.check_divergence(cfg.divergence)
         self.target: Target | None = None if self.wanted.moments else self.wanted.fitted()
         self.lambdas: dict[str, float] = {}
         self.z_sums: dict[str, list[float]] = {}
