@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 ALGORITHMS = {  # name in the command -> module and class; the first is the default
     "ppo": "tokenmdp.agents.ppo:PPO",
     "rloo": "tokenmdp.agents.rloo:RLOO",
+    "grpo": "tokenmdp.agents.grpo:GRPO",
+    "f-dpg": "tokenmdp.agents.f_dpg:FDPG",
     "sft": "tokenmdp.agents.sft:SFT",
     "reward-model": "tokenmdp.agents.reward_model:RewardModelLearner",
     "dpo": "tokenmdp.agents.dpo:DPO",

@@ -150,20 +150,31 @@ class Agent(Learner):
         mine = states[self.processes.rows(self.envs.num_envs)]
         self.envs.unwrapped.set_rng_state(mine)  # type: ignore[attr-defined]
 
-    def play(self, responses_per_prompt: int = 1) -> tuple[Rollout, Metrics]:
-        """One episode in every row, scored by the reward model and credited by the wrapper; see `collect`."""
+    @property
+    def rows_per_forward(self) -> int:
+        """Rows that the reference scores at a time: as many as a minibatch has."""
+        return math.ceil(self.envs.num_envs / self.config.num_minibatches)
+
+    def play(self, responses_per_prompt: int = 1, *, seeded: bool = True) -> tuple[Rollout, Metrics]:
+        """One episode in every row, scored by the reward model and credited by the wrapper; see `collect`.
+
+        Args:
+            responses_per_prompt: K; above 1, K rows that follow each other play one prompt.
+            seeded: The first update seeds the environments. False: they go on with their random numbers, for an
+                update that plays several times.
+        """
         return collect(
             self.envs,
             self.policy,
             self.reference,
             self.generator,
-            seed=environment_seed(self.config.seed) if self.num_updates_done == 0 else None,
-            rows_per_forward=math.ceil(self.envs.num_envs / self.config.num_minibatches),
+            seed=environment_seed(self.config.seed) if self.num_updates_done == 0 and seeded else None,
+            rows_per_forward=self.rows_per_forward,
             responses_per_prompt=responses_per_prompt,
             processes=self.processes,
         )
 
-    def take_steps(self, rollout: Rollout, losses: Losses) -> Metrics:
+    def take_steps(self, rollout: Rollout, losses: Losses, counts: torch.Tensor | None = None) -> Metrics:
         """``update_epochs`` passes over the rollout in ``num_minibatches`` random parts of its episodes.
 
         Args:
@@ -171,6 +182,7 @@ class Agent(Learner):
             losses: ``losses(new, old, rows)`` for some episodes: their scores under the policy that learns, their part
                 of the rollout, and which rows of the rollout they are, (n,) int64. Returns means over their tokens:
                 ``"loss"``, which has the gradient, ``"approx_kl"``, which ``target_kl`` bounds, and others to log.
+            counts: (N,) What each episode counts for in these means; default: its tokens. Ones: means over episodes.
 
         Returns:
             The means over all steps of what ``losses`` returned and of the gradient norms, and the number of steps.
@@ -180,18 +192,18 @@ class Agent(Learner):
         """
         cfg, steps = self.config, []
         lengths = row_lengths(rollout)
+        counts = rollout.response_mask.sum(-1) if counts is None else counts
         # Processes wait for each other in every backward, so all must have the same number of them.
         forward_slots = FORWARD_SLOTS if self.processes.size == 1 else math.inf
 
         def parts(rows: torch.Tensor, weight: float) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-            tokens = lengths[rows.cpu(), 1].sum()
+            total = counts[rows].sum()
             for members, old in by_length(rollout, rows, lengths, forward_slots):
                 new = self.learner(old.input_ids, old.attention_mask, old.prompt_slots, old.support)
-                # Losses are means over tokens.
-                yield weight * old.response_mask.sum() / tokens, losses(new, old, members)
+                yield weight * counts[members].sum() / total, losses(new, old, members)
 
         for minibatch in self._minibatches(len(rollout.scores)):
-            rows, weight = self.processes.part(minibatch, rollout.response_mask.sum(-1))
+            rows, weight = self.processes.part(minibatch, counts)
             steps.append(self.gradient(parts(rows, weight)))
             if cfg.target_kl is not None and steps[-1]["approx_kl"] > cfg.target_kl:
                 break  # before the step: it would go further in the direction that is already too far

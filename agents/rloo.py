@@ -76,12 +76,12 @@ class RLOO(Agent):
         rollout, metrics = self.play(self.config.responses_per_prompt)
         mask = rollout.response_mask
 
-        # 2 The reward of an episode: its token rewards, and off them the KL penalty.  (N,)
+        # 2 Rewards: token rewards, and off them the KL penalty.  (N, H)
         penalties = -self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
-        rewards = (torch.where(mask, rollout.token_rewards + penalties, 0.0)).sum(-1)
+        rewards = torch.where(mask, rollout.token_rewards + penalties, 0.0)
 
-        # 3 Advantages: one number per episode, for all its tokens.  (N, H)
-        advantages = leave_one_out(rewards, self.config.responses_per_prompt).unsqueeze(-1) * mask
+        # 3 Advantages.  (N, H)
+        advantages = self.advantages(rewards, mask)
         metrics["advantage_std"] = advantages[mask].std(correction=0).item()
 
         # 4 Epochs of minibatches. In the first step every ratio is 1, so it is REINFORCE's.
@@ -96,6 +96,10 @@ class RLOO(Agent):
             }  # fmt: skip
 
         return metrics | self.take_steps(rollout, losses)
+
+    def advantages(self, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One number per episode, for all its tokens: the sum of its rewards less that of the others; (N, H)."""
+        return leave_one_out(rewards.sum(-1), self.config.responses_per_prompt).unsqueeze(-1) * mask
 
 
 def leave_one_out(rewards: torch.Tensor, group: int) -> torch.Tensor:

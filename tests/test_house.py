@@ -13,7 +13,7 @@ FLOORS = (  # from the ground up; a file directly in tokenmdp/ is a room of its 
     ("types", "files", "intervals", "returns", "divergences", "wording"),
     ("models", "models.kernels", "report", "losses", "preference_losses"),
     ("reward_models", "training"),
-    ("credit", "preferences"),
+    ("credit", "preferences", "targets"),
     ("envs", "testing"),
     ("wrappers",),
     ("rollouts", "interop", "interop.sb3"),

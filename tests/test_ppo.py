@@ -46,21 +46,16 @@ def weights(agent):
     return {**agent.policy.state_dict(), **{f"reference.{k}": v for k, v in agent.reference.state_dict().items()}}
 
 
-def check_known_optimum(kind, **options):
-    """Train on 15 enumerable texts until ``pi*(y) = ref(y) exp(score(y) / kl_coef) / Z`` is reached; the agent."""
+def enumerable(num_envs=256):
+    """A token MDP of 15 texts, environments for it, and the sequence log-probabilities (15,) of a policy in them."""
     mdp = ToyMDP.random(vocab_size=3, horizon=3, eos_token_id=2, seed=0)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
     envs = gym.make_vec(
-        "tokenmdp:TextGen-v0", num_envs=256, autoreset_mode="Disabled", tokenizer=tokenizer,
+        "tokenmdp:TextGen-v0", num_envs=num_envs, autoreset_mode="Disabled", tokenizer=tokenizer,
         reward_model=TableRewardModel(mdp), prompts=["a"], max_new_tokens=3, max_prompt_tokens=2,
     )  # fmt: skip
-    config = kind.config_class(
-        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=6e-3, anneal_lr=True, total_updates=30,
-        num_minibatches=2, **options,
-    )  # fmt: skip
-    agent = kind(make_lm(vocab_size=3, eos=2), vector.SparseReward(envs), config)
     episode = mdp.episodes(prompt=[0], prompt_slots=2)
 
     def seq_logprobs(policy):
@@ -68,6 +63,17 @@ def check_known_optimum(kind, **options):
             logprobs = policy.evaluate(episode.input_ids, episode.attention_mask, episode.prompt_slots).logprobs
         return (logprobs * mdp.mask).sum(-1).double()
 
+    return mdp, vector.SparseReward(envs), seq_logprobs
+
+
+def check_known_optimum(kind, **options):
+    """Train on 15 enumerable texts until ``pi*(y) = ref(y) exp(score(y) / kl_coef) / Z`` is reached; the agent."""
+    mdp, envs, seq_logprobs = enumerable()
+    config = kind.config_class(
+        dtype="float32", device="cpu", kl_coef=0.5, learning_rate=6e-3, anneal_lr=True, total_updates=30,
+        num_minibatches=2, **options,
+    )  # fmt: skip
+    agent = kind(make_lm(vocab_size=3, eos=2), envs, config)
     reference = seq_logprobs(agent.reference)
     optimum, best = mdp.optimum(reference, config.kl_coef)
     assert math.isclose(reference.exp().sum(), 1, abs_tol=1e-5)

@@ -131,7 +131,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Ablate, dict[str, Any]]:
     config = agent_config(base, updates=1)
     own = as_options(config, NOT_OPTIONS)
     planned = [] if place is None else ["--preset", preset, *_words(read_plan(Path(place), own))]
-    parts = {"general": as_options(plan_options(preset)), base.algorithm: own}
+    parts = {"general": as_options(plan_options(preset)), base.algorithm.replace("-", "_"): own}
     options, chosen = parse_parts("ablate", [*planned, *arguments], inspect.getdoc(Ablate) or "", parts)
     return Ablate(**options), {name: value for name, value in chosen.items() if value != getattr(config, name)}
 

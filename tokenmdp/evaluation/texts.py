@@ -11,6 +11,7 @@ from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import VectorEnv
 
 from tokenmdp.evaluation.policies import evaluate
+from tokenmdp.models.tokens import distinct_n
 from tokenmdp.report.samples import Sample
 
 if TYPE_CHECKING:
@@ -21,22 +22,6 @@ LONGEST_NGRAM = 3  # distinct_1 .. distinct_3
 SELF_BLEU_TEXTS = 64  # the first ones: more texts raise self-BLEU by themselves, and the cost grows as their square
 KEPT_SAMPLES = 8
 Tokens = Sequence[int]
-
-
-def distinct_n(texts: Sequence[Tokens], n: int) -> float:
-    """The share of the n-grams of all texts together that are different from one another.
-
-        distinct_n = |set of n-grams| / number of n-grams
-
-    Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", NAACL 2016. No n-gram reaches
-    over the end of a text. It falls with the number of texts, so compare it at equal numbers. 0 where no
-    text has n tokens.
-
-    >>> distinct_n([[5, 6, 5, 6], [5, 6]], 1), distinct_n([[5, 6, 5, 6], [5, 6]], 2)   # 5 6, 6 5, 5 6 and 5 6
-    (0.3333333333333333, 0.5)
-    """
-    ngrams = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def self_bleu(texts: Sequence[Tokens]) -> float:

@@ -75,6 +75,22 @@ def growing_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int], fi
     return [decode(ids[:count]) for count in range(first, len(ids) + 1)]
 
 
+def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
+    """The share of the n-grams of all texts together that are different from one another.
+
+        distinct_n = |set of n-grams| / number of n-grams
+
+    Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", NAACL 2016. No n-gram reaches
+    over the end of a text. It falls with the number of texts, so compare it at equal numbers. 0 where no
+    text has n tokens.
+
+    >>> distinct_n([[5, 6, 5, 6], [5, 6]], 1), distinct_n([[5, 6, 5, 6], [5, 6]], 2)   # 5 6, 6 5, 5 6 and 5 6
+    (0.3333333333333333, 0.5)
+    """
+    ngrams = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
 def check_text(text: str, place: str) -> None:
     """Refuse a text that is not Unicode: half of a surrogate pair, or a byte that was not UTF-8 where it came from.
 

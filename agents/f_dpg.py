@@ -1,0 +1,270 @@
+"""f-DPG: a policy approaches a target distribution, in any of four divergences. No critic.
+
+One update: episodes of the policy; their probabilities under policy and frozen reference, from the same forward; the
+target's normaliser Z and each response's pseudo-reward; REINFORCE steps, weighted for the policy that sampled. Reads
+top to bottom.
+
+    import gymnasium as gym
+    from tokenmdp.agents.f_dpg import FDPG, FDPGConfig
+    from tokenmdp.wrappers import vector
+
+    envs = gym.make_vec("tokenmdp:TextGen-IMDb-v0", num_envs=256, autoreset_mode="Disabled")
+    agent = FDPG("imdb-tiny", vector.SparseReward(envs), FDPGConfig(target="word:excellent", divergence="js", seed=1))
+    agent.learn(num_updates=40)
+
+A target is about whole responses, so how a score is spread over tokens makes no difference. With the reverse KL and
+the target ``score/BETA`` this is REINFORCE on ``score - BETA * KL``, PPO's objective.
+
+Sources: Khalifa et al., "A Distributional Approach to Controlled Text Generation", ICLR 2021 (DPG); Korbak et al., "On
+Reinforcement Learning and Distribution Matching for Fine-Tuning Language Models with no Catastrophic Forgetting",
+NeurIPS 2022 (the baseline); Go et al., "Aligning Language Models with Preferences through f-divergence Minimization",
+ICML 2023 (f-DPG).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from tokenmdp.agents.base import Agent, AgentConfig, Metrics
+from tokenmdp.divergences import f_over_t, kl_k3, pseudo_reward
+from tokenmdp.models.token_distribution import TokenScores
+from tokenmdp.models.tokens import distinct_n
+from tokenmdp.rollouts.collecting import score_under
+from tokenmdp.targets import Responses, Target, TargetError, read_target
+from tokenmdp.training.checkpoint import Format
+from tokenmdp.training.typed import require
+from tokenmdp.types import Episode, Rollout
+
+MOST_EMPTY = 10  # updates without any response that meets the target, after which a run ends with an error
+LARGEST_LOG = 700.0  # of exp in float64
+UNUSED = ("clip_coef", "kl_coef", "kl_target", "kl_horizon", "top_k")
+
+
+@dataclass(frozen=True)
+class FDPGConfig(AgentConfig):
+    """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with a few hundred episodes per update."""
+
+    target: str = "score/0.5"  # such as word:great, words:a,b, reward:>2, score/0.5, word:great@0.5; agents/README.md
+    divergence: Literal["forward-kl", "reverse-kl", "js", "tv"] = "js"  # to the target; the reverse KL has no zeros
+    normaliser: Literal["shared", "prompt"] = "shared"  # one Z for all prompts, or one for each
+    responses_per_prompt: int = 1  # K, divides num_envs; at least 2 with one Z for each prompt
+    weight_clip: float | None = None  # importance weights above it are cut, which biases; None: none are
+    baseline_updates: int = 5  # past updates whose mean pseudo-reward is the baseline
+    moment_samples: int = 2048  # responses before the first update, for a target with moments
+
+    update_epochs: int = 1  # passes over the episodes of an update
+    num_minibatches: int = 2  # steps per pass
+    kl_coef: float = 0.0  # unused: the target says how far the policy goes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "responses_per_prompt weight_clip baseline_updates moment_samples", "positive")
+        for name in UNUSED:
+            if (value := getattr(self, name)) != (default := getattr(FDPGConfig, name)):
+                raise ValueError(
+                    f"{name} is {value} and f-DPG has no use for it: the target, such as score/0.5, says how far the "
+                    f"policy goes, and weight_clip cuts weights; leave it at {default}"
+                )
+        if self.normaliser == "prompt" and self.responses_per_prompt < 2:
+            raise ValueError(
+                "normaliser='prompt' estimates Z from the responses to one prompt, and responses_per_prompt is "
+                f"{self.responses_per_prompt}; set it to at least 2"
+            )
+        for part in read_target(self.target).fixed:
+            part.check_divergence(self.divergence)
+
+
+class FDPG(Agent):
+    """Distributional policy gradients for f-divergences.
+
+    Arguments and attributes as `Agent`'s, but for ``kl_coef``, and:
+
+    Attributes:
+        target: `tokenmdp.targets.Target`; with moments it is fitted in the first update. Assign one of your own
+            before the first update, such as ``BinaryTarget(of_texts(function, "name", is_binary=True))``.
+        z_sums: What Z is known from: prompt (as token ids), or "" -> [log of the sum of P / q, number of responses].
+        baseline: Mean pseudo-reward of past updates.
+        skipped_updates: Updates without a step, as no response so far had P > 0.
+    """
+
+    config_class = FDPGConfig
+    format = Format("f-dpg", 1)
+    uses_credit = False
+    state = ("lambdas", "z_sums", "baseline", "baseline_count", "skipped_updates")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"learning_rate": 1e-4},
+        "smoke": {"learning_rate": 3e-3, "target": "word:great"},
+    }
+    config: FDPGConfig
+
+    def check(self) -> None:
+        """Refuse rows that are not whole groups; set the state up."""
+        cfg, rows = self.config, self.envs.num_envs
+        if rows % cfg.responses_per_prompt:
+            raise ValueError(
+                f"num_envs={rows} is not a multiple of responses_per_prompt={cfg.responses_per_prompt}; change one of "
+                "them (in the command, --num-envs or --responses-per-prompt)"
+            )
+        self.wanted = read_target(cfg.target)
+        self.target: Target | None = None if self.wanted.moments else self.wanted.fitted()
+        self.lambdas: dict[str, float] = {}
+        self.z_sums: dict[str, list[float]] = {}
+        self.baseline, self.baseline_count, self.skipped_updates = 0.0, 0, 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The language model or its adapters; the value head is not used and stays as it is."""
+        self.policy.value_head.requires_grad_(False)
+        body, _ = self.policy.parameter_groups(self.config.learning_rate, 0.0)
+        return [body]
+
+    def finish(self, metrics: Metrics) -> None:
+        """Nothing: there is no coefficient to adapt."""
+
+    def update(self) -> Metrics:
+        """One update; README.md beside this file defines the metrics."""
+        cfg, target = self.config, self._fitted_target()
+
+        # 1 Sample from q, the policy as it is now.
+        rollout, metrics = self._play()
+        log_q, log_a = (
+            _whole(part, rollout.response_mask) for part in (rollout.logprobs, rollout.ref_logprobs)
+        )  # (N,)
+
+        # 2 The target p = P / Z; Z is the mean of P / q over all responses so far.  (N,) float64
+        responses = self._responses(rollout)
+        log_weights = target.log_unnormalised(log_a, responses) - log_q  # log P / q
+        log_z = self._log_z(rollout, log_weights)
+        known = log_z > -torch.inf  # False: no response (to this prompt) has met the target, so p is unknown
+        log_p = torch.where(known, log_weights + log_q - log_z, 0.0)
+        log_t = torch.where(known, log_q - log_p, 0.0)  # t = pi / p
+        metrics |= self._measured(rollout, target, responses, log_weights, log_z, known, log_t)
+        metrics["kl"] = (log_q - log_a).mean().item()
+
+        # 3 The baseline: past pseudo-rewards, so that it is independent of these responses. The first time, their mean:
+        # it makes the gradient shorter by 1/N, and no other.
+        if not known.any():
+            return metrics | self._skip(len(known))
+        mean_reward = pseudo_reward(cfg.divergence, log_t)[known].mean().item()
+        baseline = self.baseline if self.baseline_count else mean_reward
+        self.baseline_count = min(self.baseline_count + 1, cfg.baseline_updates)
+        self.baseline += (mean_reward - self.baseline) / self.baseline_count
+
+        # 4 Steps: -mean_i (pi / q)_i (-f'(t_i) - baseline) log pi_i. Per token, as in PPO, so that max_grad_norm fits.
+        length = metrics["response_length"]
+
+        def losses(new: TokenScores, old: Rollout, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+            kept = old.response_mask
+            seq_logprobs = _whole(new.logprobs, kept)  # (n,) float64
+            now = seq_logprobs.detach()
+            weights = (now - log_q[rows]).exp()  # exactly 1 on paper in the first step, up to rounding in fact
+            used = weights if cfg.weight_clip is None else weights.clamp(max=cfg.weight_clip)
+            advantages = pseudo_reward(cfg.divergence, now - log_p[rows]) - baseline
+            gains = torch.where(known[rows], used * advantages * seq_logprobs, 0.0)
+            moved = kl_k3(torch.zeros_like(new.logprobs), torch.where(kept, new.logprobs - old.logprobs, 0.0)).detach()
+            return {
+                "approx_kl": _whole(moved, kept).mean() / length, "loss": -gains.mean() / length,
+                "entropy": _whole(new.entropy, kept).mean() / length, "weight": weights.mean(),
+                "weight_square": weights.square().mean(), "clip_fraction": (used < weights).double().mean(),
+            }  # fmt: skip
+
+        taken = self.take_steps(rollout, losses, counts=torch.ones_like(log_q))
+        taken["ess"] = taken.pop("weight") ** 2 / taken.pop("weight_square")
+        return metrics | {"baseline": baseline} | taken
+
+    def _play(self, seeded: bool = True) -> tuple[Rollout, Metrics]:
+        """Episodes; the policy's log-probabilities are those of a forward over whole texts, as the reference's are.
+
+        Those of the sampler's cache differ by rounding, which alone would decide the sign of t - 1 near 1.
+        """
+        rollout, metrics = self.play(self.config.responses_per_prompt, seeded=seeded)
+        with self.processes.whole_weights(self.policy):
+            scored = score_under(self.policy, rollout, self.rows_per_forward)
+        return rollout._replace(logprobs=scored), metrics
+
+    def _responses(self, rollout: Rollout) -> Responses:
+        episodes = Episode(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+        return Responses.of(episodes, self.tokenizer, rollout.scores)
+
+    def _fitted_target(self) -> Target:
+        """The target; its moments are fitted once, on samples of the policy before its first step."""
+        if self.target is None and self.lambdas:
+            self.target = self.wanted.with_lambdas(self.lambdas)
+        if self.target is None:
+            texts: list[str] = []
+            parts = []
+            while len(texts) < self.config.moment_samples:
+                rollout, _ = self._play(seeded=not texts)
+                texts += self._responses(rollout).texts
+                ratio = _whole(rollout.ref_logprobs - rollout.logprobs, rollout.response_mask)
+                parts.append(torch.stack([rollout.scores.double(), ratio]).cpu())
+            scores, log_weights = torch.cat(parts, 1)
+            self.target = self.wanted.fitted(Responses(texts, scores), log_weights)
+            self.lambdas = dict(self.target.factors()[-1].lambdas)  # type: ignore[attr-defined]
+        self.target.check_divergence(self.config.divergence)
+        return self.target
+
+    def _log_z(self, rollout: Rollout, log_weights: torch.Tensor) -> torch.Tensor:
+        """Add a batch to what Z is known from; the log of ``mean P / q`` for the prompt of each response, (N,)."""
+        keys = [""] * len(log_weights)
+        if self.config.normaliser == "prompt":
+            seen = rollout.attention_mask[:, : rollout.prompt_slots].cpu()
+            prompts = zip(rollout.input_ids[:, : rollout.prompt_slots].cpu(), seen, strict=True)
+            keys = [" ".join(map(str, ids[kept].tolist())) for ids, kept in prompts]
+        rows: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            rows.setdefault(key, []).append(row)
+        for key, members in rows.items():
+            total, count = self.z_sums.get(key, [-math.inf, 0])
+            new = torch.cat([log_weights.new_tensor([total]), log_weights[members]]).logsumexp(0).item()
+            self.z_sums[key] = [new, count + len(members)]
+        means = {key: self.z_sums[key][0] - math.log(self.z_sums[key][1]) for key in rows}
+        return log_weights.new_tensor([means[key] for key in keys])
+
+    def _measured(
+        self, rollout: Rollout, target: Target, responses: Responses, log_weights: torch.Tensor, log_z: torch.Tensor,
+        known: torch.Tensor, log_t: torch.Tensor,
+    ) -> Metrics:  # fmt: skip
+        """How near the policy is to the target, and how much the estimates rest on."""
+        found = {name: numbers.mean().item() for name, numbers in target.measures(responses).items()}
+        divergences = {"forward_kl": "forward-kl", "tv": "tv", "js": "js"}
+        if not target.has_zeros:
+            divergences["reverse_kl"] = "reverse-kl"
+        for metric, name in divergences.items():
+            values: Any = f_over_t(name, log_t[known])  # type: ignore[arg-type]
+            found[metric] = values.mean().item() / (2 if name == "js" else 1) if len(values) else 0.0
+        concentration = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp() / len(log_weights)
+        texts = [
+            ids[kept].tolist()
+            for ids, kept in zip(
+                rollout.input_ids[:, rollout.prompt_slots :].cpu(), rollout.response_mask.cpu(), strict=True
+            )
+        ]
+        found |= {
+            "z": log_z.clamp(max=LARGEST_LOG).exp().mean().item(),
+            "unknown_z": 1 - known.double().mean().item(),
+            "target_ess": concentration.nan_to_num(0.0).item(),
+            "distinct_2": distinct_n(texts, 2),
+            "entropy": -(rollout.logprobs.sum() / rollout.response_mask.sum()).item(),  # of samples, if no step follows
+        }
+        return found | {"skipped_updates": self.skipped_updates}
+
+    def _skip(self, episodes: int) -> Metrics:
+        """No response so far has P > 0: count it, take no step."""
+        self.skipped_updates += 1
+        if self.skipped_updates >= MOST_EMPTY and self.num_updates_done + 1 == self.skipped_updates:
+            raise TargetError(
+                f"none of {self.skipped_updates * episodes} responses meets the target {self.config.target!r}, so "
+                "there is nothing to learn from; play more episodes per update (--num-envs), or begin with an easier "
+                "target"
+            )
+        names = ("baseline", "approx_kl", "loss", "clip_fraction", *self.norms, "minibatches")
+        return dict.fromkeys(names, 0.0) | {"ess": 1.0, "skipped_updates": self.skipped_updates}
+
+
+def _whole(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The sum over a response's tokens in float64, in which whole responses are compared; (n, T) -> (n,)."""
+    return torch.where(mask, per_token, 0.0).double().sum(-1)
