@@ -242,7 +242,7 @@ def test_version(capsys):
 
 
 def test_unwritable_directory_is_refused_before_any_work(tmp_path, error, monkeypatch):
-    monkeypatch.setattr("tokenmdp.runs.training.make_envs", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("tokenmdp.runs.policy_run.make_envs", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").write_text("")
     message = error("train", *SMALL, "--out", tmp_path / "file" / "run")
     assert f"cannot write to the run directory {tmp_path / 'file' / 'run'}" in message

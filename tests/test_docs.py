@@ -25,7 +25,7 @@ PAGES = (
     "docs/critic.md",
     "docs/preferences.md",
     "docs/processes_and_memory.md",
-    "docs/reliability.md",
+    "docs/reliability.md", "docs/rlhf.md",
     "docs/study.md",
     "examples/abc_study/README.md",
     "tokenmdp/assets/imdb/README.md",

@@ -108,7 +108,7 @@ def test_a_row_depends_neither_on_the_other_rows_nor_on_the_padding(causal):
     together = model(FILMS, needs=model.provides - {"gradients"})
     for row in range(3):
         alone = model(type(FILMS)(*(part[row : row + 1] for part in FILMS)), needs=model.provides - {"gradients"})
-        for part, other in zip(together, alone, strict=True):
+        for part, other in zip(together[:4], alone[:4], strict=True):  # the last one, spread, is of ensembles
             assert part[row].allclose(other[0], atol=1e-5)
 
 
