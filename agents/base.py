@@ -79,7 +79,7 @@ class Agent(Learner):
     config: Any
     learns_from = "episodes"
     uses_credit = True
-    state = ("kl_coef",)
+    state: ClassVar[tuple[str, ...]] = ("kl_coef",)
     # Of `tokenmdp train`: fields of the configuration by preset. Two epochs take three fifths of the time of four, and
     # larger steps compensate.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
