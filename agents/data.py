@@ -32,7 +32,7 @@ class DataConfig(LearnerConfig):
     needs_total: ClassVar[bool] = False
 
     batch_size: int = 64  # examples per update: prompts with their responses
-    epochs: int = 1  # passes over the data, where total_updates does not say how many updates
+    epochs: int = 1  # passes over the data, unless the number of updates is given
     learning_rate: float = 1e-4  # of the language model
     anneal_lr: bool = True  # learning rates fall linearly to 0 over total_updates
 

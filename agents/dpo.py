@@ -17,6 +17,7 @@ Sources: those of `tokenmdp.preference_losses.dpo_loss`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,8 @@ from tokenmdp.types import Episode
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class DPOConfig(DataConfig):
@@ -43,7 +46,7 @@ class DPOConfig(DataConfig):
 
     batch_size: int = 32  # pairs per update
     dpo_beta: float = 0.1  # how closely the policy stays with the reference
-    form: Literal["sigmoid", "ipo", "robust"] = "sigmoid"  # of the loss; robust expects label_smoothing wrong labels
+    form: Literal["sigmoid", "ipo", "robust"] = "sigmoid"  # robust: label_smoothing is the share of wrong labels
     label_smoothing: float = 0.0  # below 0.5
     length_normalised: bool = False  # divides log-probabilities by the number of tokens
     margin: str = ""  # MODPO: the reward model of the other objective, in the same unit as the labels' log-odds
@@ -98,13 +101,16 @@ class DPO(PolicyFromData):
         super().__init__(policy, examples, config, reference, accelerator, tokenizer)
         self.ref_logprobs = self._of_all(self._reference_logprobs)
         self.margins = torch.tensor([one.facts for one in examples], dtype=torch.float64)
-        self.margin_spread = 0.0  # sd of the other objective's differences, to be compared with the labels' unit
+        if self.config.form == "ipo" and self.margins.any():
+            raise ValueError(
+                'records have margins, which form="ipo" does not use; take another form, or leave them out'
+            )
         if self.config.margin:
             other = load_reward_model(self.config.margin, device=str(self.generator.device))
             other.check_tokenizer(self.tokenizer)
             scores = self._of_all(lambda episodes: other(episodes).score)
             gaps = scores[:, 0] - scores[:, 1]
-            self.margin_spread = float(gaps.std())
+            logger.info("the other objective's differences have sd %.2f; they should be log-odds", float(gaps.std()))
             self.margins += (1 - self.config.objective_weight) * gaps
 
     def losses(self, rows: np.ndarray, episodes: Episode) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ class FDPGConfig(AgentConfig):
     """The numbers of one run. Defaults fit the bundled 4.5M-parameter policy with a few hundred episodes per update."""
 
     target: str = "score/0.5"  # such as word:great, words:a,b, reward:>2, score/0.5, word:great@0.5; agents/README.md
-    divergence: Literal["forward-kl", "reverse-kl", "js", "tv"] = "js"  # to the target; the reverse KL has no zeros
+    divergence: Literal["forward-kl", "reverse-kl", "js", "tv"] = "js"  # measures the distance
     normaliser: Literal["shared", "prompt"] = "shared"  # one Z for all prompts, or one for each
     responses_per_prompt: int = 1  # K, divides num_envs; at least 2 with one Z for each prompt
     weight_clip: float | None = None  # importance weights above it are cut, which biases; None: none are
@@ -162,8 +162,9 @@ class FDPG(Agent):
             now = seq_logprobs.detach()
             weights = (now - log_q[rows]).exp()  # exactly 1 on paper in the first step, up to rounding in fact
             used = weights if cfg.weight_clip is None else weights.clamp(max=cfg.weight_clip)
-            advantages = pseudo_reward(cfg.divergence, now - log_p[rows]) - baseline
-            gains = torch.where(known[rows], used * advantages * seq_logprobs, 0.0)
+            # 0 before the product: where Z is unknown the pseudo-reward may be infinite.
+            advantages = torch.where(known[rows], pseudo_reward(cfg.divergence, now - log_p[rows]) - baseline, 0.0)
+            gains = used * advantages * seq_logprobs
             moved = kl_k3(torch.zeros_like(new.logprobs), torch.where(kept, new.logprobs - old.logprobs, 0.0)).detach()
             return {
                 "approx_kl": _whole(moved, kept).mean() / length, "loss": -gains.mean() / length,

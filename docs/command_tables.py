@@ -24,6 +24,7 @@ from tokenmdp.cli.quality import Quality
 from tokenmdp.cli.rlhf import Rlhf
 from tokenmdp.cli.sample import SampleOptions
 from tokenmdp.cli.score import Score
+from tokenmdp.cli.soup import SoupOptions
 from tokenmdp.cli.train import from_data, left_out, preset_options
 from tokenmdp.cli.train_reward_model import TrainRewardModel
 from tokenmdp.runs.settings import SET_APART, agent_config, preset_settings
@@ -71,7 +72,7 @@ def tables() -> dict[str, str]:
     }
     commands = {
         "sample": SampleOptions, "score": Score, "prefer": Prefer, "eval": Eval, "quality": Quality,
-        "ablate": plan_options(), "rlhf": Rlhf,
+        "ablate": plan_options(), "rlhf": Rlhf, "soup": SoupOptions,
     }  # fmt: skip
     return {
         "train": table(preset_options(), left_out(DEFAULT_ALGORITHM)),

@@ -68,7 +68,7 @@ def dpo_loss(
     4.0
     """
     difference = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
-    if form == "ipo":
+    if form == "ipo":  # without smoothing and margin, which `DPOConfig` refuses
         return (difference - 1 / (2 * dpo_beta)).square().mean()
     h = (dpo_beta * difference - margin) / objective_weight
     right, wrong = logsigmoid(h), logsigmoid(-h)

@@ -49,11 +49,14 @@ def evaluate_run(arguments: Eval) -> int:
         load_policy(str(path), envs, settings.config, settings.device)
         for path in (run.checkpoint, run.checkpoint / "state" / "reference")
     )
+    start = reference  # unless the run was given another one
+    if settings.reference is not None:
+        start = load_policy(settings.policy, envs, settings.config, settings.device)
     with console.status("evaluating"):
         envs = evaluation_envs(settings, arguments.samples, split.held_out)
         before, after = (
             evaluate(model, reference, envs, samples=arguments.samples, seed=arguments.seed, shown=0)
-            for model in (reference, policy)
+            for model in (start, policy)
         )
         envs.close()
     what = f"{len(after.scores)} responses to {split.label}, seed {arguments.seed}"

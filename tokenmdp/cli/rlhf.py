@@ -70,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         options, rounds=1, pairs_per_round=20, updates=1, max_new_tokens=1, eval_samples=2, temperature=0, error_rate=0
     )
     check_directory(options.out)
+    if options.algorithm != "ppo" and options.credit != Rlhf.credit:
+        raise ValueError(f"--credit {options.credit} makes no difference to {options.algorithm}; leave it out")
     console = make_console()
     settings = PipelineSettings(
         policy=absolute_name(options.policy) or options.policy,

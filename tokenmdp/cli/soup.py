@@ -54,6 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     members = absolute_name(first) or first, absolute_name(second) or second
     objectives = list(dict.fromkeys(options.reward_model or (settings.reward_model, other.reward_model)))
     objectives = [absolute_name(name) or name for name in objectives]
+    if options.start is None and not (settings.reference is other.reference is None):
+        raise ValueError(
+            "a run was given --reference, so its checkpoint does not say what it was trained from; pass --start with "
+            "that policy"
+        )
     start = options.start or _start(members[0])
     settings = replace(settings, credit="sparse", credit_options={}, device=resolve_device(options.device))
     points = soups(members, settings, weights, objectives, start, options.samples, options.out, console)

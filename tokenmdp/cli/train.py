@@ -51,11 +51,10 @@ class Train:
     seed: int = 1
     """Seeds sampling, minibatches and prompts."""
     updates: int | None
-    """Updates in all; raise it to train a finished run further. Default: as many as --epochs of the data take."""
+    """Updates in all; raise it to train a finished run further. Without it, what learns from data makes --epochs passes
+    over them."""
     data: str | None = None
     """Learn from this file, directory or data set: comparisons, or texts for sft."""
-    held_out: float = 0.1
-    """The share of the data's prompts that is not learned from, to test what was."""
     num_envs: int
     """Episodes per update."""
     policy: str
@@ -105,9 +104,9 @@ def preset_options(preset: PresetName = "quick", algorithm: str = DEFAULT_ALGORI
     4
     """
     settings = preset_settings(preset, algorithm)
-    changes = {"updates": None, **changes} if from_data(algorithm) else {"held_out": 0.0, **changes}
+    changes = {"updates": None, **changes} if from_data(algorithm) else changes
     names = {field.name for field in fields(Train)} & asdict(settings).keys() - {"credit_beta", "tokenizer", "device"}
-    taken = {name: getattr(settings, name) for name in names - {"held_out", "data"}}
+    taken = {name: getattr(settings, name) for name in names - {"data"}}
     return Train(**{"preset": preset, "updates": PRESETS[preset].updates, **taken, **changes})
 
 
@@ -118,7 +117,7 @@ def from_data(name: str) -> bool:
 
 def left_out(name: str) -> set[str]:
     """Options that an algorithm does not have."""
-    return {"num_envs"} if from_data(name) else {"data", "held_out"}
+    return {"num_envs"} if from_data(name) else {"data"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -183,8 +182,10 @@ def settings_from(
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (
         "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "score", "align", "reward_template", "num_envs",
-        "eval_samples", "credit", "seed", "held_out",
+        "eval_samples", "credit", "seed",
     )  # fmt: skip
+    if margin := (config or {}).get("margin"):
+        config = {**dict(config or {}), "margin": absolute_name(margin)}
     settings = replace(
         base,
         **names,

@@ -33,7 +33,7 @@ class TrainRewardModel:
     init: str = "imdb-tiny"
     """What it starts from: bundled name, directory or hub name of a language model, or of a one-label classifier."""
     held_out: float = 0.1
-    """The share of the prompts that is not learned from, to test what was."""
+    """About the share of the prompts that is not learned from, to test what was: every k-th, k = 1 / share rounded."""
     seed: int = 1
     """Seeds the new head and the order of the data."""
     members: int = 1

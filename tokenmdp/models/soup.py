@@ -75,7 +75,8 @@ def check_weights(weights: Sequence[float], models: int) -> None:
 def check_equal(directories: Sequence[str | Path]) -> None:
     """Refuse directories of other configurations, vocabularies or starts.
 
-    Of two checkpoints written here the start is known, their ``state/reference``; of other directories it is not.
+    The start of a checkpoint written here is taken to be its ``state/reference``, which it is unless the run was given
+    another reference; of other directories it is not known.
 
     Raises:
         UnequalModels: with the first difference.

@@ -93,7 +93,10 @@ def _demonstrations(
         else:
             texts = row["prompt"], row[answer]
             if not all(isinstance(text, str) and text for text in texts):
-                raise EmptyText(f"{where}: prompt and {answer} are texts that are not empty; leave this row out")
+                raise EmptyText(
+                    f"{where}: prompt and {answer} are texts that are not empty; leave this row out, or write chats as "
+                    "texts with the tokenizer's template first"
+                )
             prompt = tuple(opening_ids(tokenizer, texts[0], start_ids(tokenizer)))
             response = (*continuing_ids(tokenizer, texts[1]), *ending)
         return [Demonstration(prompt_ids=prompt, response_ids=response[:max_tokens])]

@@ -22,12 +22,13 @@ class Bin(NamedTuple):
     pairs: int
 
 
-def bins(gaps: np.ndarray, number: int = 8) -> list[Bin]:
-    """Pairs by ``P = sigma(|gap|)`` in ``number`` bins of equal count, those with fewer than `FEWEST` pairs left out.
+def bins(gaps: np.ndarray, number: int = 8, error_rate: float = 0.0) -> list[Bin]:
+    """Pairs by ``P = e / 2 + (1 - e) sigma(|gap|)`` in bins of equal count, without those of less than `FEWEST` pairs.
 
     Args:
         gaps: (n,) score of the chosen response less that of the rejected one, log-odds.
         number: of bins.
+        error_rate: e, the share of labels that the model takes for coin flips.
 
     >>> [round(one.predicted, 2) for one in bins(np.array([0.0] * 20 + [2.0] * 20), number=2)]
     [0.5, 0.88]
@@ -37,14 +38,15 @@ def bins(gaps: np.ndarray, number: int = 8) -> list[Bin]:
     for part in np.array_split(order, number):
         if len(part) >= FEWEST:
             own = gaps[part]
-            predicted = float((1 / (1 + np.exp(-np.abs(own)))).mean())
+            sure = float((1 / (1 + np.exp(-np.abs(own)))).mean())
+            predicted = error_rate / 2 + (1 - error_rate) * sure
             found.append(Bin(predicted, bootstrap_interval((own > 0) + (own == 0) / 2), len(part)))
     return found
 
 
-def plot(gaps: np.ndarray, path: str | Path) -> Path:
+def plot(gaps: np.ndarray, path: str | Path, error_rate: float = 0.0) -> Path:
     """Draw `bins` against the diagonal of a calibrated model; the bars are 95% bootstrap intervals."""
-    found = bins(gaps)
+    found = bins(gaps, error_rate=error_rate)
     figure = new_figure(4.8, 4.4)
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")

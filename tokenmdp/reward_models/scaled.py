@@ -59,7 +59,8 @@ class ScaledRewardModel(RewardModel):
         """What the inner model gives, with its scores scaled; the inner model checks. No token at all is scaled too."""
         output = self.inner(episodes, needs=needs, empty_responses=empty_responses)
         prefixes = None if output.prefix_scores is None else self._scaled(output.prefix_scores)
-        return output._replace(score=self._scaled(output.score), prefix_scores=prefixes)
+        spread = None if output.spread is None else self.scale * output.spread
+        return output._replace(score=self._scaled(output.score), prefix_scores=prefixes, spread=spread)
 
     def evaluate(self, episodes: Episode, needs: frozenset[str]) -> RewardOutput:
         """As calling it."""

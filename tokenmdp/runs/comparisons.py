@@ -41,6 +41,7 @@ SAMPLING = (
     "env", "policy", "tokenizer", "prompts", "eval_prompts", "max_new_tokens", "min_new_tokens", "horizon_range",
     "max_prompt_tokens", "truncate_prompt",
 )  # fmt: skip
+CHOSEN = 2**62  # added to the seed of pairs that are chosen among many
 Judge = Callable[[list[Group], int], tuple[Sequence[Preference | Group], dict[str, int]]]
 
 
@@ -75,6 +76,8 @@ class Comparing:
                 f"--ask-by {self.ask_by} --ask-model {self.ask_model}: asking where an ensemble disagrees needs both, "
                 "the rule and the directory of the ensemble"
             )
+        if self.ask_by == "random" and self.candidates != type(self).candidates:
+            raise ValueError(f"--candidates {self.candidates} is for --ask-by disagreement or label-variance; pass one")
         if self.ask_by != "random" and (self.responses != 2 or self.candidates < 2):
             raise ValueError(
                 f"--ask-by {self.ask_by} chooses among pairs: --responses is {self.responses} (2), --candidates "
@@ -172,10 +175,13 @@ def sample(
         policy = load_policy(name, envs, options, settings.device)
         console.print(split.note, highlight=False, soft_wrap=True)
 
-        def sampled_batch(number: int) -> list[Group | None]:
-            return sample_groups(envs, policy, asked.responses, seed=asked.seed, batch=number)
+        # Other pairs than random ones with this seed, which the ensemble may have learned from.
+        seed = asked.seed if asked.ask_by == "random" else asked.seed + CHOSEN
 
-        choose = sampled_batch if asked.ask_by == "random" else chooser(asked, settings.device, sampled_batch)
+        def sampled_batch(number: int) -> list[Group | None]:
+            return sample_groups(envs, policy, asked.responses, seed=seed, batch=number)
+
+        choose = sampled_batch if asked.ask_by == "random" else chooser(asked, settings, sampled_batch)
         with _progress(console, file.done, asked.pairs) as show:
             while file.done < asked.pairs:
                 batch, used = divmod(file.done, batch_size)
@@ -215,15 +221,17 @@ def print_sampled(console: Console, file: GrowingFile) -> None:
 
 
 def chooser(
-    asked: Comparing, device: str, sampled: Callable[[int], list[Group | None]]
+    asked: Comparing, settings: RunSettings, sampled: Callable[[int], list[Group | None]]
 ) -> Callable[[int], list[Group | None]]:
     """A function from the number of a batch to the pairs to ask about: of ``candidates`` batches, those worth most."""
-    model = load_reward_model(str(asked.ask_model), device=device)
+    model = load_reward_model(str(asked.ask_model), device=settings.device)
     if not isinstance(model, EnsembleRewardModel):
         raise ValueError(
             f"--ask-model {asked.ask_model} is one reward model, which disagrees with nobody; train several with "
             "tokenmdp train reward-model --members 5"
         )
+
+    model.check_tokenizer(load_tokenizer(settings.tokenizer))
 
     def choose(batch: int) -> list[Group | None]:
         parts = [sampled(batch * asked.candidates + place) for place in range(asked.candidates)]

@@ -38,8 +38,8 @@ def split_data(records: Sequence[Record], share: float) -> tuple[list[Record], l
     >>> [one.prompt_ids[0] for one in learning], [one.prompt_ids[0] for one in held_out]
     ([2, 4], [1, 1, 3])
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"held_out is {share}; it is a share of the prompts, at least 0 and below 1")
+    if not 0 <= share <= 0.5:
+        raise ValueError(f"held_out is {share}; it is a share of the prompts, from 0 to 0.5")
     if not share:
         return list(records), []
     every, places = max(2, round(1 / share)), dict[Any, int]()

@@ -30,7 +30,8 @@ TAGS = {  # of TensorBoard, which shows a group for each prefix; the names are S
     "rollout": ("score_mean", "score_std", "kl", "response_length", "response_tokens", "ended_by_eos"),
     "train": (
         "loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm", "vf_grad_norm",
-        "explained_variance", "learning_rate", "kl_coef", "minibatches",
+        "explained_variance", "learning_rate", "kl_coef", "minibatches", "epoch", "accuracy", "score_gap",
+        "chosen_logratio", "rejected_logratio", "advantage_std",
     ),
     "time": ("seconds", "tokens_per_second"),
 }  # fmt: skip

@@ -28,12 +28,12 @@ from tokenmdp.agents import algorithm
 from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, played, save_evaluation
 from tokenmdp.files import locked, make_directory, write_text
 from tokenmdp.intervals import Estimate, mean_interval
-from tokenmdp.preferences import Preference, write_records
+from tokenmdp.preferences import Annotator, Preference, given_ratings, read_records, write_records
 from tokenmdp.report import pipeline_page
-from tokenmdp.reward_models import load_reward_model
 from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs import training
 from tokenmdp.runs.comparisons import Comparing, ask_model
+from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
@@ -76,6 +76,7 @@ class PipelineSettings:
     def __post_init__(self) -> None:
         if algorithm(self.algorithm).learns_from == "texts" or self.algorithm == "reward-model":
             raise ValueError(f"--algorithm {self.algorithm} trains no policy on preferences; choose ppo, rloo or dpo")
+        Annotator(self.judge, given_ratings, self.temperature, self.error_rate)  # refuses what it cannot use
 
 
 class Stage(NamedTuple):
@@ -92,12 +93,13 @@ def rlhf(settings: PipelineSettings, out: Path, console: Console) -> list[Stage]
     Raises:
         RunError: the directory holds another pipeline, or something else.
     """
+    out = out.resolve()  # of its runs, which may be read from elsewhere
     make_directory(out)
     with locked(out, wait=False):
         claim(settings, out)
         start = settings.policy
         if settings.demonstrations is not None:
-            start = train_policy(settings, "sft", out / "sft", {"data": settings.demonstrations}, console)
+            start = train_policy(settings, "sft", out / "sft", {"data": settings.demonstrations})
         stages = [judged(settings, "start", start, start, None, out / "start.json", console)]
         records: list[Preference] = []
         for number in range(1, settings.rounds + 1):
@@ -107,15 +109,15 @@ def rlhf(settings: PipelineSettings, out: Path, console: Console) -> list[Stage]
             records += ask(settings, latest, place / "pairs.jsonl", number, console)
             # 2 A reward model of all comparisons so far; DPO does without.
             write_records(place / "comparisons.jsonl", records)
-            source: dict[str, Any] = {"data": str(place / "comparisons.jsonl"), "held_out": HELD_OUT}
+            source: dict[str, Any] = {"data": str(place / "comparisons.jsonl")}
             proxy = None
             if algorithm(settings.algorithm).learns_from == "episodes":
-                proxy = train_reward_model(settings, start, place, console)
+                proxy = train_reward_model(settings, start, place)
                 source = {"reward_model": proxy}
             # 3 A policy, near its reference.
             source["policy"] = start if settings.start == "sft" else latest
             source["reference"] = start if settings.reference == "fixed" else latest
-            policy = train_policy(settings, settings.algorithm, place / "policy", source, console)
+            policy = train_policy(settings, settings.algorithm, place / "policy", source)
             stages.append(judged(settings, f"round {number}", policy, start, proxy, place / "judged.json", console))
     return stages
 
@@ -138,7 +140,7 @@ def ask(settings: PipelineSettings, policy: str, path: Path, number: int, consol
     return ask_model(console, asked)
 
 
-def train_reward_model(settings: PipelineSettings, start: str, place: Path, console: Console) -> str:
+def train_reward_model(settings: PipelineSettings, start: str, place: Path) -> str:
     """A reward model that begins as the start policy; its directory."""
     own = RewardModelSettings(
         data=str(place / "comparisons.jsonl"), policy=start, held_out=HELD_OUT, seed=settings.seed,
@@ -150,7 +152,7 @@ def train_reward_model(settings: PipelineSettings, start: str, place: Path, cons
     return str(RunDirectory(out).checkpoint)
 
 
-def train_policy(settings: PipelineSettings, name: str, out: Path, source: dict[str, Any], console: Console) -> str:
+def train_policy(settings: PipelineSettings, name: str, out: Path, source: dict[str, Any]) -> str:
     """Train a policy in a run directory of its own; the directory of its checkpoint."""
     updates = settings.updates
     if updates is None and algorithm(name).learns_from == "episodes":
@@ -175,7 +177,7 @@ def run_settings(settings: PipelineSettings, name: str) -> RunSettings:
     if settings.prompts is not None:
         changes |= {"prompts": settings.prompts, "eval_prompts": None}
     if algorithm(name).uses_credit:
-        changes["credit"] = settings.credit
+        changes |= {"credit": settings.credit, "credit_beta": default_beta(settings.credit)}
     return replace(base, **changes)
 
 
@@ -189,13 +191,13 @@ def judged(
     split = split_prompts(own)
     with console.status(f"the judge reads texts of {name}"):
         envs = evaluation_envs(own, settings.eval_samples, split.held_out)
-        trained, reference = (load_policy(one, envs, {}, settings.device) for one in (policy, start))
-        second = None if proxy is None else load_reward_model(proxy, device=settings.device)
+        trained, reference = (load_policy(one, envs, settings.config, settings.device) for one in (policy, start))
+        task = envs.unwrapped.task  # type: ignore[attr-defined]
+        second = None if proxy is None else task.load_reward_model(proxy)
         found = evaluate(trained, reference, envs, samples=settings.eval_samples, shown=0, judge=second)
         few = next(played(envs, trained, reference, samples=SHOWN_SAMPLES, seed=0, credited=0))
         tinted = few._replace(token_rewards=few.logprobs - few.ref_logprobs)
-        tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
-        found.samples.extend(samples_from_rollout(tinted, tokenizer))
+        found.samples.extend(samples_from_rollout(tinted, task.tokenizer))
         envs.close()
     save_evaluation(path, found)
     return Stage(name, policy, found)
@@ -255,7 +257,7 @@ def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> p
         links = [("the run of this policy", f"../{place.name}/policy/report/samples.html")] if number else []
         if number and (path := RunDirectory(place / "reward-model").report / "summary.json").exists():
             record = json.loads(path.read_text(encoding="utf-8"))
-            models.append(reward_model_line(number, record, settings.pairs_per_round))
+            models.append(reward_model_line(number, record, len(read_records(place / "comparisons.jsonl"))))
             links.append(("calibration of its reward model", f"../{place.name}/reward-model/report/calibration.png"))
         proxy = mean_interval(found.gold) if found.gold else None
         score, kl = mean_interval(found.scores), mean_interval(found.kls)
@@ -267,11 +269,11 @@ def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> p
     return pipeline_page.Pipeline("RLHF, round by round", note, settings.eval_samples, policies, models)
 
 
-def reward_model_line(number: int, record: dict[str, Any], pairs: int) -> pipeline_page.RewardModel:
+def reward_model_line(number: int, record: dict[str, Any], comparisons: int) -> pipeline_page.RewardModel:
     """A reward model's line of the page, from the summary of its run."""
     accuracy = Estimate(**record["accuracy"])
     ceiling = record["ceiling"]["value"] if "ceiling" in record else None
-    return pipeline_page.RewardModel(number, number * pairs, accuracy, ceiling)
+    return pipeline_page.RewardModel(number, comparisons, accuracy, ceiling)
 
 
 def stage_table(pipeline: pipeline_page.Pipeline) -> Table:

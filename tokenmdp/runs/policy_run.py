@@ -25,9 +25,8 @@ from tokenmdp.evaluation.policies import (
 from tokenmdp.files import write_text
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.report import curves, heatmap
-from tokenmdp.reward_models import load_reward_model
-from tokenmdp.runs.data import read_data, split_data
-from tokenmdp.runs.directory import RunDirectory
+from tokenmdp.runs.data import read_data
+from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.environments import credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
 from tokenmdp.training.accelerated import processes_of
@@ -93,12 +92,10 @@ class PolicyRun:
             source: Any = make_envs(settings, settings.num_envs // processes.size, self.split.training)
         else:
             tokenizer = load_tokenizer(settings.tokenizer)
-            data = read_data(settings, tokenizer)
-            source, self.held_out = split_data(data, settings.held_out)
+            source = read_data(settings, tokenizer)
             console.print(
-                f"{settings.data}: {count(len(source), 'record')} to learn from, {len(self.held_out)} held out",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                f"{settings.data}: {count(len(source), 'record')} to learn from", highlight=False, soft_wrap=True
+            )
         if checkpoint is not None:
             total = {} if updates is None else {"total_updates": updates}
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
@@ -119,17 +116,28 @@ class PolicyRun:
         return agent
 
     def before(self, run: RunDirectory, agent: Learner, console: Console) -> None:
-        """Evaluate the policy as it started; once per run, from the frozen reference."""
+        """Evaluate the policy as it starts; once per run. Unless another reference was given, that is the reference.
+
+        Raises:
+            RunError: the evaluation was lost, and the policy has learned since.
+        """
         if run.before.exists():
             load_evaluation(run.before)
             return
+        own = self.settings.reference is None
+        if agent.num_updates_done and not own:
+            raise RunError(
+                f"{run.before} is missing, and the policy has learned since: nothing tells how it started; restore the "
+                "file, or choose another --out"
+            )
         with console.status("evaluating the policy before training"):
-            save_evaluation(run.before, self._evaluate(agent.reference, agent))
+            save_evaluation(run.before, self._evaluate(agent.reference if own else agent.model, agent))
 
     def _evaluate(self, policy: Any, agent: Learner) -> Evaluation:
         settings = self.settings
         envs: gym.vector.VectorEnv = evaluation_envs(settings, settings.eval_samples, self.split.held_out)
-        judge = None if settings.judge is None else load_reward_model(settings.judge, device=settings.device)
+        task = envs.unwrapped.task  # type: ignore[attr-defined]
+        judge = None if settings.judge is None else task.load_reward_model(settings.judge)  # checked, and aligned
         found = evaluate(policy, agent.reference, envs, samples=settings.eval_samples, judge=judge)
         envs.close()
         return found
@@ -149,7 +157,6 @@ class PolicyRun:
                 for name, row in rows.items()
             },
         }
-        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
         records = curves.read_metrics(run.metrics)
         curve = curves.plot_learning_curves(
             {settings.credit: [records]},
@@ -167,6 +174,8 @@ class PolicyRun:
             title=f"Token credit: {settings.credit}",
             note=note,
         )
+        # Last, since it says that the report is whole.
+        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_samples(console, before, after)
         console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
         for name, path in (

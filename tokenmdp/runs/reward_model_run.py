@@ -125,9 +125,13 @@ class RewardModelRun:
             for key, number in found.table().items():
                 table.add_row(WORDS[key], str(number))
             console.print(table)
-            plot = calibration.plot(found.gaps, run.report / "calibration.png")
-            files.append(("calibration", plot))
-            summary = {key: value._asdict() for key, value in found.table().items()}
+            if not learner.utilities:  # whose scores are not log-odds
+                plot = calibration.plot(found.gaps, run.report / "calibration.png", learner.config.error_rate)
+                files.append(("calibration", plot))
+            summary = {
+                key: {"value": one.value} if math.isinf(one.low) else one._asdict()
+                for key, one in found.table().items()
+            }
             write_text(
                 run.report / "summary.json",
                 json.dumps({"updates": learner.num_updates_done, "pairs": len(found.gaps), **summary}, indent=2) + "\n",

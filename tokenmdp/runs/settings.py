@@ -17,7 +17,7 @@ SET_APART = ("seed", "device", "total_updates")  # fields of a configuration tha
 EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
     "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
-    "truncate_prompt", "data", "held_out", "judge", "reference",
+    "truncate_prompt", "data", "judge", "reference",
 )  # fmt: skip
 
 
@@ -49,7 +49,6 @@ class RunSettings:
     algorithm: str = DEFAULT_ALGORITHM
     config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration but `SET_APART`
     data: str | None = None  # what an algorithm learns from that plays no episodes
-    held_out: float = 0.0  # with data: the share of its prompts that are kept for tests
     judge: str | None = None  # a second reward model, for the evaluation
     reference: str | None = None  # what the KL is measured to; None: the policy as it starts
 

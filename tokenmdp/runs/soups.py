@@ -15,8 +15,9 @@ from rich.table import Table
 from tokenmdp.evaluation.policies import gold_scores, played
 from tokenmdp.files import make_directory, write_text
 from tokenmdp.intervals import Estimate, mean_interval
+from tokenmdp.models.loading import fingerprint
+from tokenmdp.models.names import resolve
 from tokenmdp.models.soup import check_equal, write_soup
-from tokenmdp.reward_models import load_reward_model
 from tokenmdp.runs.directory import RunError
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
@@ -93,8 +94,10 @@ def soups(
     """
     check_equal(members)
     make_directory(out)
-    _claim(out, {"members": list(members), "objectives": list(objectives), "start": start, "samples": samples})
-    models = {name: load_reward_model(name, device=settings.device) for name in objectives}
+    files = [fingerprint(resolve("policy", one)) for one in (*members, start)]
+    files += [fingerprint(resolve("reward_model", one)) for one in objectives]
+    made_of = {"members": list(members), "objectives": list(objectives), "start": start, "samples": samples}
+    _claim(out, made_of | {"files": json.loads(json.dumps(files))})
     split = split_prompts(settings)
     found = []
     for weight in weights:
@@ -103,7 +106,11 @@ def soups(
             with console.status(f"soup with weight {weight:g}"):
                 write_soup(members, (1 - weight, weight), place)
                 envs = evaluation_envs(settings, samples, split.held_out)
-                policy, reference = (load_policy(str(one), envs, {}, settings.device) for one in (place, start))
+                policy, reference = (
+                    load_policy(str(one), envs, settings.config, settings.device) for one in (place, start)
+                )
+                task = envs.unwrapped.task  # type: ignore[attr-defined]
+                models = {name: task.load_reward_model(name) for name in objectives}  # which checks that they read it
                 scores: dict[str, list[float]] = {name: [] for name in objectives}
                 kls: list[float] = []
                 for rollout in played(envs, policy, reference, samples=samples, seed=0, credited=0):
@@ -155,7 +162,9 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
     path = out / "soups.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != record:
-            raise RunError(f"{out} holds soups of other members, objectives or samples; choose another --out")
+            raise RunError(
+                f"{out} holds soups of other members, objectives or samples, or they have changed; choose another --out"
+            )
     elif any(entry.name != ".lock" for entry in out.iterdir()):
         raise RunError(f"{out} holds other files and no {path.name}; nothing there was touched: choose another --out")
     write_text(path, json.dumps(record, indent=2) + "\n")

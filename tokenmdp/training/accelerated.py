@@ -69,7 +69,8 @@ class Accelerated(Processes):
                 continue  # switched-off adapters are a view of the policy
             fsdp2_prepare_model(self.accelerator, sharded)
             for method in ("prefill", "append", "evaluate"):
-                register_fsdp_forward_method(sharded, method)
+                if hasattr(sharded, method):  # of a policy; a reward model is called only
+                    register_fsdp_forward_method(sharded, method)
         for module in [] if reference is None else _sharded_modules(reference):
             module.set_reshard_after_forward(True, recurse=False)  # without a backward nothing else would
         return policy

@@ -190,7 +190,7 @@ def read(directory: str | Path, form: Format, processes: Processes = ALONE) -> C
         theirs = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(
             f"{config_file} has format {theirs!r} and this version reads {str(form)!r}; start a new run from the "
-            f"weights: {form.algorithm.upper()}({str(path)!r}, ...), on the command line --policy {path}"
+            f"weights in {path} (on the command line --policy, of a reward model --init)"
         )
     return Checkpoint(
         path,

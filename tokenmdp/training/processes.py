@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from tokenmdp.types import Rollout
-
-if TYPE_CHECKING:
-    pass
 
 Value = TypeVar("Value")
 State = dict[str, Any]
