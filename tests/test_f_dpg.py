@@ -58,7 +58,7 @@ def test_every_divergence_reaches_the_target(target, divergence):
     if target == "score/1":  # the optimum of PPO's objective
         optimum, best = mdp.optimum(reference, kl_coef=1.0)
         torch.testing.assert_close(p, optimum)
-        assert best - mdp.objective(policy, reference, 1.0) < 0.02
+        assert best - mdp.objective(policy, reference, 1.0) < (0.02 if divergence == "reverse-kl" else 0.05)
 
 
 @pytest.mark.slow
