@@ -231,7 +231,8 @@ class FDPG(Agent):
     ) -> Metrics:  # fmt: skip
         """How near the policy is to the target, and how much the estimates rest on."""
         found = {name: numbers.mean().item() for name, numbers in target.measures(responses).items()}
-        divergences = {"forward_kl": "forward-kl", "tv": "tv", "js": "js"}
+        found["tv"] = (1 - (-log_t[known]).exp()).clamp(min=0).mean().item() if known.any() else 0.0  # in [0, 1]
+        divergences = {"forward_kl": "forward-kl", "js": "js"}
         if not target.has_zeros:
             divergences["reverse_kl"] = "reverse-kl"
         for metric, name in divergences.items():

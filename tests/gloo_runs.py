@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from data_doubles import PAIRS, RANKINGS, TEXTS
 
 from tokenmdp.agents.dpo import DPO
+from tokenmdp.agents.f_dpg import FDPG
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.agents.reward_model import RewardModelLearner
 from tokenmdp.agents.rloo import RLOO
@@ -35,6 +36,7 @@ RUNS = {
     "target_kl": ("uniform", 8, {"learning_rate": 1e-2, "update_epochs": 5, "target_kl": 0.01}, {}),
     "vine": ("sparse", 4, {"estimator": "vine", "vine_rollouts": 2}, {"max_new_tokens": 4, "horizon_range": (1, 4)}),
     "rloo": ("uniform", 8, {"responses_per_prompt": 2}, {"horizon_range": (2, 8)}),
+    "f-dpg": ("sparse", 8, {"target": "score/2", "normaliser": "prompt", "responses_per_prompt": 2}, {}),
     "lora": ("uniform", 8, {"lora_rank": 4, "learning_rate": 1e-2, "gradient_checkpointing": True}, {}),
 }
 OWN_REFERENCE = ("vine",)  # with the policy itself, the values would first learn a KL that is rounding error alone
@@ -63,7 +65,7 @@ def make_envs(name, accelerator=None):
 
 
 def make_agent(name, accelerator=None):
-    kind = RLOO if name == "rloo" else PPO
+    kind = {"rloo": RLOO, "f-dpg": FDPG}.get(name, PPO)
     config = kind.config_class(**(BASE | RUNS[name][2]))
     reference = toy_policy(seed=1) if name in OWN_REFERENCE else None
     return kind(toy_policy(seed=0), make_envs(name, accelerator), config, reference, accelerator=accelerator)

@@ -58,8 +58,8 @@ def test_every_divergence_reaches_the_target(target, divergence):
     if target == "score/1":  # the optimum of PPO's objective
         optimum, best = mdp.optimum(reference, kl_coef=1.0)
         torch.testing.assert_close(p, optimum)
-        # Total variation does not weigh what is rare, which the objective's KL does.
-        assert best - mdp.objective(policy, reference, 1.0) < (0.08 if divergence == "tv" else 0.02)
+        # The others do not weigh what is rare as the objective's KL does, total variation least.
+        assert best - mdp.objective(policy, reference, 1.0) < {"reverse-kl": 0.02, "tv": 0.08}.get(divergence, 0.05)
 
 
 @pytest.mark.slow

@@ -116,8 +116,8 @@ def test_weights_that_are_none_are_refused(text):
 def test_the_command_evaluates_every_soup_on_every_objective_and_goes_on(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("the film\nthis movie\n")
-    run = ["train", "sft", "--preset", "smoke", "--data", str(tmp_path / "data.jsonl"), "--held-out", "0",
-           "--no-reexec", "--eval-samples", "4", "--prompts", "prompts.txt"]  # fmt: skip
+    run = ["train", "sft", "--preset", "smoke", "--data", str(tmp_path / "data.jsonl"), "--no-reexec",
+           "--eval-samples", "4", "--prompts", "prompts.txt"]  # fmt: skip
     row = {"prompt": "the film was", "completion": " great"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     assert cli.main([*run, "--policy", str(place / "start"), "--out", "one"]) == 0
