@@ -7,6 +7,7 @@ import os
 
 import pytest
 from preference_doubles import TOY, answers_of, encode, group, lines, pair, rollout_of
+from tokenizers.processors import TemplateProcessing
 
 from tokenmdp.models.tokens import VocabularyMismatch, toy_tokenizer
 from tokenmdp.preferences import (
@@ -215,3 +216,18 @@ def test_bad_input_is_refused_by_name(tmp_path, call, kind, message):
     with pytest.raises(kind, match=message) as caught:
         call(tmp_path / "pairs.jsonl")
     assert isinstance(caught.value, ValueError)
+
+
+def test_prompts_begin_as_the_environments_prompts_do(tmp_path):
+    """A tokenizer that puts a token before every text, as Llama's does."""
+    tokenizer = toy_tokenizer()
+    start = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.eos_token_id)]
+    )
+    row = {"prompt": "the film was", "chosen": " great", "rejected": " dull"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (pair,) = read_preferences(tmp_path / "pairs.jsonl", tokenizer, end="leave")
+    assert pair.prompt_ids == tuple(tokenizer.encode("the film was"))
+    assert pair.prompt_ids[0] == tokenizer.eos_token_id
+    assert pair.chosen_ids == tuple(tokenizer.encode(" great", add_special_tokens=False))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 
+from tokenmdp.models.encoding import start_ids
 from tokenmdp.models.tokens import VocabularyMismatch, response_texts
 from tokenmdp.preferences.errors import BadPreferences, DifferentPrompts, EmptyText, MissingColumns, NoChatTemplate
 from tokenmdp.preferences.growing import check_finished
@@ -36,7 +37,8 @@ def read_preferences(
     """Comparisons and rankings of any source, with the token ids of a model.
 
     Where a row has token ids, they are taken exactly. Where it has texts, prompt and response are encoded one by one,
-    with nothing added before them, as the environments encode prompts. A chat is written by the tokenizer's template.
+    the prompt behind what the tokenizer puts before every text, such as <s>, as the environments encode prompts. A chat
+    is written by the tokenizer's template.
 
     Args:
         source: A ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a directory with such files, those named
@@ -134,7 +136,7 @@ class _Reader:
     """From rows to records with one tokenizer; counts what it did."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: End) -> None:
-        self.tokenizer, self.end = tokenizer, end
+        self.tokenizer, self.end, self.start = tokenizer, end, tuple(start_ids(tokenizer))
         self.with_ids = self.plain = self.appended = 0
 
     def record(self, row: Mapping[str, Any], where: str) -> Preference:
@@ -167,6 +169,8 @@ class _Reader:
         prompt, texts = split(row.get("prompt"), answers, where)
         prompt_ids, *ids = [self._ids(text, where) for text in (prompt, *texts)]
         if not chat:
+            if prompt_ids[: len(self.start)] != self.start:
+                prompt_ids = (*self.start, *prompt_ids)
             ids = [self._ended(one) for one in ids]
         parts: tuple[dict[str, Any], dict[str, Any]]
         if many:
