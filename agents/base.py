@@ -117,6 +117,14 @@ class Agent(Learner):
     def check(self) -> None:
         """Raise for environments that do not fit the algorithm; called before the models are loaded."""
 
+    def check_groups(self, size: int) -> None:
+        """Refuse rows that are not whole groups of ``size`` responses to one prompt."""
+        if (rows := self.envs.num_envs) % size:
+            raise ValueError(
+                f"num_envs={rows} is not a multiple of responses_per_prompt={size}; change one of them (in the "
+                "command, --num-envs or --responses-per-prompt)"
+            )
+
     def finish(self, metrics: Metrics) -> None:
         """Log the coefficient of the KL and adapt it for the next update."""
         metrics["kl_coef"] = self.kl_coef

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from tokenmdp.agents.base import Agent, AgentConfig, Metrics
+from tokenmdp.agents.learner import without_value_head
 from tokenmdp.divergences import f_over_t, kl_k3, pseudo_reward
 from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.models.tokens import distinct_n
@@ -103,13 +104,8 @@ class FDPG(Agent):
 
     def check(self) -> None:
         """Refuse rows that are not whole groups; set the state up."""
-        cfg, rows = self.config, self.envs.num_envs
-        if rows % cfg.responses_per_prompt:
-            raise ValueError(
-                f"num_envs={rows} is not a multiple of responses_per_prompt={cfg.responses_per_prompt}; change one of "
-                "them (in the command, --num-envs or --responses-per-prompt)"
-            )
-        self.wanted = read_target(cfg.target)
+        self.check_groups(self.config.responses_per_prompt)
+        self.wanted = read_target(self.config.target)
         self.target: Target | None = None if self.wanted.moments else self.wanted.fitted()
         self.lambdas: dict[str, float] = {}
         self.z_sums: dict[str, list[float]] = {}
@@ -117,9 +113,7 @@ class FDPG(Agent):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The language model or its adapters; the value head is not used and stays as it is."""
-        self.policy.value_head.requires_grad_(False)
-        body, _ = self.policy.parameter_groups(self.config.learning_rate, 0.0)
-        return [body]
+        return without_value_head(self.policy, self.config.learning_rate)
 
     def finish(self, metrics: Metrics) -> None:
         """Nothing: there is no coefficient to adapt."""

@@ -309,3 +309,10 @@ def policy_and_reference(
     else:
         frozen = copy.deepcopy(learning)
     return learning, frozen.requires_grad_(False)
+
+
+def without_value_head(policy: CausalLMPolicy, learning_rate: float) -> list[dict[str, Any]]:
+    """The optimizer's group where only the language model or its adapters learn; the value head is frozen."""
+    policy.value_head.requires_grad_(False)
+    body, _ = policy.parameter_groups(learning_rate, 0.0)
+    return [body]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from tokenmdp.agents.data import DataLearner, Example
-from tokenmdp.agents.learner import policy_and_reference
+from tokenmdp.agents.learner import policy_and_reference, without_value_head
 from tokenmdp.models.encoding import vocab_size
 from tokenmdp.models.loading import load_own_tokenizer
 from tokenmdp.preferences.records import check_vocabulary
@@ -70,7 +70,6 @@ class PolicyFromData(DataLearner):
         prompt, response = (int(longest) for longest in self.lengths.max(0))
         tokens = DataTokens(self._tokenizer, size, (0 if end is None else end,), prompt, response)
         self.policy, frozen = policy_and_reference(policy, reference, tokens, self.config, self.processes)
-        self.policy.value_head.requires_grad_(False)
         self.prepare(self.policy, frozen)
 
     @property
@@ -80,8 +79,7 @@ class PolicyFromData(DataLearner):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The language model or its adapters."""
-        body, _ = self.policy.parameter_groups(self.config.learning_rate, 0.0)
-        return [body]
+        return without_value_head(self.policy, self.config.learning_rate)
 
     def logprobs(self, model: Any, episodes: Episode) -> torch.Tensor:
         """Log-probabilities (n, H) in nats of the response tokens, 0 in the padding."""

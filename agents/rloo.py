@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tokenmdp.agents.base import Agent, AgentConfig, Metrics
+from tokenmdp.agents.learner import without_value_head
 from tokenmdp.divergences import kl_k1
 from tokenmdp.losses import clipped_policy_loss, entropy_bonus
 from tokenmdp.models.token_distribution import TokenScores
@@ -57,18 +58,11 @@ class RLOO(Agent):
 
     def check(self) -> None:
         """Refuse rows that are not whole groups; processes do not share a group."""
-        rows, group = self.envs.num_envs, self.config.responses_per_prompt
-        if rows % group:
-            raise ValueError(
-                f"num_envs={rows} is not a multiple of responses_per_prompt={group}; change one of them (in the "
-                "command, --num-envs or --responses-per-prompt)"
-            )
+        self.check_groups(self.config.responses_per_prompt)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The language model or its adapters; the value head is not used and stays as it is."""
-        self.policy.value_head.requires_grad_(False)
-        body, _ = self.policy.parameter_groups(self.config.learning_rate, 0.0)
-        return [body]
+        return without_value_head(self.policy, self.config.learning_rate)
 
     def update(self) -> Metrics:
         """One update; README.md beside this file defines the metrics."""

@@ -18,7 +18,6 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from tokenmdp.evaluation.policies import gold_scores, load_evaluation
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, mean_interval
+from tokenmdp.models.tokens import distinct_n
 from tokenmdp.report.drawing import COLOURS, dress, new_figure, write_figure
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.runs import training
@@ -98,7 +98,7 @@ def measured(args: argparse.Namespace, name: str, value: float, seed: int) -> di
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record["seconds"] for record in records)
     return {
-        "judge": after.gold, "reward_model": after.scores, "kl": after.kls, "distinct_2": distinct(after.tokens),
+        "judge": after.gold, "reward_model": after.scores, "kl": after.kls, "distinct_2": distinct_n(after.tokens, 2),
         "seconds": seconds,
     }  # fmt: skip
 
@@ -126,7 +126,7 @@ def best_of(n: int, reward_model: str, seed: int) -> dict[str, Any]:
         "judge": [judged[best[one]][one] for one in columns],
         "reward_model": [scored[best[one]][one] for one in columns],
         "kl": [math.log(n) - (n - 1) / n] * SAMPLES,
-        "distinct_2": distinct([texts[best[one]][one] for one in columns]),
+        "distinct_2": distinct_n([texts[best[one]][one] for one in columns], 2),
         "seconds": 0.0,
     }
 
@@ -136,12 +136,6 @@ def _played(envs: Any, policy: Any, generator: torch.Generator) -> Any:
 
     for start in range(0, SAMPLES, envs.num_envs):
         yield collect(envs, policy, None, generator, seed=10_000 + start, credited_rows=0)[0]
-
-
-def distinct(texts: list[list[int]]) -> float:
-    """Different pairs of neighbouring tokens, as a share of all."""
-    pairs = [pair for ids in texts for pair in pairwise(ids)]
-    return len(set(pairs)) / max(len(pairs), 1)
 
 
 def report(out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -73,20 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.algorithm != "ppo" and options.credit != Rlhf.credit:
         raise ValueError(f"--credit {options.credit} makes no difference to {options.algorithm}; leave it out")
     console = make_console()
-    settings = PipelineSettings(
-        policy=absolute_name(options.policy) or options.policy,
-        judge=absolute_name(options.judge) or options.judge,
-        demonstrations=absolute_name(options.demonstrations),
-        prompts=absolute_name(options.prompts),
-        device=resolve_device(options.device),
-        **{
-            name: getattr(options, name)
-            for name in (
-                "rounds", "pairs_per_round", "temperature", "error_rate", "algorithm", "updates", "credit", "start",
-                "reference", "max_new_tokens", "eval_samples", "seed",
-            )
-        },
-    )  # fmt: skip
+    given = {one.name: getattr(options, one.name) for one in fields(PipelineSettings) if one.name != "config"}
+    names = {key: absolute_name(given[key]) for key in ("policy", "judge", "demonstrations", "prompts")}
+    settings = PipelineSettings(**given | names | {"device": resolve_device(options.device)})
     stages = rlhf(settings, options.out, console)
     console.rule()
     pipeline = summary(settings, options.out, stages)

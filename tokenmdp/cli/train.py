@@ -142,8 +142,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, Any] | None = None) -> int:
     """Train with the algorithm called ``name``, or resume, then report; returns the exit status."""
-    if from_data(name) and arguments.data is None:
-        raise ValueError(f"--data is missing: {name} learns from a file, directory or data set; pass one")
     settings = settings_from(arguments, name, config)
     out = arguments.out or Path("runs") / default_name(arguments.preset, settings)
     every = PRESETS[arguments.preset].checkpoint_every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ def evaluate(
     seed: int = 0,
     shown: int = KEPT_SAMPLES,
     judge: RewardModel | None = None,
+    tint: Callable[[Rollout], torch.Tensor] | None = None,
 ) -> Evaluation:
     """Play ``samples`` episodes; the same ``seed`` draws the same prompts, horizons and noise whatever the policy.
 
@@ -63,13 +64,14 @@ def evaluate(
         shown: how many episodes become `Evaluation.samples`, the first ones. Only they get credit; where that takes
             further forwards of a transformer, it may differ in the last bits from that of all episodes together.
         judge: a second reward model, which scores the same texts.
+        tint: numbers (N, H) that the samples show in place of credit, which is then not computed.
 
     Raises:
         gymnasium.error.Error: ``envs`` resets rows by itself, or has no credit wrapper.
     """
     tokenizer = envs.unwrapped.task.tokenizer  # type: ignore[attr-defined]
     result = Evaluation([], [], [], [])
-    for rollout in played(envs, policy, reference, samples=samples, seed=seed, credited=shown):
+    for rollout in played(envs, policy, reference, samples=samples, seed=seed, credited=0 if tint else shown):
         response, mask = rollout.input_ids[:, rollout.prompt_slots :], rollout.response_mask
         result.scores.extend(rollout.scores.tolist())
         result.kls.extend((rollout.logprobs - rollout.ref_logprobs).sum(-1).tolist())
@@ -79,6 +81,8 @@ def evaluate(
         if judge is not None:
             result.gold.extend(gold_scores(judge, rollout).tolist())
         credited = take(rollout, slice(shown - len(result.samples)))
+        if tint is not None:
+            credited = credited._replace(token_rewards=tint(credited))
         result.samples.extend(samples_from_rollout(credited, tokenizer))
     return result
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenmdp.agents import algorithm
 from tokenmdp.preferences import read_demonstrations, read_preferences
-from tokenmdp.runs.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,18 +14,14 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 
-def read_data(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Sequence[Any]:
-    """What the run's algorithm learns from.
+def read_data(name: str, source: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[Any]:
+    """What the algorithm called ``name`` learns from.
 
     Raises:
-        ValueError: no data is named.
         BadPreferences: a row that cannot be used.
     """
-    if settings.data is None:
-        raise ValueError(f"--data is missing: {settings.algorithm} learns from a file or data set; pass one")
-    if algorithm(settings.algorithm).learns_from == "texts":
-        return read_demonstrations(settings.data, tokenizer)
-    return read_preferences(settings.data, tokenizer)
+    read = read_demonstrations if algorithm(name).learns_from == "texts" else read_preferences
+    return read(source, tokenizer)
 
 
 def split_data(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:

@@ -51,6 +51,14 @@ class RunError(RuntimeError):
     """The run directory cannot be used as asked; the message names the path and the remedy."""
 
 
+def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise RunError with every setting that differs, if one does; ``what`` begins the message."""
+    different = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
+    if different:
+        changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {asked.get(key)!r}" for key in different)
+        raise RunError(f"{what} with other settings ({changes}); choose another --out")
+
+
 class RunDirectory:
     """A directory that holds exactly one run."""
 
@@ -83,10 +91,7 @@ class RunDirectory:
         stored = self.settings()
         if "ppo" in stored:
             raise RunError(f"an earlier version of tokenmdp wrote {self.record}; choose another --out")
-        different = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
-        if different:
-            changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {settings.get(key)!r}" for key in different)
-            raise RunError(f"{self.path} holds a run with other settings ({changes}); choose another --out")
+        refuse_other_settings(f"{self.path} holds a run", stored, settings)
         return recover_directory(self.checkpoint).exists()
 
     @contextlib.contextmanager

@@ -25,16 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenmdp.agents import algorithm
-from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, played, save_evaluation
+from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, save_evaluation
 from tokenmdp.files import locked, make_directory, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.preferences import Annotator, Preference, given_ratings, read_records, write_records
 from tokenmdp.report import pipeline_page
-from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs import training
 from tokenmdp.runs.comparisons import Comparing, ask_model
 from tokenmdp.runs.credit_options import default_beta
-from tokenmdp.runs.directory import RunDirectory, RunError
+from tokenmdp.runs.directory import RunDirectory, RunError, refuse_other_settings
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
 from tokenmdp.runs.reward_model_run import RewardModelSettings
@@ -194,10 +193,10 @@ def judged(
         trained, reference = (load_policy(one, envs, settings.config, settings.device) for one in (policy, start))
         task = envs.unwrapped.task  # type: ignore[attr-defined]
         second = None if proxy is None else task.load_reward_model(proxy)
-        found = evaluate(trained, reference, envs, samples=settings.eval_samples, shown=0, judge=second)
-        few = next(played(envs, trained, reference, samples=SHOWN_SAMPLES, seed=0, credited=0))
-        tinted = few._replace(token_rewards=few.logprobs - few.ref_logprobs)
-        found.samples.extend(samples_from_rollout(tinted, task.tokenizer))
+        found = evaluate(
+            trained, reference, envs, samples=settings.eval_samples, shown=SHOWN_SAMPLES, judge=second,
+            tint=lambda rollout: rollout.logprobs - rollout.ref_logprobs,
+        )  # fmt: skip
         envs.close()
     save_evaluation(path, found)
     return Stage(name, policy, found)
@@ -228,10 +227,7 @@ def claim(settings: PipelineSettings, out: Path) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}); choose another --out") from error
-    different = sorted(key for key in stored.keys() | record.keys() if stored.get(key) != record.get(key))
-    if different:
-        changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {record.get(key)!r}" for key in different)
-        raise RunError(f"{out} holds a pipeline with other settings ({changes}); choose another --out")
+    refuse_other_settings(f"{out} holds a pipeline", stored, record)
 
 
 def elo(better: Evaluation, worse: Evaluation) -> Estimate:
@@ -271,7 +267,7 @@ def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> p
 
 def reward_model_line(number: int, record: dict[str, Any], comparisons: int) -> pipeline_page.RewardModel:
     """A reward model's line of the page, from the summary of its run."""
-    accuracy = Estimate(**record["accuracy"])
+    accuracy = Estimate(**{"low": -math.inf, "high": math.inf, **record["accuracy"]})  # of one pair without interval
     ceiling = record["ceiling"]["value"] if "ceiling" in record else None
     return pipeline_page.RewardModel(number, comparisons, accuracy, ceiling)
 

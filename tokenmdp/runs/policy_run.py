@@ -65,6 +65,10 @@ class PolicyRun:
                 f"choose a multiple of {processes.size}"
             )
         self.settings = replace(self.settings, device=str(processes.device(self.settings.device)))
+        if self.kind.learns_from != "episodes" and self.settings.data is None:
+            raise ValueError(
+                f"--data is missing: {self.settings.algorithm} learns from a file, directory or data set; pass one"
+            )
         agent_config(self.settings, updates)
         credit_of(self.settings)
         if self.settings.judge is not None and self.settings.judge == self.settings.reward_model:
@@ -92,7 +96,7 @@ class PolicyRun:
             source: Any = make_envs(settings, settings.num_envs // processes.size, self.split.training)
         else:
             tokenizer = load_tokenizer(settings.tokenizer)
-            source = read_data(settings, tokenizer)
+            source = read_data(settings.algorithm, str(settings.data), tokenizer)
             console.print(
                 f"{settings.data}: {count(len(source), 'record')} to learn from", highlight=False, soft_wrap=True
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp.agents import algorithm
 from tokenmdp.agents.reward_model import RewardModelLearner
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, bootstrap_interval
@@ -27,7 +26,8 @@ from tokenmdp.report import calibration, curves
 from tokenmdp.reward_models.learning import kind_of
 from tokenmdp.runs.data import split_data
 from tokenmdp.runs.directory import RunDirectory
-from tokenmdp.runs.settings import SET_APART
+from tokenmdp.runs.policy_run import describe
+from tokenmdp.runs.settings import agent_config
 from tokenmdp.training.processes import Processes
 from tokenmdp.wording import count
 
@@ -67,9 +67,6 @@ class RewardModelRun:
 
     def check(self, updates: int | None, processes: Processes) -> None:
         """Raise ValueError for settings that no run can have, before a directory is made."""
-        known = {item.name for item in fields(self.kind.config_class)} - set(SET_APART)
-        if unknown := sorted(self.settings.config.keys() - known):
-            raise ValueError(f"a reward model's configuration has no field {', '.join(unknown)}; choose from {known}")
         self._config(updates)
 
     def record(self) -> dict[str, Any]:
@@ -95,12 +92,7 @@ class RewardModelRun:
         else:
             total = {} if updates is None else {"total_updates": updates}
             learner = self.kind.load(checkpoint, training, accelerator=accelerator, device=settings.device, **total)
-        parameters = sum(weight.numel() for weight in learner.model.lm.parameters())
-        console.print(
-            f"reward model of {parameters / 1e6:.2f}M parameters on {learner.generator.device}; "
-            f"{learner.batch_words()} per update",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        console.print(describe(learner), highlight=False, soft_wrap=True)
         return learner
 
     def before(self, run: RunDirectory, learner: RewardModelLearner, console: Console) -> None:
@@ -143,9 +135,8 @@ class RewardModelRun:
 
     def _config(self, updates: int | None) -> Any:
         settings = self.settings
-        kind = algorithm(NAME).config_class
         seed = settings.seed if settings.member is None else settings.seed + 1000 * (1 + settings.member)
-        return kind(**settings.config, seed=seed, device=settings.device, total_updates=updates)
+        return agent_config(replace(settings, seed=seed), updates)
 
 
 @dataclass(frozen=True)

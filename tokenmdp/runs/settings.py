@@ -103,7 +103,7 @@ def preset_settings(preset: str, name: str) -> RunSettings:
     return replace(settings, algorithm=name, config=dict(kind.presets.get(preset, {})))
 
 
-def agent_config(settings: RunSettings, updates: int | None) -> Any:
+def agent_config(settings: Any, updates: int | None) -> Any:
     """The configuration of the run's algorithm; a learning-rate schedule ends with the run.
 
     Raises:
