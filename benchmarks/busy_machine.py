@@ -1,6 +1,7 @@
 """Training on a machine that is quiet, that has two busy loops, or that has two runs at once.
 
     python benchmarks/busy_machine.py --updates 20
+    python benchmarks/busy_machine.py --updates 20 --only "two runs at once"
 
 Prints response tokens per second and their ratio to the quiet run, with the command's own settings (re-executed with a
 bounded spin, threads by what is free) and with one thread. Run it on a machine that does nothing else.
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+MACHINES = {"quiet": (0, 1), "two busy loops": (2, 1), "two runs at once": (0, 2)}  # busy loops, runs
 LOAD_SECONDS = 60  # how long the load average looks back
 
 
@@ -55,21 +57,23 @@ def main() -> None:
     """Run all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=20)
-    updates = parser.parse_args().updates
+    parser.add_argument("--only", nargs="*", choices=list(MACHINES), default=list(MACHINES), metavar="MACHINE")
+    options = parser.parse_args()
     print("| machine | threads | tokens/s | of the quiet run |", "|---|---|---|---|", sep="\n")
     quiet: dict[str | None, float] = {}
     with tempfile.TemporaryDirectory() as name:
-        for machine, loops, runs in (("quiet", 0, 1), ("two busy loops", 2, 1), ("two runs at once", 0, 2)):
+        for machine in options.only:
+            loops, runs = MACHINES[machine]
             for threads in (None, "1"):
                 outs = [Path(name) / f"{machine}-{threads}-{number}" for number in range(runs)]
                 with busy(loops):
-                    for process in [start(out, updates, threads) for out in outs]:
+                    for process in [start(out, options.updates, threads) for out in outs]:
                         process.wait()
                 total = sum(speed(out) for out in outs)
-                quiet.setdefault(threads, total)
-                print(
-                    f"| {machine} | {threads or 'default'} | {total:.0f} | {total / quiet[threads]:.2f} |", flush=True
-                )
+                if machine == "quiet":
+                    quiet[threads] = total
+                share = f"{total / quiet[threads]:.2f}" if threads in quiet else ""
+                print(f"| {machine} | {threads or 'default'} | {total:.0f} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         monkeypatch.setattr(process_settings, "busy_now", lambda: load)
+        monkeypatch.setattr(process_settings, "busy_beside", lambda: 0.0)
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
 
     return of
@@ -109,3 +110,24 @@ def test_the_log_says_so_and_the_run_keeps_it(tmp_path, capsys, monkeypatch):
 
 def test_spinning_is_bounded():
     assert process_settings.SETTINGS["GOMP_SPINCOUNT"] == "10000"
+
+
+@linux
+def test_what_began_together_with_this_process_is_seen(machine, monkeypatch):
+    """Two runs at once: the load of the last minute is still 0."""
+    busy_beside = process_settings.busy_beside
+    machine(4)
+
+    def starts(busy, seconds=3.0):  # ticks of four cores in `seconds`, of which `busy` were used, 1.0 by this process
+        began = process_settings.Start((1000, 600), 0.5, 10.0)
+        passed = (1000 + int(400 * seconds), 600 + int((4 - busy) * 100 * seconds))
+        ended = process_settings.Start(passed, 0.5 + seconds, 10 + seconds)
+        monkeypatch.setattr(process_settings.Start, "now", lambda: ended)
+        return busy_beside(began)
+
+    assert starts(2.0) == pytest.approx(1.0)
+    assert starts(1.0) == pytest.approx(0.0)
+    assert starts(4.0, seconds=0.5) == starts(4.0, seconds=90) == 0
+    assert busy_beside(None) == 0
+    monkeypatch.setattr(process_settings, "busy_beside", lambda: 1.0)
+    assert process_settings.free_cores() == 3

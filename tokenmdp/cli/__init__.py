@@ -78,10 +78,11 @@ def _main(argv: Sequence[str] | None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         report_error(f"there is no command {name!r}; {hint}")
         return 2
-    if name in ("train", "rlhf") and "--no-reexec" not in rest and argv is None:
-        from tokenmdp.runs.process_settings import reexecute_with_settings
+    if name in ("train", "rlhf"):
+        from tokenmdp.runs import process_settings  # before all that takes long: it notes when the process began
 
-        reexecute_with_settings()
+        if "--no-reexec" not in rest and argv is None:
+            process_settings.reexecute_with_settings()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning

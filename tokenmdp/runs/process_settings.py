@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
@@ -75,20 +76,26 @@ def free_cores() -> int:
     """Cores of the machine that are not busy, at most `allowed_cores` and at least 1.
 
     Busy is what was busy during the last minute and still is: the load goes on for a while after a program has ended.
+    The load of a minute hardly shows what began together with this process, so that is measured apart.
     """
     load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
     cores = os.cpu_count() or 1
-    busy = min(load, busy_now()) if load >= 0.5 else 0.0
+    busy = max(min(load, busy_now()) if load >= 0.5 else 0.0, busy_beside())
     return max(1, min(allowed_cores(), math.floor(cores - busy + 0.5)))
+
+
+def ticks() -> tuple[int, int]:
+    """The machine's clock ticks since it started, over all cores: all of them, and those idle or waiting for a disk.
+
+    Raises:
+        OSError, ValueError, IndexError: the system does not say.
+    """
+    numbers = [int(number) for number in STAT.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    return sum(numbers), numbers[3] + numbers[4]
 
 
 def busy_now(seconds: float = 0.3) -> float:
     """How many cores of the machine compute, over some tenths of a second; infinity: the system does not say."""
-
-    def ticks() -> tuple[int, int]:
-        numbers = [int(number) for number in STAT.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
-        return sum(numbers), numbers[3] + numbers[4]  # all; idle or waiting for a disk
-
     try:
         before = ticks()
         time.sleep(seconds)
@@ -96,6 +103,37 @@ def busy_now(seconds: float = 0.3) -> float:
     except (OSError, ValueError, IndexError):
         return math.inf
     return (os.cpu_count() or 1) * (1 - idle / everything) if everything else 0.0
+
+
+class Start(NamedTuple):
+    """When a process began to load this library."""
+
+    ticks: tuple[int, int]
+    own: float  # CPU seconds that the process had used by then
+    clock: float  # seconds
+
+    @classmethod
+    def now(cls) -> Start | None:
+        """None: the system does not say."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return cls(ticks(), time.process_time(), time.monotonic())
+        return None
+
+
+START = Start.now()
+
+
+def busy_beside(start: Start | None = START) -> float:
+    """How many cores others have kept busy since ``start``, on average.
+
+    0 where that was less than a second ago, which says little, or more than a minute ago: the load says that better.
+    """
+    now = Start.now()
+    if start is None or now is None or not 1 <= (seconds := now.clock - start.clock) <= 60:
+        return 0.0
+    everything, idle = (new - old for new, old in zip(now.ticks, start.ticks, strict=True))
+    own = (now.own - start.own) / seconds
+    return max(0.0, (os.cpu_count() or 1) * (1 - idle / everything) - own) if everything else 0.0
 
 
 def thread_count(environ: Mapping[str, str], before: int | None) -> tuple[int | None, str]:
