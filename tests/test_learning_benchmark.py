@@ -64,6 +64,13 @@ def test_both_sides_get_the_protocols_numbers():
     assert theirs["mini_batch_size"] * ours.num_minibatches == theirs["batch_size"] == 12
 
 
+def test_one_pass_means_the_same_to_both_sides():
+    ours = RACERS["ours-one-pass-sparse"].config(Protocol(), 1)
+    theirs = RACERS["trl-one-pass"].trl(Protocol())
+    assert (theirs["ppo_epochs"], theirs["learning_rate"]) == (ours.update_epochs, ours.learning_rate) == (1, 1.5e-4)
+    assert RACERS["trl"].trl(Protocol()) == Protocol().trl()
+
+
 def test_variants_have_their_fields_on_top_of_those_of_all():
     found = curve_engines({"ent_coef": 0.1}, {"slow": {"learning_rate": 1e-6}})
     assert found["ours-slow"].config(Protocol(), 1).learning_rate == 1e-6

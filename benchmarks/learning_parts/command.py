@@ -111,7 +111,7 @@ def run_curves(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_time(arguments: argparse.Namespace, console: Console) -> int:
     config = parse_options(arguments.config, "--config")
-    default = [name for name in RACERS if name != TRL_ALLOCATOR and not (arguments.smoke and name == TRL)]
+    default = [name for name in RACERS if name != TRL_ALLOCATOR and not (arguments.smoke and RACERS[name].is_trl)]
     chosen = [RACERS[name] for name in arguments.sides or default]
     engines = {
         engine.name: engine if engine.is_trl else Engine(engine.name, engine.credit, engine.fields | config)

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
 
-from learning_parts.protocol import TRL, Protocol, Run
+from learning_parts.protocol import TRL_ALLOCATOR, Protocol, Run
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.models.names import resolve
 from tokenmdp.reward_models import RewardModel
@@ -44,7 +44,7 @@ def opened(run: Run, trl_venv: Path) -> Iterator[tuple[Update, dict[str, str]]]:
         yield lambda: our_update(agent, run.protocol), {}
         return
     envs = make_envs(settings, 1, prompts)
-    environ = as_it_comes(os.environ) if run.engine.name == TRL else dict(os.environ)
+    environ = dict(os.environ) if run.engine.name == TRL_ALLOCATOR else as_it_comes(os.environ)
     with TRLProcess(make_environment(trl_venv), trl_order(run, settings, envs), environ) as process:
         number, reward_model = 0, envs.unwrapped.task.reward_model  # type: ignore[attr-defined]
 
@@ -77,7 +77,7 @@ def trl_order(run: Run, settings: RunSettings, envs: VectorEnv) -> dict[str, Any
         "reward_model": str(Path(resolve("reward_model", settings.reward_model)).resolve()),
         "prompts": envs.unwrapped.task.prompts.encoded,  # type: ignore[attr-defined]
         "response": (settings.min_new_tokens, run.protocol.response_tokens),
-        "ppo": run.protocol.trl(),
+        "ppo": run.engine.trl(run.protocol),
         "seed": run.seed,
         "threads": run.protocol.threads,
         "device": "cpu",

@@ -64,9 +64,10 @@ class Engine:
     """One line of the figure or of the table.
 
     Attributes:
-        name: "trl", "trl-allocator" (TRL with the allocator settings of the ``tokenmdp`` command), or one of ours.
+        name: "trl" and what begins with it ("trl-allocator": with the allocator settings of the ``tokenmdp``
+            command), or one of ours.
         credit: Of ours: a name of `tokenmdp.credit.CREDIT_METHODS`. TRL's reward is sparse.
-        fields: Of ours: fields of `PPOConfig` on top of the protocol's.
+        fields: On top of the protocol: fields of it, or of ours, of `PPOConfig`.
     """
 
     name: str
@@ -76,7 +77,11 @@ class Engine:
     @property
     def is_trl(self) -> bool:
         """Whether this is a run of TRL."""
-        return self.name in (TRL, TRL_ALLOCATOR)
+        return self.name.split("-")[0] == TRL
+
+    def trl(self, protocol: Protocol) -> dict[str, Any]:
+        """TRL's configuration."""
+        return replace(protocol, **self.fields).trl()
 
     def config(self, protocol: Protocol, seed: int) -> PPOConfig:
         """Our agent's configuration.
@@ -92,6 +97,8 @@ class Engine:
 
 
 PPO_FIELDS = {item.name for item in dataclasses.fields(PPOConfig)} - {"seed", "device"}
+# One pass over the episodes of an update, in larger steps: fewer seconds per update.
+ONE_PASS = {"update_epochs": 1, "learning_rate": 1.5e-4}
 RACERS = {
     engine.name: engine
     for engine in (
@@ -100,6 +107,9 @@ RACERS = {
         Engine("ours-attention", "attention"),
         Engine("ours-red", "red"),
         Engine("ours-train", MAIN_JOB.credit, MAIN_JOB.config),  # as `tokenmdp train` learns by default
+        Engine("trl-one-pass", fields=ONE_PASS),
+        Engine("ours-one-pass-sparse", fields=ONE_PASS),
+        Engine("ours-one-pass-red", "red", ONE_PASS),
         Engine(TRL_ALLOCATOR),
     )
 }

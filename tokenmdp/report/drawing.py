@@ -152,8 +152,15 @@ def finite(*numbers: float) -> bool:
 
 
 def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """What ``errorbar`` takes as ``yerr``: how far each interval reaches below and above its value."""
-    return [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
+    """What ``errorbar`` takes as ``yerr``: how far each interval reaches below and above its value; 0 without one.
+
+    >>> from tokenmdp.intervals import Estimate
+    >>> error_bars([Estimate(2.0, 1.5, 2.25), Estimate(1.0, -math.inf, math.inf)])
+    [[0.5, 0.0], [0.25, 0.0]]
+    """
+    ends = [(one.low, one.high) if math.isfinite(one.low) else (one.value, one.value) for one in estimates]
+    below = [one.value - low for one, (low, _) in zip(estimates, ends, strict=True)]
+    return [below, [high - one.value for one, (_, high) in zip(estimates, ends, strict=True)]]
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> str:

@@ -1,0 +1,1 @@
+"""What `frontier.py` runs and reports."""

@@ -1,0 +1,154 @@
+"""Tables and figure of the frontier, from the cells that are there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from frontier_parts.lines import FIRST, LINES, place
+from tokenmdp.files import write_text
+from tokenmdp.intervals import Estimate, mean_interval
+from tokenmdp.report.drawing import COLOURS, dress, error_bars, new_figure, write_figure
+
+LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
+SEEDS = range(1, 100)
+
+
+class Cell(NamedTuple):
+    """Means over the texts of one policy; one line of ``cells.csv``."""
+
+    line: str
+    value: float  # of the knob
+    seed: int
+    judge: float
+    reward_model: float
+    kl: float  # to the start, nats per sequence
+    distinct_2: float
+    seconds: float
+    texts_scored: int
+
+
+def report(out: Path) -> None:
+    """Write ``cells.csv``, ``table.md`` and the figure, and print the tables.
+
+    Intervals are those of Student's t over the seeds' means.
+    """
+    cells, start = read(out)
+    if not cells:
+        print(f"{out} holds no finished cell yet")
+        return
+    rows = [",".join(Cell._fields)] + [
+        ",".join(f'"{field}"' if isinstance(field, str) else f"{field:.5g}" for field in cell) for cell in cells
+    ]
+    write_text(out / "cells.csv", "\n".join(rows) + "\n")
+    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start)])
+    write_text(out / "table.md", text + "\n")
+    print(text)
+    draw(cells, start, out)
+
+
+def read(out: Path) -> tuple[list[Cell], float]:
+    """The finished cells, and the judge's mean score of the policy that all start from."""
+    cells, start = [], math.nan
+    for name, line in LINES.items():
+        for value in line.values:
+            for seed in SEEDS:
+                path = place(out, name, value, seed).with_suffix(".json")
+                if path.exists():
+                    one = json.loads(path.read_text())
+                    means = [float(np.mean(one[key])) for key in ("judge", "reward_model", "kl")]
+                    cells.append(
+                        Cell(name, value, seed, *means, one["distinct_2"], one["seconds"], one["texts_scored"])
+                    )
+                    if "start" in one:
+                        start = float(np.mean(one["start"]))
+    return cells, start
+
+
+def every_cell(cells: Sequence[Cell]) -> list[str]:
+    """A line of a table for each value of a knob."""
+    lines = [
+        "| | knob | seeds | judge's score | reward model's score | KL, nats | distinct-2 | seconds | texts scored |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, line in LINES.items():
+        for value in line.values:
+            if some := [cell for cell in cells if (cell.line, cell.value) == (name, value)]:
+                judge, proxy = (mean_interval([getattr(one, key) for one in some]) for key in ("judge", "reward_model"))
+                kl, variety, seconds, scored = (
+                    np.mean([getattr(one, key) for one in some])
+                    for key in ("kl", "distinct_2", "seconds", "texts_scored")
+                )
+                knob = line.changes(value)[line.knob]
+                lines.append(
+                    f"| {name} | {line.knob} {knob} | {len(some)} | {judge} | {proxy} | {kl:.2f} | {variety:.3f} | "
+                    f"{seconds:.0f} | {scored:.0f} |"
+                )
+    return lines
+
+
+def equal_kl(cells: Sequence[Cell], start: float) -> list[str]:
+    """Each line's judge's score at some KLs, and its difference from the first line's, seed by seed."""
+    lines = [
+        f"| at equal KL | {' | '.join(f'{level:g} nats | less {FIRST}' for level in LEVELS)} |",
+        f"|---|{'---|---|' * len(LEVELS)}",
+    ]
+    base = {seed: at(cells, FIRST, seed, start) for seed in SEEDS}
+    for name in LINES:
+        own = {seed: at(cells, name, seed, start) for seed in SEEDS}
+        shown = []
+        for place_of_level in range(len(LEVELS)):
+            scores = {seed: found[place_of_level] for seed, found in own.items()}
+            seeds = [seed for seed, score in scores.items() if score is not None]
+            shown.append(str(mean_interval([scores[seed] for seed in seeds])) if seeds else "")  # type: ignore[misc]
+            pairs = [(scores[seed], base[seed][place_of_level]) for seed in seeds]
+            gains = [one - other for one, other in pairs if one is not None and other is not None]
+            shown.append(str(mean_interval(gains)) if gains and name != FIRST else "")
+        if any(shown):
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+    return lines
+
+
+def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float | None]:
+    """One seed's score at `LEVELS`: linear in the root of the KL between its policies and the start; None beyond."""
+    points = [(0.0, start), *((max(one.kl, 0.0), one.judge) for one in cells if (one.line, one.seed) == (name, seed))]
+    kls, scores = zip(*sorted(points), strict=True)
+    return [float(np.interp(math.sqrt(level), np.sqrt(kls), scores)) if level <= kls[-1] else None for level in LEVELS]
+
+
+def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
+    """Score against the root of the KL: three panels with the same axes, the first line in each of them."""
+    panels = {
+        "PPO": [name for name in LINES if name.startswith("PPO")],
+        "without a critic": ["RLOO", "GRPO", *(name for name in LINES if name.startswith("reward to go"))],
+        "targets, pairs, no training": [
+            *(name for name in LINES if name.startswith("f-DPG")), "DPO", "best of n", "soup",
+        ],
+    }  # fmt: skip
+    figure = new_figure(13, 4.6)
+    every = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    for axes, (title, names) in zip(every, panels.items(), strict=True):
+        for number, name in enumerate([FIRST, *(one for one in names if one != FIRST)]):
+            points = []
+            for value in LINES[name].values:
+                if some := [cell for cell in cells if (cell.line, cell.value) == (name, value)]:
+                    kl = max(0.0, float(np.mean([one.kl for one in some])))
+                    points.append((math.sqrt(kl), mean_interval([one.judge for one in some])))
+            if points:
+                points.sort(key=lambda point: point[0])
+                points = [(0.0, Estimate(start, start, start)), *points]
+                again, colour = divmod(number, len(COLOURS))
+                axes.errorbar(
+                    [kl for kl, _ in points], [one.value for _, one in points],
+                    yerr=error_bars([one for _, one in points]), capsize=3, marker="os"[again], markersize=4,
+                    color="black" if name == FIRST else COLOURS[colour], linestyle=":" if name == FIRST else "-",
+                    label=name,
+                )  # fmt: skip
+        dress(axes, title, "square root of the KL to the start, nats", "mean score of the judge")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    write_figure(figure, out, "frontier")

@@ -1,0 +1,62 @@
+"""The frontier: cells are read, compared at equal KL, and drawn; a soup needs its member."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not (BENCHMARKS / "frontier.py").exists():
+    pytest.skip("needs a checkout, not an installed package", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+from frontier_parts import cells, lines, report  # noqa: E402
+
+
+def write(out, name, value, seed, judge, kl, **more):
+    path = lines.place(out, name, value, seed).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    one = {"judge": [judge - 1, judge + 1], "reward_model": [0.0, 0.0], "kl": [kl, kl], "distinct_2": 0.5}
+    path.write_text(json.dumps(one | {"seconds": 1.0, "texts_scored": 64} | more))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Scores rise by 1 per root of a nat for PPO, by 2 for RLOO; they start at .5."""
+    for seed in (1, 2):
+        for value, kl in zip(lines.KL_COEFS, (1.0, 4.0, 9.0), strict=True):
+            write(tmp_path, "PPO, sparse", value, seed, 0.5 + seed / 10 + math.sqrt(kl), kl, start=[0.5])
+            write(tmp_path, "RLOO", value, seed, 0.5 + seed / 10 + 2 * math.sqrt(kl), kl)
+    return tmp_path
+
+
+def test_lines_are_compared_at_equal_kl_seed_by_seed(out):
+    found, start = report.read(out)
+    assert (len(found), start) == (12, 0.5)
+    assert report.at(found, "RLOO", 1, start) == pytest.approx([2.6, 0.6 + 2 * math.sqrt(2.5), 0.6 + 2 * math.sqrt(5)])
+    table = report.equal_kl(found, start)
+    assert table[-1].startswith("| RLOO | 2.65 [2.01, 3.29] | 1.00 [1.00, 1.00] |")
+    assert table[-2].split("|")[3].strip() == "", "a line is not compared with itself"
+
+
+def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
+    write(tmp_path, "DPO", 0.3, 1, 1.5, 2.0, start=[0.5])
+    found, start = report.read(tmp_path)
+    assert report.at(found, "DPO", 1, start) == [pytest.approx(0.5 + math.sqrt(1 / 2)), None, None]
+    assert report.at(found, "RLOO", 1, start) == [None, None, None]
+
+
+def test_everything_is_written(out, capsys):
+    report.report(out)
+    assert (out / "table.md").read_text() == capsys.readouterr().out
+    rows = (out / "cells.csv").read_text().splitlines()
+    assert len(rows) == 13 and rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
+    assert (out / "frontier.png").stat().st_size > 10_000
+
+
+def test_a_soup_says_which_run_it_needs(tmp_path):
+    sources = cells.Sources(tmp_path / "pairs.jsonl", "imdb-tiny", tmp_path, 1)
+    with pytest.raises(SystemExit, match="a soup needs PPO, sparse, kl_coef 0.15, seed 3"):
+        cells.measured(sources, "soup", 0.5, 3)
