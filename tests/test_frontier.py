@@ -52,11 +52,12 @@ def test_everything_is_written(out, capsys):
     report.report(out)
     assert (out / "table.md").read_text() == capsys.readouterr().out
     rows = (out / "cells.csv").read_text().splitlines()
-    assert len(rows) == 13 and rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
+    assert len(rows) == 13
+    assert rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
     assert (out / "frontier.png").stat().st_size > 10_000
 
 
 def test_a_soup_says_which_run_it_needs(tmp_path):
     sources = cells.Sources(tmp_path / "pairs.jsonl", "imdb-tiny", tmp_path, 1)
-    with pytest.raises(SystemExit, match="a soup needs PPO, sparse, kl_coef 0.15, seed 3"):
+    with pytest.raises(SystemExit, match=r"a soup needs PPO, sparse, kl_coef 0\.15, seed 3"):
         cells.measured(sources, "soup", 0.5, 3)
