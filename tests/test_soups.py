@@ -133,4 +133,4 @@ def test_the_command_evaluates_every_soup_on_every_objective_and_goes_on(place, 
     assert cli.main(soup) == 0
     assert (tmp_path / "soup" / "soup-0.5.json").stat().st_mtime_ns == before
     assert cli.main([*soup, "--samples", "6"]) == 2
-    assert "holds soups of other members, objectives or samples" in capsys.readouterr().err
+    assert "holds soups with other settings (samples is 4, asked 6)" in capsys.readouterr().err

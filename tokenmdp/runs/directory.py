@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.files import BusyError, locked, make_directory, recover_directory, write_text
+from tokenmdp.files import BusyError, locked, make_directory, read_json, recover_directory, write_text
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.wording import count
 
@@ -59,6 +59,30 @@ def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[s
         raise RunError(f"{what} with other settings ({changes}); choose another --out")
 
 
+def refuse_strangers(record: Path, what: str) -> None:
+    """Raise RunError if a directory without its record holds something, hidden files apart; ``what`` it is not."""
+    if strangers := sorted(entry.name for entry in record.parent.iterdir() if not entry.name.startswith(".")):
+        raise RunError(
+            f"{record.parent} holds {', '.join(strangers[:3])} but no {record.name}, so it is not {what}; nothing "
+            "there was touched: choose another --out"
+        )
+
+
+def claim(record: Path, what: str, content: Mapping[str, Any]) -> None:
+    """Write the settings that decide what a directory holds, or refuse it where ``record`` has others.
+
+    Raises:
+        RunError: other settings, or files of something else.
+    """
+    make_directory(record.parent)
+    content = json.loads(json.dumps(content))  # as it is read back
+    if record.exists():
+        refuse_other_settings(f"{record.parent} holds {what}", read_json(record), content)
+        return
+    refuse_strangers(record, what)
+    write_text(record, json.dumps(content, indent=2) + "\n")
+
+
 @contextlib.contextmanager
 def claimed(record: Path, content: Mapping[str, Any]) -> Iterator[None]:
     """Write a directory's record if it does not exist; a block that fails before it wrote anything takes it back."""
@@ -93,12 +117,7 @@ class RunDirectory:
             RunError: it holds something else, a run with other settings, or a run while ``resume`` is off.
         """
         if not self.record.exists():
-            strangers = sorted(entry.name for entry in self.path.iterdir())
-            if strangers:
-                raise RunError(
-                    f"{self.path} holds {', '.join(strangers[:3])} but no run.json, so it is not a tokenmdp run; "
-                    "nothing there was touched: choose another --out"
-                )
+            refuse_strangers(self.record, "a tokenmdp run")
             return False
         if not resume:
             raise RunError(f"{self.path} already holds a run; leave out --no-resume to go on, or choose another --out")

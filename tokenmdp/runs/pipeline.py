@@ -33,7 +33,7 @@ from tokenmdp.report import pipeline_page
 from tokenmdp.runs import training
 from tokenmdp.runs.comparisons import Comparing, ask_model
 from tokenmdp.runs.credit_options import default_beta
-from tokenmdp.runs.directory import RunDirectory, RunError, claimed, refuse_other_settings
+from tokenmdp.runs.directory import RunDirectory, RunError, claimed, refuse_other_settings, refuse_strangers
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
 from tokenmdp.runs.reward_model_run import RewardModelSettings
@@ -221,11 +221,7 @@ def check(settings: PipelineSettings, out: Path) -> dict[str, Any]:
     record = {key: value for key, value in asdict(settings).items() if key not in ("device", "rounds")}
     content, path = {"format": FORMAT, "settings": record}, out / RECORD
     if not path.exists():
-        if strangers := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
-            raise RunError(
-                f"{out} holds {', '.join(strangers[:3])} but no {path.name}, so it is not a pipeline; nothing there "
-                "was touched: choose another --out"
-            )
+        refuse_strangers(path, "a pipeline")
         return content
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]

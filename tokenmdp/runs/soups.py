@@ -6,19 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from tokenmdp.evaluation.policies import gold_scores, played
-from tokenmdp.files import CheckpointError, make_directory, read_json, write_text
+from tokenmdp.files import CheckpointError, read_json, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.loading import fingerprint
 from tokenmdp.models.names import resolve
 from tokenmdp.models.soup import check_equal, write_soup
-from tokenmdp.runs.directory import RunError
+from tokenmdp.runs.directory import claim
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
 from tokenmdp.runs.settings import RunSettings
@@ -97,15 +96,14 @@ def soups(
 
     Raises:
         UnequalModels: members that cannot be averaged.
-        RunError: ``out`` holds soups of other members.
+        RunError: ``out`` holds soups of other members, or something else.
         CheckpointError: a soup that is done already has a damaged record.
     """
     check_equal(members)
-    make_directory(out)
-    files = [fingerprint(resolve("policy", one)) for one in (*members, start)]
-    files += [fingerprint(resolve("reward_model", one)) for one in objectives]
+    names = [("policy", one) for one in (*members, start)] + [("reward_model", one) for one in objectives]
+    files = {one: fingerprint(resolve(kind, one)) for kind, one in names}
     made_of = {"members": list(members), "objectives": list(objectives), "start": start, "samples": samples}
-    _claim(out, made_of | {"files": json.loads(json.dumps(files))})
+    claim(out / "soups.json", "soups", made_of | {f"time of {one}": dict(times) for one, times in files.items()})
     split = split_prompts(settings)
     found = []
     for weight in weights:
@@ -174,15 +172,3 @@ def table(points: Sequence[Point], objectives: Sequence[str], names: Sequence[st
             cells += [str(point.score(objective)), str(gain[place] or "")]
         shown.add_row(f"{point.weight:g}", *cells, str(point.kl))
     return shown
-
-
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    path = out / "soups.json"
-    if path.exists():
-        if read_json(path) != record:
-            raise RunError(
-                f"{out} holds soups of other members, objectives or samples, or they have changed; choose another --out"
-            )
-    elif any(entry.name != ".lock" for entry in out.iterdir()):
-        raise RunError(f"{out} holds other files and no {path.name}; nothing there was touched: choose another --out")
-    write_text(path, json.dumps(record, indent=2) + "\n")
