@@ -39,6 +39,7 @@ from tokenmdp.report.drawing import COLOURS, MARKERS, dress, new_figure, write_f
 from tokenmdp.reward_models import EnsembleRewardModel, load_reward_model
 from tokenmdp.reward_models.ensemble import write_ensemble
 from tokenmdp.runs.comparisons import Comparing, ask_model
+from tokenmdp.runs.directory import claim
 from tokenmdp.runs.environments import evaluation_envs, make_envs, split_prompts
 from tokenmdp.runs.reward_model_run import bootstrap
 from tokenmdp.runs.settings import agent_config, preset_settings
@@ -84,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.updates % ROUNDS:
         parser.error(f"--updates {args.updates} does not divide into {ROUNDS} rounds")
     if not args.table:
+        numbers = {name: getattr(args, name) for name in ("updates", "every", "kl_coef", "epochs")}
+        claim(args.out / "settings.json", "measurements", numbers)
         part, parts = map(int, args.part.split("/"))
         todo = [Cell(arm, labels, seed) for seed in range(1, args.seeds + 1) for arm, labels in CELLS]
         for cell in todo[part::parts]:

@@ -23,6 +23,7 @@ from frontier_parts.lines import LINES, place
 from frontier_parts.report import report
 
 from tokenmdp.files import write_text
+from tokenmdp.runs.directory import claim
 from tokenmdp.runs.settings import PRESETS
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.data is None or args.reward_model is None:
             parser.error("--data and --reward-model are needed to run anything")
         part, parts = map(int, args.part.split("/"))
+        made_of = {"data": str(args.data), "reward_model": args.reward_model, "updates": args.updates}
+        claim(args.out / "settings.json", "a frontier", made_of)
         sources = Sources(args.data, args.reward_model, args.out, args.updates)
         every = [
             (name, value, seed)

@@ -34,6 +34,7 @@ from tokenmdp.preferences import Annotator, Ranking, model_scores, read_preferen
 from tokenmdp.report.drawing import COLOURS, dress, new_figure, write_figure
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.rollouts.groups import sample_groups
+from tokenmdp.runs.directory import claim
 from tokenmdp.wrappers import vector
 
 KINDS = {"closed": "Yes or no?", "open": "Describe it."}
@@ -53,12 +54,10 @@ parser.add_argument("--seed", type=int, default=1)
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     data, numbers = args.out / "rankings.jsonl", args.out / "numbers.json"
+    claim(args.out / "settings.json", "rankings and models", {k: v for k, v in vars(args).items() if k != "out"})
     if not data.exists():
         write_records(data, sample(args.prompts + HELD_OUT, args.responses, args.seed))
     rankings = [one for one in read_preferences(data, load_tokenizer("imdb-tiny")) if isinstance(one, Ranking)]
-    if len(rankings) != args.prompts + HELD_OUT:
-        raise SystemExit(f"{data} has {len(rankings)} prompts and --prompts asks for {args.prompts} + {HELD_OUT}; "
-                         "choose another --out")  # fmt: skip
     held_out, training = rankings[:HELD_OUT], rankings[HELD_OUT:]
     results: dict[str, dict] = json.loads(numbers.read_text()) if numbers.exists() else {}
     for name, utilities in RUNS.items():

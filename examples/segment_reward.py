@@ -39,6 +39,7 @@ from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.preferences import Ranking, segment_ranking, write_records
 from tokenmdp.reward_models import RewardModel, load_reward_model
+from tokenmdp.runs.directory import claim
 from tokenmdp.study.outcomes import score_at_kl
 from tokenmdp.types import Episode, Outcome, RewardOutput, Rollout, lay_out
 from tokenmdp.wrappers import vector
@@ -65,6 +66,8 @@ parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="of PPO
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
+    numbers = {name: value for name, value in vars(args).items() if name not in ("imdb", "out", "seeds")}
+    claim(args.out / "settings.json", "models and runs", numbers)
     tokenizer = load_tokenizer("imdb-tiny")
     training = read_reviews(args.imdb, "train", tokenizer, 2 * args.reviews)
     test = read_reviews(args.imdb, "test", tokenizer, args.test)

@@ -5,6 +5,8 @@ import json
 import pytest
 import reward_collapse
 
+from tokenmdp.runs.directory import RunError
+
 
 def test_the_optimum_of_x_ties_both_halves():
     assert reward_collapse.optimum("x", 4) == pytest.approx([1, 1, 0, 0], abs=1e-3)
@@ -30,5 +32,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run("parts")
     assert run("parts") == whole
-    with pytest.raises(SystemExit, match=r"rankings.jsonl has 8 prompts and --prompts asks for 6 \+ 4; choose another"):
+    with pytest.raises(
+        RunError, match=r"other settings \(epochs is 2, asked 12; prompts is 4, asked 6; .*choose another"
+    ):
         reward_collapse.main(["--out", str(tmp_path / "whole"), "--prompts", "6"])
