@@ -2,7 +2,7 @@
 
     python benchmarks/reliability.py --kills 3 --damage 40 --full-disks 4 --episodes 2000 --power-cuts 1
 
-Ctrl-C ends a part and goes on with the next; what was counted so far stands in the table.
+Ctrl-C ends it: the line of every finished part has been printed by then, and there is no table.
 
 Survived is
 
@@ -68,10 +68,12 @@ def kills(folder: Path, tries: int) -> Iterator[bool]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(random.uniform(0.2, 1.0) * seconds)
-        process.kill()
-        process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(random.uniform(0.2, 1.0) * seconds)
+        finally:
+            process.kill()
+            process.wait()
         yield train(out, UPDATES).returncode == 0 and scores(out) == scores(expected)
 
 
@@ -225,10 +227,8 @@ def main() -> None:
                 lines.append(f"| {what} | 0 | needs root and mkfs.ext4 |")
                 continue
             random.seed(arguments.seed)
-            results = []
             try:
-                with contextlib.suppress(KeyboardInterrupt):
-                    results.extend(trials)  # as far as it came
+                results = list(trials)
             except subprocess.CalledProcessError as error:
                 lines.append(f"| {what} | 0 | {error.cmd[0]} failed here |")
                 continue
@@ -238,4 +238,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -5,6 +5,7 @@ import json
 import gymnasium as gym
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,8 +25,10 @@ from tokenmdp.files import CheckpointError
 from tokenmdp.models.loading import load_causal_lm
 from tokenmdp.models.names import ModelNotFound
 from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.soup import write_soup
 from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import HFRewardModel, load_reward_model
+from tokenmdp.reward_models.learning import start_classifier
 from tokenmdp.types import lay_out
 from tokenmdp.wrappers import vector
 
@@ -150,6 +153,34 @@ def test_a_head_trained_with_the_adapter_needs_none_in_the_base(tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor([[7, 22, 23]])).logits.item()
     assert load_reward_model(str(tmp_path / "adapter"))(TEXTS).score[1].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora of gpt2", "dora of llama"])
+def test_a_reward_model_starts_from_the_merged_policy_of_an_adapter(name, tmp_path):
+    make, config = CAUSAL[name]
+    adapter, merged = saved(tmp_path, make(), config())
+    toy_tokenizer().save_pretrained(merged)
+    (own, _), (whole, _) = (start_classifier(one, seed=1) for one in (adapter, merged))
+    assert all(torch.allclose(one, other) for one, other in zip(own.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("base", ["classifier", "language model"])
+def test_a_reward_model_goes_on_from_an_adapter_with_a_head(base, tmp_path):
+    make, config = CLASSIFIERS["gpt2, a trained head"]
+    adapter, _ = saved(tmp_path, make(), config())
+    if base == "language model":  # below which most are trained
+        gpt2().save_pretrained(tmp_path / "base")
+    started, _ = start_classifier(adapter, seed=1)
+    learned = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(started.score.weight, learned)
+
+
+def test_a_soup_of_adapters_from_outside(tmp_path):
+    adapter, merged = saved(tmp_path, gpt2(), CAUSAL["lora of gpt2"][1]())
+    write_soup([str(tmp_path / "base"), adapter], (0.5, 0.5), tmp_path / "soup")
+    states = [load_causal_lm(str(tmp_path / one)).state_dict() for one in ("base", "merged", "soup")]
+    for name, weight in states[2].items():
+        torch.testing.assert_close(weight, (states[0][name] + states[1][name]) / 2)
 
 
 def test_an_adapter_trained_with_further_tokens(tmp_path):

@@ -58,6 +58,24 @@ def test_resolve_goes_alias_then_directory_then_hub(tmp_path, monkeypatch):
     assert resolve("policy", "toy") == "toy"  # "toy" is a tokenizer only
 
 
+@pytest.mark.parametrize("kind", ["policy", "reward_model", "tokenizer"])
+def test_the_directory_of_a_run_stands_for_its_checkpoint(kind, policy_dir, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    assert resolve(kind, str(run)) == str(run)
+    Path(policy_dir).rename(run / "checkpoint.previous")  # the swap was interrupted
+    assert resolve(kind, str(run)) == str(run / "checkpoint")
+    (run / "config.json").write_text("{}")  # a model of its own
+    assert resolve(kind, str(run)) == str(run)
+
+
+def test_the_model_of_a_run_is_loaded(policy_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    Path(policy_dir).rename(tmp_path / "run" / "checkpoint")
+    assert load_causal_lm(str(tmp_path / "run")).config.model_type == "gpt2"
+
+
 def test_resolve_puts_back_a_directory_whose_swap_was_interrupted(tmp_path):
     (tmp_path / "run.previous").mkdir()
     assert resolve("policy", str(tmp_path / "run")) == str((tmp_path / "run").resolve())

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tokenmdp.agents.sft import SFT, SFTConfig
 from tokenmdp.files import CheckpointError
+from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.preferences import (
     Demonstration,
     EmptyText,
@@ -142,8 +144,22 @@ def test_prompts_with_a_completion_or_the_better_half_of_comparisons(tmp_path):
 
 
 def test_token_ids_are_the_truth_where_the_text_would_give_others(tmp_path):
-    row = {"prompt": "the film", "chosen": "?", "rejected": "!", "prompt_token_ids": [3, 4]}
-    assert read(lines(tmp_path / "ids.jsonl", row | {"chosen_token_ids": [9, 9, 7]})) == [((3, 4), (9, 9, 7))]
+    tokenizer = load_tokenizer("imdb-tiny")
+    texts = {"prompt": "the film", "chosen": " was great"}
+    ids = {name: [one for letter in text for one in tokenizer.encode(letter)] for name, text in texts.items()}
+    row = texts | {f"{name}_token_ids": value for name, value in ids.items()}
+    (found,) = read_demonstrations(lines(tmp_path / "ids.jsonl", row), tokenizer)
+    assert [found.prompt_ids, found.response_ids] == [tuple(value) for value in ids.values()]
+    assert len(found.response_ids) > len(tokenizer.encode(texts["chosen"])) + 1
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_token_ids": [3, 4]}, {"chosen_token_ids": [9, 9, 7]}])
+def test_token_ids_of_another_tokenizer_are_refused(wrong, tmp_path):
+    row = {"prompt": "the film", "chosen": "was great"}
+    ids = {f"{name}_token_ids": list(encode(text)) for name, text in row.items()}
+    assert len(read(lines(tmp_path / "own.jsonl", row | ids))) == 1
+    with pytest.raises(VocabularyMismatch, match=r"wrong\.jsonl:1: this tokenizer reads the token ids of"):
+        read(lines(tmp_path / "wrong.jsonl", row | ids | wrong))
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3, 4, 7, 100])

@@ -98,10 +98,10 @@ def _main(argv: Sequence[str] | None) -> int:
         # These errors name the value and the remedy; a trace above them would hide both.
         own = type(error).__module__.startswith("tokenmdp")
         plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
-        report_error(f"{'' if plain else f'{type(error).__name__}: '}{error}")
         expected = plain or isinstance(error, (ValueError, OSError, FloatingPointError))
         where = "shows where" if expected else "shows where: no input should end like this, so please report it"
-        error_console().print(f"(TOKENMDP_TRACEBACK=1 {where})", style="dim")
+        named = "" if plain else f"{type(error).__name__}: "
+        report_error(f"{named}{error}", hint=f" (TOKENMDP_TRACEBACK=1 {where})")
         return 2
 
 
@@ -118,9 +118,9 @@ def print_commands() -> None:
     print("\n`tokenmdp COMMAND --help` shows the options of a command, `tokenmdp --version` the version.")
 
 
-def report_error(message: str) -> None:
-    """One line on standard error."""
-    error_console().print(Text.assemble(("error: ", "bold red"), visible(message)))
+def report_error(message: str, hint: str = "") -> None:
+    """One line on standard error, with a hint at its end."""
+    error_console().print(Text.assemble(("error: ", "bold red"), visible(message), (hint, "dim")))
 
 
 def error_console() -> Console:

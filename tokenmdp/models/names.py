@@ -26,6 +26,7 @@ ALIASES: dict[str, dict[Kind, Path]] = {
 }
 # Names answered by code, not by files.
 BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
+CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 PATH_STARTS = ("/", "./", "../", "~")
 
 
@@ -36,7 +37,8 @@ class ModelNotFound(Error, OSError):
 def resolve(kind: Kind, name: str) -> str:
     """The path of an alias's bundled file, the absolute path of a local directory, or the name unchanged.
 
-    Unchanged stay hub names and `BUILT_IN` names, also where the working directory has a folder of that name.
+    The directory of a run stands for its checkpoint/, which holds the model. Unchanged stay hub names and `BUILT_IN`
+    names, also where the working directory has a folder of that name.
 
     Raises:
         ModelNotFound: the name is empty.
@@ -52,7 +54,12 @@ def resolve(kind: Kind, name: str) -> str:
     if name in BUILT_IN.get(kind, ()):
         return name
     directory = recover_directory(expand_home(name))
-    return str(directory.resolve()) if directory.is_dir() else name
+    if not directory.is_dir():
+        return name
+    if kind != "prompts" and not any((directory / file).exists() for file in CONFIGS):
+        checkpoint = recover_directory(directory / "checkpoint")
+        directory = checkpoint if (checkpoint / CONFIGS[0]).exists() else directory
+    return str(directory.resolve())
 
 
 def check_name(kind: Kind, name: str) -> None:

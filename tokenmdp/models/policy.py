@@ -78,7 +78,7 @@ class CausalLMPolicy(nn.Module):
     ):
         super().__init__()
         refuse_adapters(lm)
-        check_finite(lm, type(lm).__name__)
+        check_finite(dict(lm.named_parameters()), lm.name_or_path or type(lm).__name__)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
@@ -130,7 +130,7 @@ class CausalLMPolicy(nn.Module):
                 raise CheckpointError(
                     f"{path} is not this model's value head ({error}); restore or delete it"
                 ) from error
-            check_finite(policy.value_head, str(path))
+            check_finite(policy.value_head.state_dict(), str(path))
         return policy
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -96,13 +97,17 @@ def embedding_rows(model: PreTrainedModel) -> int:
         ) from error
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], name: str) -> None:
     """Refuse weights that are NaN or infinite: most texts would not show it.
+
+    Args:
+        weights: By name.
+        name: What holds them, for the message.
 
     Raises:
         ValueError: with the first such weight and how many of its numbers are wrong.
     """
-    for key, weight in model.named_parameters():
+    for key, weight in weights.items():
         if not weight.is_meta and weight.is_floating_point() and (wrong := int((~weight.isfinite()).sum())):
             raise ValueError(
                 f"{name} has a weight {key} in which {wrong} of {weight.numel()} numbers are NaN or infinite; restore "

@@ -10,7 +10,6 @@ rewards", 2023.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from tokenmdp.files import CheckpointError, atomic_directory
 from tokenmdp.models.hub import quiet
-from tokenmdp.models.loading import load_causal_lm, load_own_tokenizer
+from tokenmdp.models.loading import load_causal_lm, load_config, load_own_tokenizer
 from tokenmdp.models.names import resolve
 from tokenmdp.models.policy import VALUE_HEAD_FILE
+from tokenmdp.models.sizes import check_finite
 
 State = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
@@ -123,6 +123,8 @@ def write_soup(directories: Sequence[str | Path], weights: Sequence[float], out:
     states = [load_causal_lm(str(path)).state_dict() for path in paths]
     model.load_state_dict(weighted_sum(states, weights))
     heads = [load_file(path / VALUE_HEAD_FILE) for path in paths if (path / VALUE_HEAD_FILE).exists()]
+    for member, path in zip((*states, *heads), (*paths, *paths), strict=False):
+        check_finite(member, str(path))
     with atomic_directory(out) as new, quiet():
         model.save_pretrained(new)
         if len(heads) == len(paths):
@@ -132,11 +134,8 @@ def write_soup(directories: Sequence[str | Path], weights: Sequence[float], out:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return {key: value for key, value in config.items() if key not in FREE}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no readable config.json ({error}); pass a model or a run") from error
+    config = load_config("policy", str(path)).to_dict()
+    return {key: value for key, value in config.items() if key not in FREE}
 
 
 def _start(path: Path) -> Path | None:

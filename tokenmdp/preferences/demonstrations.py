@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tokenmdp.models.encoding import continuing_ids, opening_ids, plain_ids, start_ids
 from tokenmdp.preferences.errors import EmptyText, MissingColumns
 from tokenmdp.preferences.jsonl import check_texts, columns_of, ids_in, read_file
-from tokenmdp.preferences.records import Ids, check_ids, check_vocabulary
-from tokenmdp.preferences.tables import End, rows_from
+from tokenmdp.preferences.records import Ids, check_ids
+from tokenmdp.preferences.tables import End, check_reading, rows_from
 from tokenmdp.text_files import lines_of
 
 if TYPE_CHECKING:
@@ -86,13 +86,12 @@ def _demonstrations(
     ending = () if end == "leave" or eos is None else (eos,)
     answer = next((name for name in ("completion", "response", "chosen") if row.get(name) is not None), None)
     if answer is not None and row.get("prompt") is not None:
-        known = ids_in(row, ("prompt", answer), where)
+        known, texts = ids_in(row, ("prompt", answer), where), (row["prompt"], row[answer])
         if len(known) == 2:
             prompt, response = known["prompt"], known[answer]
-            for ids in (prompt, response):
-                check_vocabulary(ids, len(tokenizer), where)
+            check_texts(texts, where)
+            check_reading(tokenizer, texts, (prompt, response), where)
         else:
-            texts = row["prompt"], row[answer]
             if not all(isinstance(text, str) and text for text in texts):
                 raise EmptyText(
                     f"{where}: prompt and {answer} are texts that are not empty; leave this row out, or write chats as "

@@ -7,7 +7,7 @@ or ratings in ``scores`` that rank them. Texts are strings, or chats: lists of `
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,6 +146,34 @@ def _needs_extra(source: object) -> gym.error.DependencyNotInstalled:
     return gym.error.DependencyNotInstalled(f"reading {str(source)!r} needs: pip install 'tokenmdp[datasets]'")
 
 
+def check_reading(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[tuple[int, ...]], where: str
+) -> None:
+    """Refuse ids beyond the vocabulary, and ids that this tokenizer reads as another text.
+
+    Args:
+        tokenizer: Of the model that is to learn from them.
+        texts: A prompt and its responses.
+        ids: Of each of them.
+        where: The place, for messages.
+
+    Raises:
+        UnknownTokenIds, VocabularyMismatch: with the place.
+    """
+    for one in ids:
+        check_vocabulary(one, len(tokenizer), where)
+    prompt, read = response_texts(tokenizer, ids[0], ids[1:])
+    for text, other, one in zip(texts, (prompt, *read), ids, strict=True):
+        if text == other:  # as sampled texts are
+            continue
+        again = tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        if again not in (one, one[:-1] if one[-1:] == (tokenizer.eos_token_id,) else one):  # as texts of others are
+            raise VocabularyMismatch(
+                f"{where}: this tokenizer reads the token ids of {text!r:.80} as {other!r:.80}, so another one wrote "
+                "them; pass that one, or a file without token ids"
+            )
+
+
 class _Reader:
     """From rows to records with one tokenizer; counts what it did."""
 
@@ -171,7 +199,11 @@ class _Reader:
         if set(ids) == set(names):
             self.with_ids += 1
             record = record_from(row, where)
-            self._check(record, where)
+            if isinstance(record, Comparison):
+                texts, known = [record.chosen, record.rejected], [record.chosen_ids, record.rejected_ids]
+            else:
+                texts, known = list(record.responses), list(record.responses_ids)
+            check_reading(self.tokenizer, [record.prompt, *texts], [record.prompt_ids, *known], where)
         else:
             if names != TEXTS and row.get("prompt") is None:
                 raise MissingColumns(f"{where} has responses and no column prompt; it has {columns_of(row)}")
@@ -212,25 +244,6 @@ class _Reader:
             return ids
         self.appended += 1
         return (*ids, eos)
-
-    def _check(self, record: Any, where: str) -> None:
-        """Refuse ids beyond the vocabulary, and ids that this tokenizer reads as another text."""
-        pair = isinstance(record, Comparison)
-        texts = [record.chosen, record.rejected] if pair else record.responses
-        responses = [record.chosen_ids, record.rejected_ids] if pair else record.responses_ids
-        for ids in (record.prompt_ids, *responses):
-            check_vocabulary(ids, len(self.tokenizer), where)
-        eos = self.tokenizer.eos_token_id
-        prompt, read = response_texts(self.tokenizer, record.prompt_ids, responses)
-        for text, other, ids in ((record.prompt, prompt, record.prompt_ids), *zip(texts, read, responses, strict=True)):
-            if text == other:  # as sampled texts are
-                continue
-            again = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            if tuple(again) not in (ids, ids[:-1] if ids[-1] == eos else ids):  # as texts of others are
-                raise VocabularyMismatch(
-                    f"{where}: this tokenizer reads the token ids of {text!r:.80} as {other!r:.80}, so another "
-                    "one wrote them; pass that one, or a file without token ids"
-                )
 
     def _split_chats(self, prompt: Any, answers: list[Any], where: str) -> tuple[str, list[str]]:
         """Chats as texts. The prompt is given, or the first messages that all answers share."""

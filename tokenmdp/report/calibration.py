@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenmdp.intervals import Estimate, bootstrap_interval
 from tokenmdp.report.curves import COLOURS
-from tokenmdp.report.drawing import dress, error_bars, lay_out, new_figure
+from tokenmdp.report.drawing import dress, error_bars, lay_out, new_figure, write_png
 
 FEWEST = 10  # pairs in a bin that is shown
 
@@ -59,6 +59,4 @@ def plot(gaps: np.ndarray, path: str | Path, error_rate: float = 0.0) -> Path:
     axes.set_xlim(0.48, 1.02)
     axes.legend(frameon=False, loc="upper left")
     lay_out(figure)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return Path(path)
+    return write_png(figure, path)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tokenmdp.report.drawing import write_png
+
 Metrics = Mapping[str, Any]
 
 # Okabe and Ito's palette: the colours stay apart under the common colour-vision deficiencies.
@@ -127,9 +129,7 @@ def plot_learning_curves(
         panels[0].legend(frameon=False, title="band: 95% interval of the mean" if several else None)
     if title:
         figure.suptitle(title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return Path(path)
+    return write_png(figure, path)
 
 
 def _curves(label: str, seeds: Sequence[Sequence[Metrics]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -163,19 +163,26 @@ def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     return [below, [high - one.value for one, (_, high) in zip(estimates, ends, strict=True)]]
 
 
+def write_png(figure: Figure, path: str | Path) -> Path:
+    """Write a picture in one step; returns its path."""
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
+    write_bytes(path, png.getvalue())
+    return Path(path)
+
+
 def write_figure(figure: Figure, folder: Path, name: str) -> str:
     """Write ``name.png`` and ``name.svg``, which do not depend on the page, and return the SVG's text."""
     import matplotlib as mpl
 
-    png, svg = io.BytesIO(), io.StringIO()
+    svg = io.StringIO()
     lay_out(figure)
     figure.set_layout_engine("none")  # each file would do it again
     # Text stays text, to be read aloud, found and copied; without a date and with a fixed salt the same numbers give
     # the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
+        write_png(figure, folder / f"{name}.png")
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    write_bytes(folder / f"{name}.png", png.getvalue())
     # A tenth of a point is enough for what is drawn, and spaces beside its letters say nothing; what is written stays.
     drawn = re.compile(r'\b(?:d|x|y|x1|x2|y1|y2|width|height|transform|points)="[^"]*"')
     text = drawn.sub(lambda match: re.sub(r"(\.\d)\d+", r"\1", match[0]), svg.getvalue())

@@ -72,7 +72,7 @@ class HFRewardModel(RewardModel):
         name: str | None = None,
     ) -> None:
         refuse_adapters(model)
-        check_finite(model, name or type(model).__name__)
+        check_finite(dict(model.named_parameters()), name or model.name_or_path or type(model).__name__)
         dtype = str(model.dtype).removeprefix("torch.")
         super().__init__(tokenizer, name=name, options={"score": score, "dtype": dtype, "device": str(model.device)})
         if model.config.is_encoder_decoder:

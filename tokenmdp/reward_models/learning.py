@@ -11,7 +11,7 @@ from torch import nn
 
 from tokenmdp.models.forwards import check_recompute, forwards
 from tokenmdp.models.hub import quiet
-from tokenmdp.models.loading import load_config, load_own_tokenizer, load_weights
+from tokenmdp.models.loading import find_adapter, load_causal_lm, load_config, load_own_tokenizer, load_weights
 from tokenmdp.models.names import ALIASES, Kind
 from tokenmdp.reward_models.classifier import HFRewardModel
 from tokenmdp.reward_models.scores import READING, Reading
@@ -109,12 +109,18 @@ def start_classifier(name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedT
 
     kind = kind_of(name)
     config, tokenizer = load_config(kind, name), load_own_tokenizer(kind, name)
-    if any(architecture.endswith(CLASSIFIER) for architecture in config.architectures or ()):
+    adapter = find_adapter(kind, name)
+    if adapter is not None and adapter.num_labels is not None:  # it brings a head, whatever its base is
+        kind = "reward_model"
+    if kind == "reward_model" or any(one.endswith(CLASSIFIER) for one in config.architectures or ()):
         loader = AutoModelForSequenceClassification.from_pretrained
         return load_weights(loader, kind, name, torch.float32), tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = load_weights(AutoModel.from_pretrained, kind, name, torch.float32, fresh="pooler.")
+        if adapter is None:
+            backbone = load_weights(AutoModel.from_pretrained, kind, name, torch.float32, fresh="pooler.")
+        else:  # merged where it belongs, below the head that it was trained with
+            backbone = load_causal_lm(name).base_model
         config = copy.deepcopy(backbone.config)
         config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
         config.id2label, config.label2id = {0: "reward"}, {"reward": 0}

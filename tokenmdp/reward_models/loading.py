@@ -44,14 +44,20 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
     Raises:
         ModelNotFound: nothing has this name, or the hub cannot be reached.
         CheckpointError: the directory is damaged or holds no trained sequence classifier.
-        ValueError: the model has several labels and neither their names nor ``score`` say which is the score.
+        ValueError: the model has several labels and neither their names nor ``score`` say which is the score; or
+            ``score`` of a word list.
     """
     if not isinstance(name, str):
         raise TypeError(f"a name is a string, not {type(name).__name__}; wrap a model: HFRewardModel(model, tokenizer)")
     path = resolve("reward_model", name)
     if Path(path).is_dir() and name not in ALIASES:
         name = path  # absolute: a pickle may be opened from another working directory
-    word_list = names_word_list(name)  # score, dtype and device have no meaning
+    word_list = names_word_list(name)  # dtype and device have no meaning
+    if word_list and score != "auto":
+        raise ValueError(
+            f"score={score!r} chooses among the outputs of a classifier, and {name} is a word list, which has one "
+            "score; leave it out"
+        )
     key = (name,) if word_list else (name, fingerprint(path), score, dtype, device)
     with _lock:
         if key not in _loaded:
