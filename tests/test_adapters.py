@@ -176,7 +176,7 @@ def test_a_reward_model_goes_on_from_an_adapter_with_a_head(base, tmp_path):
 
 
 def test_a_soup_of_adapters_from_outside(tmp_path):
-    adapter, merged = saved(tmp_path, gpt2(), CAUSAL["lora of gpt2"][1]())
+    adapter, _ = saved(tmp_path, gpt2(), CAUSAL["lora of gpt2"][1]())
     write_soup([str(tmp_path / "base"), adapter], (0.5, 0.5), tmp_path / "soup")
     states = [load_causal_lm(str(tmp_path / one)).state_dict() for one in ("base", "merged", "soup")]
     for name, weight in states[2].items():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from doubles import TOY
 from forked import Command, needs_fork
+from test_behaviours_command import STEMS
 
 from tokenmdp.cli import main
 from tokenmdp.runs import display
@@ -49,6 +50,34 @@ def test_the_end_of_the_terminal_saves(tmp_path):
     assert status == 130, said
     assert "Traceback" not in said
     assert updates_saved(tmp_path) == updates_of(tmp_path / "metrics.jsonl") >= 2
+
+
+@needs_fork
+@pytest.mark.parametrize(("name", "number"), [("prefer", signal.SIGTERM), ("behaviours", signal.SIGHUP)])
+def test_commands_without_updates_end_in_one_line(name, number, tmp_path, monkeypatch):
+    """The signal comes while the first file is written: nothing half-written is left."""
+    monkeypatch.setattr("os.fsync", lambda handle: os.kill(os.getpid(), number))
+    stems = tmp_path / "stems.json"
+    stems.write_text(json.dumps(STEMS))
+    out = tmp_path / "new" / "out.jsonl"
+    commands = {
+        "prefer": ["prefer", "--judge", "lexicon", "--pairs", "2"],
+        "behaviours": [
+            "behaviours",
+            "write",
+            "--stems",
+            str(stems),
+            "--judge",
+            "lexicon",
+            "--second-judge",
+            "restraint",
+        ],
+    }
+    status, said = Command(*commands[name], "--out", str(out)).end()
+    assert status == 130, said
+    assert said.splitlines()[-1] == "interrupted; run the same command to go on"
+    assert "Traceback" not in said
+    assert not [file.name for file in out.parent.glob("*") if file.name.startswith(".")]
 
 
 @needs_fork

@@ -20,7 +20,13 @@ from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
 from rich.text import Text
 
-from tokenmdp.runs.display import CLOSED_STATUS, MessageConsole, accept_any_text, discard_broken_output
+from tokenmdp.runs.display import (
+    CLOSED_STATUS,
+    MessageConsole,
+    accept_any_text,
+    discard_broken_output,
+    termination_is_an_interrupt,
+)
 from tokenmdp.wording import visible
 
 COMMANDS = {
@@ -51,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``tokenmdp`` command.
 
     Returns:
-        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C;
-        141 if nobody reads the output any more.
+        0; 1 if a run of a study failed; 2 for a user's error, which is one line on standard error; 130 after Ctrl-C,
+        SIGTERM or the end of the terminal; 141 if nobody reads the output any more.
     """
     accept_any_text()
     try:
@@ -84,7 +90,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if "--no-reexec" not in rest and argv is None:
             process_settings.reexecute_with_settings()
     try:
-        with warnings.catch_warnings():
+        with termination_is_an_interrupt(), warnings.catch_warnings():
             warnings.showwarning = show_warning
             return run(name, rest)
     except KeyboardInterrupt:

@@ -7,8 +7,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -87,6 +88,25 @@ def discard_terminal(number: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and stream.isatty():
             _to_nowhere(stream)
+
+
+@contextlib.contextmanager
+def termination_is_an_interrupt() -> Iterator[None]:
+    """A batch system's request to end is handled as Ctrl-C, and so is the end of the terminal."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        discard_terminal(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield
+        return
+    previous = {number: signal.signal(number, interrupt) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _to_nowhere(stream: Any) -> None:

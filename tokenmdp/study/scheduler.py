@@ -11,13 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
 
 from tokenmdp.files import write_text
-from tokenmdp.runs.display import discard_terminal, ending_signals
+from tokenmdp.runs.display import ending_signals, termination_is_an_interrupt
 from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.study.labels import without_directories
 from tokenmdp.study.progress import Display, Progress, Worker
@@ -78,7 +77,7 @@ def run_cells(path: Path, cells: Sequence[Cell], *, jobs: int, device: str, cons
     slots = list(range(min(jobs, len(progress.waiting))))
     for cell in cells:
         _sweep(path, cell)
-    with _termination_is_an_interrupt(), Display(progress, console) as display:
+    with termination_is_an_interrupt(), Display(progress, console) as display:
         try:
             while progress.waiting or progress.running:
                 while progress.waiting and slots:
@@ -124,22 +123,6 @@ def _check_presence(path: Path) -> None:
             f"{path / 'study.json'} is gone, so the running cells were ended; if {path} was moved, put it back and "
             "run the same command again: finished cells stay"
         )
-
-
-@contextlib.contextmanager
-def _termination_is_an_interrupt() -> Iterator[None]:
-    """A batch system's request to end is handled as Ctrl-C, and so is the end of the terminal."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        discard_terminal(number)
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in ending_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
