@@ -14,6 +14,7 @@ import torch
 
 from tokenmdp.agents.learner import Learner, LearnerConfig, Metrics
 from tokenmdp.files import CheckpointError
+from tokenmdp.preferences import BadPreferences
 from tokenmdp.training.batches import FORWARD_SLOTS, length_groups
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, lay_out
@@ -92,6 +93,19 @@ class DataLearner(Learner):
             raise CheckpointError(
                 f"the checkpoint was trained on other data: digest {saved[:12]}, and of these {len(self.examples)} "
                 f"examples {self._digest[:12]}; pass the same data, or start a new run from its weights"
+            )
+
+    def check_lengths(self, limit: int | None, model: object) -> None:
+        """Refuse examples longer than what ``model`` reads.
+
+        Raises:
+            BadPreferences: with the first such example.
+        """
+        lengths = self.lengths.sum(1)
+        if limit is not None and (too_long := np.flatnonzero(lengths > limit)).size:
+            raise BadPreferences(
+                f"record {too_long[0]}: a prompt with its longest response has {lengths[too_long[0]]} tokens and "
+                f"{model} reads {limit}; leave such records out, or start from a model with more positions"
             )
 
     def losses(self, rows: np.ndarray, episodes: Episode) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 from tokenmdp.agents.data import DataLearner, Example
 from tokenmdp.agents.learner import policy_and_reference, without_value_head
 from tokenmdp.models.encoding import vocab_size
-from tokenmdp.models.loading import load_own_tokenizer
+from tokenmdp.models.loading import load_config, load_own_tokenizer
+from tokenmdp.models.sizes import configured_limit
 from tokenmdp.preferences.records import check_vocabulary
 from tokenmdp.types import Episode
 
@@ -46,7 +47,7 @@ class PolicyFromData(DataLearner):
         tokenizer: Of a policy that is an object; that of a named one is loaded.
 
     Raises:
-        UnknownTokenIds: ids that the model does not have.
+        BadPreferences: ids that the model does not have, or more of them than it reads.
         ValueError: a model object without a tokenizer.
     """
 
@@ -67,6 +68,9 @@ class PolicyFromData(DataLearner):
         for place, one in enumerate(examples):
             for ids in (one.prompt, *one.responses):
                 check_vocabulary(ids, size, f"record {place}")
+        named = isinstance(policy, str)
+        limit = configured_limit(load_config("policy", policy) if named else policy.config)
+        self.check_lengths(limit and limit.tokens, policy if named else type(policy).__name__)
         prompt, response = (int(longest) for longest in self.lengths.max(0))
         tokens = DataTokens(self._tokenizer, size, (0 if end is None else end,), prompt, response)
         self.policy, frozen = policy_and_reference(policy, reference, tokens, self.config, self.processes)

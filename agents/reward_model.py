@@ -134,12 +134,7 @@ class RewardModelLearner(DataLearner):
             classifier.to(device),  # type: ignore[arg-type]
             self._tokenizer, cfg.append_eos, resolve_dtype(cfg.dtype, device), cfg.gradient_checkpointing,
         )  # fmt: skip
-        limit = learning.reader.max_tokens
-        if limit is not None and (longest := int(self.lengths.sum(1).max())) > limit:
-            raise BadPreferences(
-                f"a prompt with its longest response has {longest} tokens and {model} reads {limit}; leave such "
-                "records out, or start from a model with more positions"
-            )
+        self.check_lengths(learning.reader.max_tokens, model)
         if cfg.lora_rank:
             add_adapters(learning, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target_modules, cfg.seed)
         self.prepare(learning)

@@ -1,6 +1,9 @@
 """Bad command lines of every command: refused with status 2, in one line that names the value and the remedy."""
 
+import errno
+import os
 import shlex
+import tempfile
 
 import pytest
 from transformers import PreTrainedModel
@@ -151,6 +154,12 @@ REFUSED = (
     ("behaviours answer plan.json", "plan.json:1 has no column question and no column answer_matching_behavior"),
     ("behaviours answer empty.txt", "the set 'empty' has no questions; give at least one"),
     ("behaviours answer none.jsonl", "no file none.jsonl"),
+    ("behaviours answer mine.jsonl --out folder", "--out is folder, a directory; give a file, such as folder/answers"),
+    ("behaviours answer mine.jsonl --out file/a.jsonl", "--out needs the directory file, and file is a file; choose"),
+    ("behaviours compare x --out folder", "--out is folder, which holds notes and no measured; nothing there was"),
+    ("train reward-model --data x --members 2 --out folder", "--out is folder, which holds notes and no member-0;"),
+    ("score film --html '~/page.html'", "--html is ~/page.html; only a shell writes ~ out"),
+    ("score film --html file/page.html", "--html needs the directory file, and file is a file"),
     ("behaviours compare", "tokenmdp behaviours compare needs at least one source: a run"),
     ("behaviours compare folder", "folder holds no policy: no run.json, pipeline.json or config.json in it"),
     ("behaviours compare ./nowhere", f"no policy {NO_MODEL}"),
@@ -189,3 +198,17 @@ def test_a_bad_command_line_is_refused_in_one_line(line, message, folder, capsys
     assert status == 2
     assert len(lines) == 1, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "line", ["prefer --out new/a.jsonl", "soup a b --out new", "rlhf --out new", "behaviours compare a --out new/b"]
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(line, folder, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert cli.main(shlex.split(line)) == 2
+    assert "and . cannot be written ([Errno 30] Read-only file system" in capsys.readouterr().err
+    assert not os.path.exists("new")

@@ -24,7 +24,7 @@ from tokenmdp.agents.dpo import DPO, DPOConfig
 from tokenmdp.agents.sft import SFT
 from tokenmdp.files import CheckpointError
 from tokenmdp.preference_losses import dpo_loss
-from tokenmdp.preferences import NonFiniteNumber, UnknownTokenIds
+from tokenmdp.preferences import BadPreferences, NonFiniteNumber, UnknownTokenIds
 from tokenmdp.reward_models import VocabularyMismatch, load_reward_model
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.types import Episode, lay_out
@@ -223,8 +223,8 @@ def test_bad_data_are_refused():
         make([PAIRS[1], beyond])
     with pytest.raises(NonFiniteNumber, match="margin is nan"):
         pair(margin=float("nan"))
-    with pytest.raises(ValueError, match=r"up to .* slots and the policy has 64 positions"):
-        make([dataclasses.replace(PAIRS[0], rejected_ids=(5,) * 70)])
+    with pytest.raises(BadPreferences, match=r"record 1: .* tokens and GPT2LMHeadModel reads 64; leave such records"):
+        make([PAIRS[1], dataclasses.replace(PAIRS[0], rejected_ids=(5,) * 70)])
     with pytest.raises(ValueError, match="pass tokenizer= with the tokenizer of the data"):
         DPO(toy_policy(seed=0), PAIRS, DPOConfig(**BASE))
     model = toy_policy(seed=0)

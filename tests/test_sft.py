@@ -16,6 +16,7 @@ from tokenmdp.files import CheckpointError
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.tokens import VocabularyMismatch
 from tokenmdp.preferences import (
+    BadPreferences,
     Demonstration,
     EmptyText,
     MissingColumns,
@@ -114,8 +115,10 @@ def test_bad_data_are_refused():
         make([Demonstration(prompt_ids=(1,), response_ids=(99,))])
     with pytest.raises(EmptyText, match="the response is empty"):
         Demonstration(prompt_ids=(1,), response_ids=())
-    with pytest.raises(ValueError, match=r"up to .* slots and the policy has 64 positions"):
-        make([Demonstration(prompt_ids=(1,) * 40, response_ids=(2,) * 30)])
+    with pytest.raises(BadPreferences, match=r"record 1: .* has 70 tokens and GPT2LMHeadModel reads 64; leave such"):
+        make([*TEXTS[:1], Demonstration(prompt_ids=(1,) * 40, response_ids=(2,) * 30)])
+    with pytest.raises(ValueError, match=r"up to 80 slots and the policy has 64 positions"):  # side by side
+        make([Demonstration(prompt_ids=(1,) * one, response_ids=(2,) * other) for one, other in ((40, 2), (2, 40))])
 
 
 # Where demonstrations come from. The toy tokenizer has no start token; its end is <eos>.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 from rich.table import Table
 
-from tokenmdp.cli.checks import check_directory, check_numbers
+from tokenmdp.cli.checks import check_directory, check_file, check_numbers
 from tokenmdp.cli.options import parse
 from tokenmdp.evaluation.behaviours import Questions
 from tokenmdp.files import write_text
@@ -144,6 +144,7 @@ def _answer(options: AnswerOptions) -> int:
     console = make_console()
     if not options.sets:
         raise ValueError("tokenmdp behaviours answer needs at least one file of questions")
+    check_file(options.out, "--out", "answers.jsonl")
     sets = [Questions.load(path) for path in options.sets]
     policy, _ = open_source(options.policy)
     answered = answer_all(policy, sets, resolve_device(options.device))
@@ -178,7 +179,7 @@ def _compare(options: CompareOptions) -> int:
             "tokenmdp behaviours compare needs at least one source: a run, a pipeline, a model or a directory"
         )
     check_numbers(options, samples=2, max_new_tokens=1)
-    check_directory(options.out)
+    check_directory(options.out, mark="measured")
     sets = [Questions.load(path) for path in options.set]
     names = [POSITIVITY, REPETITION, *(one.name for one in sets)]
     if len(set(names)) < len(names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +39,59 @@ def check_seed(seed: int, flag: str = "--seed") -> None:
 
 
 def check_page(page: Path | None) -> None:
-    """Refuse a page that would replace a directory.
+    """`check_file` for the option --html."""
+    check_file(page, "--html", "page.html")
+
+
+def check_file(path: Path | None, flag: str, example: str) -> None:
+    """Refuse a file to write that would replace a directory, or lie where none can be written.
 
     Raises:
         ValueError: with the path.
     """
-    if page is not None and page.is_dir():
-        raise ValueError(f"--html is {page}, a directory; give a file, such as {page / 'page.html'}")
+    if path is None:
+        return
+    check_home(path, flag)
+    if path.is_dir():
+        raise ValueError(f"{flag} is {path}, a directory; give a file, such as {path / example}")
+    check_directory(path.parent, flag=flag)
 
 
-def check_home(path: Path | None) -> None:
+def check_home(path: Path | None, flag: str = "--out") -> None:
     """Refuse a path to write to that begins with ``~``, which would become the name of a directory.
 
     Raises:
         ValueError: with the path.
     """
     if str(path).startswith("~"):
-        raise ValueError(f"--out is {path}; only a shell writes ~ out: leave the quotation marks out, or give the path")
+        raise ValueError(
+            f"{flag} is {path}; only a shell writes ~ out: leave the quotation marks out, or give the path"
+        )
 
 
-def check_directory(path: Path | None) -> None:
-    """Refuse a directory to write into that is a file, would lie in one, or begins with ``~``.
+def check_directory(path: Path | None, mark: str | None = None, flag: str = "--out") -> None:
+    """Refuse a directory to write into that is a file, would lie in one, begins with ``~`` or cannot be written.
+
+    Args:
+        path: Of the directory, which need not exist.
+        mark: What a directory of this command holds: one that holds other files alone is refused.
+        flag: The option that names it.
 
     Raises:
-        ValueError: with the file.
+        ValueError: with what is in the way.
     """
     if path is None:
         return
-    check_home(path)
-    for place in (path, *path.parents):
-        if place.is_dir():
-            return
-        if place.exists():
-            raise ValueError(f"--out needs the directory {path}, and {place} is a file; choose another place")
+    check_home(path, flag)
+    place = next(place for place in (path, *path.parents) if place.exists())  # "." and "/" do
+    if not place.is_dir():
+        raise ValueError(f"{flag} needs the directory {path}, and {place} is a file; choose another place")
+    if mark is not None and place == path and not (path / mark).exists() and (others := sorted(os.listdir(path))):
+        raise ValueError(
+            f"{flag} is {path}, which holds {', '.join(others[:3])} and no {mark}; nothing there was touched: choose "
+            "another place"
+        )
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(f"{flag} needs the directory {path}, and {place} cannot be written ({error})") from error

@@ -68,7 +68,7 @@ def train(arguments: TrainRewardModel, config: Mapping[str, Any] | None = None) 
     if arguments.data is None:
         raise ValueError(f"--data is missing: {NAME} learns from comparisons; `tokenmdp prefer` makes some")
     check_numbers(arguments, updates=1, members=1, penalty=0)
-    check_directory(arguments.out)
+    check_directory(arguments.out, mark="member-0" if arguments.members > 1 else None)
     if math.isinf(arguments.penalty):
         raise ValueError(f"--penalty is {arguments.penalty}; it is a number of sds: give a finite one")
     if arguments.penalty and arguments.members == 1:

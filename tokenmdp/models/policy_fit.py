@@ -63,7 +63,7 @@ def check_positions(lm: PreTrainedModel, slots: int) -> None:
     if limit is not None and slots > limit.tokens:
         raise ValueError(
             f"prompt and response take up to {slots} slots and the policy has {limit}; "
-            "lower max_prompt_tokens or max_new_tokens"
+            "lower max_prompt_tokens or max_new_tokens, or of given data leave the longest records out"
         )
 
 
