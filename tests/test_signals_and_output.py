@@ -1,5 +1,6 @@
 """Signals, closed pipes, terminals of little skill, and paths with control characters."""
 
+import errno
 import io
 import json
 import os
@@ -78,6 +79,19 @@ def test_commands_without_updates_end_in_one_line(name, number, tmp_path, monkey
     assert said.splitlines()[-1] == "interrupted; run the same command to go on"
     assert "Traceback" not in said
     assert not [file.name for file in out.parent.glob("*") if file.name.startswith(".")]
+
+
+def test_a_full_disk_is_named_with_the_file_and_the_remedy(tmp_path, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = ["prefer", "--judge", "lexicon", "--pairs", "2", "--out", str(tmp_path / "a.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(command) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"No space left on device: '{tmp_path / 'a.run.json'}'; make room, then run the same command again" in said
+    assert main(command) == 0
 
 
 @needs_fork

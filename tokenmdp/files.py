@@ -51,8 +51,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         Path(temporary).chmod(0o644)  # mkstemp makes 0600: other users could not read it
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # "No space left on device" does not say where
+            error.filename = str(path)
         raise
 
 

@@ -7,6 +7,7 @@ Each command is a file beside this one, with its options and what it does. It is
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import warnings
@@ -107,7 +108,8 @@ def _main(argv: Sequence[str] | None) -> int:
         expected = plain or isinstance(error, (ValueError, OSError, FloatingPointError))
         where = "shows where" if expected else "shows where: no input should end like this, so please report it"
         named = "" if plain else f"{type(error).__name__}: "
-        report_error(f"{named}{error}", hint=f" (TOKENMDP_TRACEBACK=1 {where})")
+        remedy = "; make room, then run the same command again" if os.strerror(errno.ENOSPC) in str(error) else ""
+        report_error(f"{named}{error}{remedy}", hint=f" (TOKENMDP_TRACEBACK=1 {where})")
         return 2
 
 
