@@ -143,22 +143,27 @@ def power_cuts(folder: Path, tries: int) -> Iterator[bool]:
     """What the disk holds at the moment after a finished checkpoint."""
     for number in range(tries):
         image, after = folder / f"disk-{number}.img", folder / f"after-{number}.img"
-        mounted = folder / f"mounted-{number}"
-        mounted.mkdir()
+        place = folder / f"mounted-{number}"
+        place.mkdir()
         image.touch()
         os.truncate(image, 64 << 20)
         subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-        subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
-        try:
-            train(mounted / "run", UPDATES)
+        with mounted(image, place):
+            train(place / "run", UPDATES)
             shutil.copyfile(image, after)  # nobody syncs: the power goes now
-        finally:
-            subprocess.run(["umount", str(mounted)], check=True)
-        subprocess.run(["mount", "-o", "loop", str(after), str(mounted)], check=True)  # the journal is replayed
-        try:
-            yield train(mounted / "run", UPDATES + 1).returncode == 0 and len(history(mounted / "run")) == UPDATES + 1
-        finally:
-            subprocess.run(["umount", str(mounted)], check=True)
+        with mounted(after, place):  # the journal is replayed
+            yield train(place / "run", UPDATES + 1).returncode == 0 and len(history(place / "run")) == UPDATES + 1
+
+
+@contextlib.contextmanager
+def mounted(image: Path, place: Path) -> Iterator[None]:
+    """An image's files at ``place``. Ctrl-C does not reach the commands themselves, so nothing stays mounted."""
+    try:
+        subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True, start_new_session=True)
+        yield
+    finally:
+        if place.is_mount():  # lazily: a process that was ended may still hold a file
+            subprocess.run(["umount", "--lazy", str(place)], check=True, start_new_session=True)
 
 
 def episodes(count: int) -> Iterator[bool]:

@@ -168,6 +168,8 @@ def prompt_source(source: Any, encoder: Encoder, prompt_tokens: tuple[int, int])
         PromptsNotFound: nothing has that name.
         ValueError: an empty source, or a row that is no text or does not fit; the message names the row.
     """
+    if not 1 <= prompt_tokens[0] <= prompt_tokens[1]:
+        raise ValueError(f"prompt_tokens is {prompt_tokens}; give (least, most) with 1 <= least <= most")
     rows, where = read_prompts(source)
     if not rows:
         raise ValueError(f"{where} holds no prompts; give at least one")
@@ -217,8 +219,6 @@ def _openings(rows: Prompts, encoder: Encoder, prompt_tokens: tuple[int, int], w
         )
         return GivenPrompts([encoder(prompt, name=place) for prompt, place in zip(rows, rows.places, strict=True)])
     least, most = prompt_tokens
-    if not 1 <= least <= most:
-        raise ValueError(f"prompt_tokens is {prompt_tokens}; give (least, most) with 1 <= least <= most")
     if encoder.chat:
         raise ValueError(
             f"{where} is a data set, of whose texts the beginnings are prompts, and prompt_template='chat' "

@@ -21,7 +21,7 @@ from tokenmdp.models.sizes import PositionLimit, configured_limit
 from tokenmdp.reward_models.base import RewardModel
 from tokenmdp.reward_models.ensemble import read_ensemble
 from tokenmdp.reward_models.lexicon import names_word_list
-from tokenmdp.reward_models.loading import load_reward_model
+from tokenmdp.reward_models.loading import check_placement, load_reward_model
 from tokenmdp.reward_models.retokenized import PLAIN, check_template, readable_by
 from tokenmdp.reward_models.scaled import ScaledRewardModel, check_scale
 from tokenmdp.reward_models.scores import Score, score_rule
@@ -247,6 +247,8 @@ def make_task(
     if truncate_prompt not in (None, "left", "right"):
         raise ValueError(f"truncate_prompt={truncate_prompt!r} is not one of None, 'left' and 'right'")
     _check_alignment(align, reward_template)
+    if not isinstance(add_special_tokens, bool):
+        raise ValueError(f"add_special_tokens={add_special_tokens!r} is neither True nor False")
     horizons = None if horizon_range is None else _pair("horizon_range", horizon_range)
     if horizons is not None and not 1 <= horizons[0] <= horizons[1] <= max_new_tokens:
         raise ValueError(f"horizon_range={horizons} needs 1 <= least <= most <= max_new_tokens={max_new_tokens}")
@@ -275,6 +277,7 @@ def make_task(
     if isinstance(source, RewardModel) or names_word_list(source):
         _ = task.reward_model  # already built, or instant to load, so it is checked at construction
     else:
+        check_placement(reward_dtype, reward_device)
         _check_classifier(source, score, None if align else (max_prompt_tokens, max_new_tokens))
     return task
 

@@ -76,6 +76,22 @@ def load_reward_model(name: str, *, score: Score = "auto", dtype: str = "float32
         return _loaded[key]
 
 
+def check_placement(dtype: str, device: str) -> None:
+    """Refuse what no classifier can be loaded with.
+
+    Raises:
+        ValueError: an unknown dtype or device, or a GPU that torch does not see.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is none that torch knows; pass 'cpu', 'cuda' or 'cuda:1'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
+
+
 def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRewardModel:
     """A sequence classifier and its tokenizer from an alias, a directory or a hub repository.
 
@@ -85,10 +101,7 @@ def load_classifier(name: str, *, score: Score, dtype: str, device: str) -> HFRe
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asks for a GPU and torch sees none; pass 'cpu'")
+    check_placement(dtype, device)
     model = load_weights(AutoModelForSequenceClassification.from_pretrained, "reward_model", name, DTYPES[dtype])
     home, tokenizer = tokenizer_home("reward_model", name), None
     if home is not None:
