@@ -253,7 +253,7 @@ def test_a_named_classifier_gives_the_same_score_after_a_json_round_trip(classif
         ({"prompts": ["the film", ""]}, ValueError, "prompt 1 is empty"),
         ({"prompts": []}, ValueError, "no prompts"),
         ({"prompts": 7}, TypeError, "list of texts, .* not int"),
-        ({"prompts": [[1, 99]]}, ValueError, r"token id 99 in a prompt is not in \[0, 32\)"),
+        ({"prompts": [[1, 99]]}, ValueError, r"prompt 0 holds the token id 99, which is not in \[0, 32\)"),
         ({"eos_token_id": 32}, ValueError, r"eos_token_id=32 is not a token: the tokenizer's ids are 0..31"),
         ({"eos_token_id": -1}, ValueError, "eos_token_id=-1"),
         ({"eos_token_id": "</s>"}, ValueError, "eos_token_id='</s>' is neither a token id nor a list of ids"),

@@ -9,8 +9,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import tokenmdp  # registers the ids
 from tokenmdp.agents.ppo import PPO, PPOConfig
 from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
+from tokenmdp.models.soup import write_soup
 from tokenmdp.models.tokens import toy_tokenizer
 from tokenmdp.reward_models import HFRewardModel
+from tokenmdp.reward_models.learning import LearningClassifier, start_classifier
 from tokenmdp.rollouts import collect
 from tokenmdp.wrappers import vector
 
@@ -60,6 +62,19 @@ def test_a_reward_model_with_one_such_weight_is_refused():
     model = spoil(gpt2(GPT2ForSequenceClassification, num_labels=1), "transformer.ln_f.weight")
     with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight"):
         HFRewardModel(model, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_members_of_soups_and_starts_of_reward_models_are_named(value, tmp_path):
+    directories = [tmp_path / name for name in ("whole", "spoiled")]
+    for directory, model in zip(directories, (gpt2(), spoil(gpt2(), "transformer.h.0.ln_1.bias", value)), strict=True):
+        model.save_pretrained(directory)
+        toy_tokenizer().save_pretrained(directory)
+    refused = r"spoiled has a weight transformer\.h\.0\.ln_1\.bias in which 1 of"
+    with pytest.raises(ValueError, match=refused):
+        write_soup(directories, (0.5, 0.5), tmp_path / "soup")
+    with pytest.raises(ValueError, match=refused):
+        LearningClassifier(*start_classifier(str(directories[1]), seed=0))
 
 
 def test_a_value_head_with_nan_is_refused(tmp_path):

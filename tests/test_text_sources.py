@@ -97,6 +97,9 @@ BAD_FILES = {
         (b'["the film",', "p.json is not JSON"),
     ],
     "p.csv": [
+        (b'prompt\n"the film\na movie\n', r"line 2 of .*p.csv is not CSV \(unexpected end of data\)"),
+        (b"prompt\nthe film, was\n", r"line 2 of .*p.csv has 2 fields and the first line names 1; put texts that hold"),
+        (b"prompt;prompt\na;b\n", "p.csv has the column 'prompt' twice; rename one of them"),
         (b"", "p.csv has the columns none"),
         (b"question,answer\nthe film,good\n", "columns 'question', 'answer'; 'prompt'"),
         (b"id,prompt\n1\n2,the film\n", "line 2 of .* is null"),

@@ -76,7 +76,7 @@ class Encoder:
             ids = chat_ids(self.tokenizer, prompt, name)  # type: ignore[arg-type]
         else:
             ids = self._ids(prompt, name)  # type: ignore[arg-type]
-        self._check(ids)
+        self._check(ids, name)
         if not ids:
             raise ValueError(
                 f"{name} is empty ({prompt!r} has no tokens); give at least one token, "
@@ -106,12 +106,12 @@ class Encoder:
             ) from error
         return ids
 
-    def _check(self, ids: list[int]) -> None:
+    def _check(self, ids: list[int], name: str) -> None:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 grown = vocab_size(self.tokenizer)
                 raise ValueError(
-                    f"token id {token} in a prompt is not in [0, {self.vocab_size})"
+                    f"{name} holds the token id {token}, which is not in [0, {self.vocab_size})"
                     + (
                         f": tokens were added to the tokenizer, which now has {grown}, after the environment was made; "
                         "make a new environment, and resize the policy's embeddings"

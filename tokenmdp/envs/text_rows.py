@@ -88,18 +88,27 @@ def read_rows(path: Path, column: str | None = None) -> Prompts:
 def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
     """Rows of a table whose first line names the columns, separated by commas, semicolons or tabs."""
     for delimiter in DELIMITERS:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        rows, places, line = [], [], 1
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows, places, line = [], [], 0
         try:
             names = reader.fieldnames or []
+            line = reader.line_num
             if (column is None and not {PROMPT, TEXT} & set(names)) or (column is not None and column not in names):
                 continue
+            if repeated := [name for name in (column, PROMPT, TEXT) if names.count(name) > 1]:  # type: ignore[arg-type]
+                raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename one of them")
             for row in reader:
+                place = f"line {line + 1} of {path}"
+                if more := row.pop(None, None):  # type: ignore[call-overload]
+                    raise ValueError(
+                        f"{place} has {len(names) + len(more)} fields and the first line names {len(names)}; put "
+                        f"texts that hold a {delimiter!r} in quotation marks"
+                    )
                 rows.append(row)
-                places.append(f"line {line + 1} of {path}")
+                places.append(place)
                 line = reader.line_num
         except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} of {path} is not CSV ({error})") from error
+            raise ValueError(f"line {line + 1} of {path} is not CSV ({error})") from error
         return checked_rows(rows, places, column)
     first = next(csv.reader(io.StringIO(text, newline="")), [])
     raise ValueError(lacking(str(path), first, column))
