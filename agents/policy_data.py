@@ -68,9 +68,12 @@ class PolicyFromData(DataLearner):
         for place, one in enumerate(examples):
             for ids in (one.prompt, *one.responses):
                 check_vocabulary(ids, size, f"record {place}")
-        named = isinstance(policy, str)
-        limit = configured_limit(load_config("policy", policy) if named else policy.config)
-        self.check_lengths(limit and limit.tokens, policy if named else type(policy).__name__)
+        if isinstance(policy, str):
+            model, config_of = policy, load_config("policy", policy)
+        else:
+            model, config_of = type(policy).__name__, policy.config
+        limit = configured_limit(config_of)
+        self.check_lengths(limit and limit.tokens, model)
         prompt, response = (int(longest) for longest in self.lengths.max(0))
         tokens = DataTokens(self._tokenizer, size, (0 if end is None else end,), prompt, response)
         self.policy, frozen = policy_and_reference(policy, reference, tokens, self.config, self.processes)

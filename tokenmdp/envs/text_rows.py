@@ -95,11 +95,11 @@ def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
             line = reader.line_num
             if (column is None and not {PROMPT, TEXT} & set(names)) or (column is not None and column not in names):
                 continue
-            if repeated := [name for name in (column, PROMPT, TEXT) if names.count(name) > 1]:  # type: ignore[arg-type]
+            if repeated := [name for name in (column, PROMPT, TEXT) if names.count(name) > 1]:
                 raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename one of them")
             for row in reader:
                 place = f"line {line + 1} of {path}"
-                if more := row.pop(None, None):  # type: ignore[call-overload]
+                if more := row.pop(None, None):
                     raise ValueError(
                         f"{place} has {len(names) + len(more)} fields and the first line names {len(names)}; put "
                         f"texts that hold a {delimiter!r} in quotation marks"

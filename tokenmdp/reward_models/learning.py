@@ -120,7 +120,7 @@ def start_classifier(name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedT
         if adapter is None:
             backbone = load_weights(AutoModel.from_pretrained, kind, name, torch.float32, fresh="pooler.")
         else:  # merged where it belongs, below the head that it was trained with
-            backbone = load_causal_lm(name).base_model
+            backbone = load_causal_lm(name).base_model  # type: ignore[assignment]
         config = copy.deepcopy(backbone.config)
         config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
         config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
