@@ -15,7 +15,7 @@ from tokenmdp.evaluation.policies import gold_scores, played
 from tokenmdp.files import CheckpointError, read_json, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.loading import fingerprint
-from tokenmdp.models.names import resolve
+from tokenmdp.models.names import Kind, resolve
 from tokenmdp.models.soup import check_equal, write_soup
 from tokenmdp.runs.directory import claim
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
@@ -100,7 +100,7 @@ def soups(
         CheckpointError: a soup that is done already has a damaged record.
     """
     check_equal(members)
-    names = [("policy", one) for one in (*members, start)] + [("reward_model", one) for one in objectives]
+    names: list[tuple[Kind, str]] = [("policy", one) for one in (*members, start)] + [("reward_model", one) for one in objectives]
     files = {one: fingerprint(resolve(kind, one)) for kind, one in names}
     made_of = {"members": list(members), "objectives": list(objectives), "start": start, "samples": samples}
     claim(out / "soups.json", "soups", made_of | {f"time of {one}": dict(times) for one, times in files.items()})
