@@ -100,8 +100,8 @@ def soups(
         CheckpointError: a soup that is done already has a damaged record.
     """
     check_equal(members)
-    names: list[tuple[Kind, str]] = [("policy", one) for one in (*members, start)] + [("reward_model", one) for one in objectives]
-    files = {one: fingerprint(resolve(kind, one)) for kind, one in names}
+    used: dict[Kind, Sequence[str]] = {"policy": (*members, start), "reward_model": objectives}
+    files = {one: fingerprint(resolve(kind, one)) for kind, names in used.items() for one in names}
     made_of = {"members": list(members), "objectives": list(objectives), "start": start, "samples": samples}
     claim(out / "soups.json", "soups", made_of | {f"time of {one}": dict(times) for one, times in files.items()})
     split = split_prompts(settings)
