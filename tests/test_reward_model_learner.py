@@ -209,6 +209,21 @@ def test_an_end_behind_every_text_is_saved_with_the_model_which_then_reads_it(ma
     assert (scores[0] - scores[1]).abs() > 1e-3
 
 
+@pytest.mark.parametrize(("pad", "reading"), [(0, {"append_eos": True}), (EOS, None)], ids=["own pad", "pad is end"])
+def test_a_model_of_others_that_always_read_an_end_can_be_read_as_it_learned(tmp_path, pad, reading):
+    model = classifier().eval()
+    model.config.pad_token_id = pad
+    saved(model, tmp_path / "rm")
+    config = json.loads((tmp_path / "rm" / "config.json").read_text()) | {"tokenmdp": reading}
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    prompt, response = encode("the film was"), encode("so fun")
+    with torch.no_grad():
+        logit = model(torch.tensor([[*prompt, *response, EOS]])).logits.item()  # of EOS, or before it where that is pad
+    found = load_reward_model(str(tmp_path / "rm"))(lay_out([prompt] * 2, [response, (*response, EOS)])).score
+    assert found[0].item() == pytest.approx(logit, abs=1e-5)
+    assert (abs(found[1].item() - logit) < 1e-5) == (pad != EOS)
+
+
 @pytest.mark.parametrize(
     "record",
     ["yes", {"append_eos": 1}, {"scale": 0.0}, {"scale": float("nan")}, {"shift": "0"}, {"end": True}, []],
