@@ -104,10 +104,14 @@ class Learner:
         cfg = self.config
         self.model: Any = model
         self.reference: Any = reference
-        self.optimizer = torch.optim.Adam(self.parameter_groups(), eps=cfg.adam_eps, fused=True)
+        self.optimizer = self.make_optimizer()
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.learner = self.processes.prepare(model, reference, self.optimizer)
         self.generator = torch.Generator(self.processes.device(cfg.device)).manual_seed(cfg.seed)
+
+    def make_optimizer(self) -> Any:
+        """What takes the steps, with the interface of `torch.optim.Optimizer`."""
+        return torch.optim.Adam(self.parameter_groups(), eps=self.config.adam_eps, fused=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, in optimizer groups; each has its gradient norm, and the first one's rate is logged."""

@@ -103,13 +103,13 @@ class Build:
             rows = corpus.language_model_rows(reviews, tokenizer.eos_token_id, 1024, random.Random(arguments.seed))
             self.log(f"pretraining the policy: {sum(map(len, rows)) / 1e6:.1f}M tokens an epoch")
             config = language_model.gpt2_config(tokenizer, arguments.width, arguments.layers, arguments.heads)
-            model = GPT2LMHeadModel(config)
+            checkpoint = self.work / "policy_checkpoint"
             language_model.pretrain(
-                model, rows, tokens=int(arguments.policy_tokens), batch_tokens=8192,
-                learning_rate=arguments.policy_learning_rate, seed=arguments.seed,
-                state_file=self.work / "policy_state.safetensors", device=self.device, log=self.log,
+                GPT2LMHeadModel(config), tokenizer, rows, tokens=int(arguments.policy_tokens), batch_tokens=8192,
+                learning_rate=arguments.policy_learning_rate, seed=arguments.seed, checkpoint=checkpoint,
+                device=self.device, log=self.log,
             )  # fmt: skip
-            self.save(model, tokenizer, folder)
+            self.save(GPT2LMHeadModel.from_pretrained(checkpoint), tokenizer, folder)
         return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
 
     def prompts(self, tokenizer, policy) -> list[list[int]]:
@@ -196,16 +196,16 @@ class Build:
         torch.manual_seed(seed)
         config = gold.llama_config(tokenizer, arguments.gold_width, arguments.gold_layers, arguments.gold_heads)
         if not (self.work / "gold_language_model").exists():
-            model = LlamaForCausalLM(config)
+            checkpoint = self.work / "gold_language_model_checkpoint"
             texts = corpus.encode(tokenizer, self.texts(seed)[: arguments.gold_reviews])
             rows = corpus.language_model_rows(texts, tokenizer.eos_token_id, 256, random.Random(seed))
             self.log(f"pretraining the gold model: {sum(map(len, rows)) / 1e6:.1f}M tokens an epoch")
             language_model.pretrain(
-                model, rows, tokens=int(arguments.gold_tokens), batch_tokens=4096,
-                learning_rate=arguments.policy_learning_rate, seed=seed,
-                state_file=self.work / "gold_language_model_state.safetensors", device=self.device, log=self.log,
+                LlamaForCausalLM(config), tokenizer, rows, tokens=int(arguments.gold_tokens), batch_tokens=4096,
+                learning_rate=arguments.policy_learning_rate, seed=seed, checkpoint=checkpoint, device=self.device,
+                log=self.log,
             )  # fmt: skip
-            self.save(model, tokenizer, self.work / "gold_language_model")
+            self.save(LlamaForCausalLM.from_pretrained(checkpoint), tokenizer, self.work / "gold_language_model")
         model = LlamaForCausalLM.from_pretrained(self.work / "gold_language_model", dtype=torch.float32)
         self.log("training the gold model: sentiment")
         classifier = gold.from_language_model(model)

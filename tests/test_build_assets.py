@@ -14,8 +14,11 @@ import torch
 pytest.importorskip("datasets", reason="needs the datasets extra: pip install 'tokenmdp[datasets]'")
 import pyarrow as pa
 import pyarrow.parquet
-from imdb_recipe import corpus, gold, quality, reward_model
+from imdb_recipe import corpus, gold, language_model, quality, reward_model
+from test_ppo import timeless
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
+
+from tokenmdp.preferences import Demonstration
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "build_imdb_assets.py"
 CPU = torch.device("cpu")
@@ -36,12 +39,72 @@ def test_clean_turns_runs_of_breaks_into_one_newline():
 
 def test_token_batches_hold_every_row_once_within_the_budget():
     rng = random.Random(0)
-    rows = [[index + 2] * rng.randint(1, 30) for index in range(200)]
-    seen = []
-    for batch in corpus.token_batches(rows, tokens=90, pad=1, rng=rng):
-        assert batch.numel() <= 90
-        seen += [row[row != 1].tolist() for row in batch]
-    assert sorted(seen) == sorted(rows)
+    lengths = [rng.randint(1, 30) for _ in range(200)]
+    batches = corpus.token_batches(lengths, tokens=90, rng=rng)
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 90 for batch in batches)
+    assert sorted(row for batch in batches for row in batch) == list(range(200))
+
+
+def made_up_texts():
+    """A tokenizer, and rows that it reads."""
+    rng = random.Random(0)
+    words = ["film", "plot", "great", "dull", "was", "the", "a", "and"]
+    texts = [" ".join(rng.choice(words) for _ in range(rng.randint(5, 30))) for _ in range(120)]
+    tokenizer = corpus.train_tokenizer(texts, vocab_size=300)
+    reviews = corpus.encode(tokenizer, texts)
+    return tokenizer, corpus.language_model_rows(reviews, tokenizer.eos_token_id, 64, random.Random(1))
+
+
+def tiny_lm(tokenizer):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(language_model.gpt2_config(tokenizer, width=32, layers=1, heads=2))
+
+
+@pytest.fixture
+def pretraining(tmp_path):
+    """Makes a learner on the made-up texts; the checkpoint, if there is one, is continued."""
+    tokenizer, rows = made_up_texts()
+    texts = [Demonstration(prompt_ids=tuple(row[:1]), response_ids=tuple(row[1:])) for row in rows]
+    config = language_model.PretrainingConfig(dtype="float32", device="cpu", batch_tokens=400, total_updates=20)
+
+    def make():
+        if (tmp_path / "run").exists():
+            return language_model.Pretraining.load(tmp_path / "run", texts)
+        return language_model.Pretraining(tiny_lm(tokenizer), texts, config, tokenizer=tokenizer)
+
+    return make
+
+
+def test_pretraining_takes_the_steps_of_a_plain_loop(pretraining):
+    learner = pretraining()
+    model = tiny_lm(learner.tokenizer)
+    optimizer, pad = language_model.MuonWithAdamW(model, 3e-3), learner.tokenizer.pad_token_id
+    losses = []
+    for step in range(20):
+        rows = [[*learner.examples[row].prompt, *learner.examples[row].responses[0]] for row in learner._batch(step)]
+        batch = corpus.pad_rows(rows, pad)
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.set_learning_rate(3e-3 * language_model.schedule(step / 20))
+        optimizer.step()
+        losses.append(loss.item())
+    found = [metrics["loss"] for metrics in learner.learn(20).history]
+    assert found == pytest.approx(losses, abs=2e-3)
+    assert found[-1] < found[0] - 0.5
+    assert learner.history[-1]["epoch"] > 1  # so a second pass over the texts has begun
+
+
+def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
+    unbroken, begun = pretraining().learn(12), pretraining().learn(7)
+    begun.save(tmp_path / "run")
+    resumed = pretraining().learn(5)
+    assert timeless(resumed.history) == timeless(unbroken.history)
+    weights = unbroken.policy.lm.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.policy.lm.state_dict().items())
 
 
 def test_long_reviews_continue_in_further_rows():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,22 +71,22 @@ def language_model_rows(reviews: list[list[int]], eos: int, positions: int, rng:
     return [row for row in rows if len(row) > 8]
 
 
-def token_batches(rows: list[list[int]], tokens: int, pad: int, rng: random.Random) -> Iterator[torch.Tensor]:
-    """Right-padded (N, T) batches of at most ``tokens`` slots; rows of similar length go together, order is random."""
-    order = list(range(len(rows)))
+def token_batches(lengths: Sequence[int], tokens: int, rng: random.Random) -> list[list[int]]:
+    """Batches of rows, by number, of at most ``tokens`` slots each; similar lengths go together, order is random."""
+    order, found = list(range(len(lengths))), []
     rng.shuffle(order)
     for start in range(0, len(order), 4096):  # sort within pools, or the batches would repeat every epoch
-        pool = sorted(order[start : start + 4096], key=lambda index: len(rows[index]))
+        pool = sorted(order[start : start + 4096], key=lambda row: lengths[row])
         batches, current = [], []
-        for index in pool:
-            if current and len(rows[index]) * (len(current) + 1) > tokens:
+        for row in pool:
+            if current and lengths[row] * (len(current) + 1) > tokens:
                 batches.append(current)
                 current = []
-            current.append(index)
+            current.append(row)
         batches.append(current)
         rng.shuffle(batches)
-        for batch in batches:
-            yield pad_rows([rows[index] for index in batch], pad)
+        found += batches
+    return found
 
 
 def pad_rows(rows: list[list[int]], pad: int) -> torch.Tensor:

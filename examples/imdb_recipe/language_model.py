@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import random
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import GPT2Config, PreTrainedModel
 
-from tokenmdp.files import load_state, save_state
+from tokenmdp.agents.sft import SFT, SFTConfig
+from tokenmdp.preferences import Demonstration
+from tokenmdp.training.checkpoint import Format
 
 from .corpus import token_batches
 
@@ -27,43 +32,46 @@ def gpt2_config(tokenizer, width: int, layers: int, heads: int, **extra) -> GPT2
     )  # fmt: skip
 
 
-class Optimisation:
-    """A model's optimizers, and the state to resume from: Muon for the blocks' matrices, AdamW for all the rest."""
+class MuonWithAdamW:
+    """Two optimizers as one: Muon for the blocks' matrices, AdamW for all the rest."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
-        self.model, self.learning_rate = model, learning_rate
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(BLOCKS, name)]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
-        ]
+        self.parts = {
+            "muon": torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            "adamw": torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+        }
 
-    def step(self, loss: torch.Tensor, done: float) -> None:
-        """One step down ``loss`` when ``done`` of the budget is spent."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * schedule(done)
-            optimizer.step()
-            optimizer.zero_grad()
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """That of Muon and that of AdamW."""
+        return [group for part in self.parts.values() for group in part.param_groups]
 
-    def save(self, file: Path, **progress: int) -> None:
-        """Write model, optimizers and how far the training is."""
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        save_state(file, {"model": self.model.state_dict(), "optimizers": optimizers, **progress})
+    def set_learning_rate(self, rate: float) -> None:
+        """Of both."""
+        for group in self.param_groups:
+            group["lr"] = rate
 
-    def restore(self, file: Path) -> dict[str, int]:
-        """Read what `save` wrote; returns the progress, empty if there is no file."""
-        if not file.exists():
-            return {}
-        state = load_state(file)
-        self.model.load_state_dict(state.pop("model"))
-        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(saved)
-        return state
+    def step(self) -> None:
+        """A step of both."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def schedule(done: float) -> float:
@@ -77,40 +85,77 @@ def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def next_token_loss(model, batch: torch.Tensor, pad: int) -> torch.Tensor:
-    """Mean nats per real token: position t predicts token t+1; padding is on the right, so causality hides it."""
-    with autocast(batch.device):
-        logits = model(input_ids=batch[:, :-1]).logits  # (N, T-1, V); slicing logits afterwards would copy them
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad).float()
+@dataclass(frozen=True)
+class PretrainingConfig(SFTConfig):
+    """The numbers of one pretraining; ``total_updates`` is given."""
+
+    unused = ("batch_size", "epochs", "anneal_lr", "adam_eps", "lora_rank")
+
+    batch_tokens: int = 8192  # slots per update
+    learning_rate: float = 3e-3
 
 
-def pretrain(model: PreTrainedModel, rows: list[list[int]], *, tokens: int, batch_tokens: int, learning_rate: float,
-             seed: int, state_file: Path, device: torch.device, log) -> None:  # fmt: skip
-    """Train on ``tokens`` tokens; saves every few minutes and resumes from the last save."""
-    model.to(device).train()
-    pad = model.config.pad_token_id
-    optimisation, seen, epoch, skip = Optimisation(model, learning_rate), 0, 0, 0
-    if state := optimisation.restore(state_file):
-        seen, epoch, skip = state["seen"], state["epoch"], state["batches"]
-        log(f"resumed at {seen / 1e6:.1f}M tokens")
-    started, since, saved_at, losses = time.monotonic(), seen, time.monotonic(), []
-    while seen < tokens:
-        for number, batch in enumerate(token_batches(rows, batch_tokens, pad, random.Random(seed + epoch))):
-            if number < skip:
-                continue
-            loss = next_token_loss(model, batch.to(device), pad)
-            optimisation.step(loss, seen / tokens)
-            losses.append(loss.item())
-            seen += int((batch[:, 1:] != pad).sum())
-            skip = number + 1
-            if skip % 50 == 0:
-                speed = (seen - since) / (time.monotonic() - started)
-                mean = sum(losses) / len(losses)
-                log(f"epoch {epoch} {seen / 1e6:6.2f}M tokens  loss {mean:.3f}  {speed:.0f} tokens/s")
-                losses = []
-            if time.monotonic() - saved_at > 300 or seen >= tokens:
-                optimisation.save(state_file, seen=seen, epoch=epoch, batches=skip)
-                saved_at = time.monotonic()
-            if seen >= tokens:
-                return
-        epoch, skip = epoch + 1, 0
+class Pretraining(SFT):
+    """SFT on whole texts from random weights: batches of equal cost, and the optimizer and schedule that this takes."""
+
+    config_class = PretrainingConfig
+    format = Format("pretraining", 1)
+    norms = ("grad_norm", "others_grad_norm")
+    config: PretrainingConfig
+
+    def make_optimizer(self) -> Any:
+        """Of the language model alone, without the value head."""
+        return MuonWithAdamW(self.policy.lm, self.config.learning_rate)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Of the first one; others differ by a few."""
+        return len(self.batches(0))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  of one learner, which lives as long as the program
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The rows of every update of a pass over the texts."""
+        rng = random.Random(self.config.seed + epoch)
+        return token_batches(self.lengths.sum(1).tolist(), self.config.batch_tokens, rng)
+
+    def _batch(self, update: int) -> torch.Tensor:
+        epoch = 0
+        while update >= len(self.batches(epoch)):
+            update -= len(self.batches(epoch))
+            epoch += 1
+        return torch.tensor(self.batches(epoch)[update])
+
+    def _schedule(self) -> float:
+        rate = self.config.learning_rate * schedule(self.num_updates_done / self.config.total_updates)
+        self.optimizer.set_learning_rate(rate)
+        return rate
+
+
+def pretrain(model: PreTrainedModel, tokenizer, rows: list[list[int]], *, tokens: int, batch_tokens: int,
+             learning_rate: float, seed: int, checkpoint: Path, device: torch.device, log) -> None:  # fmt: skip
+    """Train for about ``tokens`` tokens and leave ``checkpoint``; saves every few minutes and resumes from there."""
+    texts = [Demonstration(prompt_ids=tuple(row[:1]), response_ids=tuple(row[1:])) for row in rows]
+    if checkpoint.exists():
+        learner = Pretraining.load(checkpoint, texts, device=str(device))
+        log(f"resumed after update {learner.num_updates_done}")
+    else:
+        batches = len(token_batches(list(map(len, rows)), batch_tokens, random.Random(seed)))
+        config = PretrainingConfig(
+            seed=seed, device=str(device), learning_rate=learning_rate, batch_tokens=batch_tokens,
+            total_updates=math.ceil(tokens / sum(len(row) - 1 for row in rows) * batches),
+        )  # fmt: skip
+        learner = Pretraining(model, texts, config, tokenizer=tokenizer)
+    saved_at = time.monotonic()
+
+    def after_update(metrics: dict[str, float]) -> None:
+        nonlocal saved_at
+        if metrics["update"] % 50 == 0:
+            recent = [one["loss"] for one in learner.history[-50:]]
+            speed, loss = metrics["tokens_per_second"], sum(recent) / len(recent)
+            log(f"epoch {metrics['epoch']:.2f}  loss {loss:.3f}  {speed:.0f} tokens/s")
+        if time.monotonic() - saved_at > 300:
+            learner.save(checkpoint)
+            saved_at = time.monotonic()
+
+    learner.learn(learner.config.total_updates - learner.num_updates_done, callback=after_update)
+    learner.save(checkpoint)

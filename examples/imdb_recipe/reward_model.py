@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from tokenmdp.files import load_state, save_state
+
 from .corpus import pad_rows
-from .language_model import Optimisation, autocast
+from .language_model import MuonWithAdamW, autocast, schedule
 
 PREFIX_STRIDE = 8
 REVIEWS_EVERY = 3  # phase 2: steps between two batches of reviews, on average
@@ -106,15 +108,22 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
     ``make_step(first)`` returns ``step_loss()``, which gives the loss and figures to log; ``first`` is the step to
     resume from, and reseeds the batches so that a resumed run does not see its first ones again.
     """
-    optimisation, first = Optimisation(model, learning_rate), 0
-    if state := optimisation.restore(state_file):
+    optimizer, first = MuonWithAdamW(model, learning_rate), 0
+    if state_file.exists():
+        state = load_state(state_file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         log(f"resumed at step {first}")
     step_loss = make_step(first)
     saved_at, sums, since = time.monotonic(), {}, time.monotonic()
     for step in range(first, steps):
         loss, figures = step_loss()
-        optimisation.step(loss, step / steps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.set_learning_rate(learning_rate * schedule(step / steps))
+        optimizer.step()
+        optimizer.zero_grad()
         for name, value in {"loss": loss.item(), **figures}.items():
             sums[name] = sums.get(name, 0.0) + value / every
         if (step + 1) % every == 0:
@@ -122,7 +131,8 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
             log(f"step {step + 1}/{steps}  {numbers}  {(time.monotonic() - since) / every:.2f} s/step")
             sums, since = {}, time.monotonic()
         if time.monotonic() - saved_at > 180 or step + 1 == steps:
-            optimisation.save(state_file, step=step + 1)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_state(state_file, state)
             saved_at = time.monotonic()
 
 
