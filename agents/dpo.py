@@ -18,7 +18,7 @@ Sources: those of `tokenmdp.preference_losses.dpo_loss`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ import torch
 from tokenmdp.agents.data import DataConfig, Example
 from tokenmdp.agents.policy_data import PolicyFromData
 from tokenmdp.preference_losses import dpo_loss
-from tokenmdp.preferences import Preference, pairs_of
+from tokenmdp.preferences import Comparison, Preference, pairs_of
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require
@@ -99,16 +99,18 @@ class DPO(PolicyFromData):
             for pair in pairs_of(records)
         ]
         super().__init__(policy, examples, config, reference, accelerator, tokenizer)
-        self.ref_logprobs = self._of_all(self._reference_logprobs)
+        with self.processes.whole_weights(self.reference):
+            self.ref_logprobs = self._of_all(self._reference_logprobs, examples)
         self.margins = torch.tensor([one.facts for one in examples], dtype=torch.float64)
         if self.config.form == "ipo" and self.margins.any():
             raise ValueError(
                 'records have margins, which form="ipo" does not use; take another form, or leave them out'
             )
+        self.other = None
         if self.config.margin:
-            other = load_reward_model(self.config.margin, device=str(self.generator.device))
-            other.check_tokenizer(self.tokenizer)
-            scores = self._of_all(lambda episodes: other(episodes).score)
+            self.other = load_reward_model(self.config.margin, device=str(self.generator.device))
+            self.other.check_tokenizer(self.tokenizer)
+            scores = self._of_all(self._other_scores, examples)
             gaps = scores[:, 0] - scores[:, 1]
             logger.info("the other objective's differences have sd %.2f; they should be log-odds", float(gaps.std()))
             self.margins += (1 - self.config.objective_weight) * gaps
@@ -130,6 +132,31 @@ class DPO(PolicyFromData):
             "rejected_logratio": ratios[:, 1].mean(),
         }
 
+    @property
+    def coin_flips(self) -> float | None:
+        """The share of labels that it takes for coin flips; None: what it implies are not log-odds of the labels."""
+        smoothing, form = self.config.label_smoothing, self.config.form
+        return 2 * smoothing if form == "robust" or (form == "sigmoid" and not smoothing) else None
+
+    def score_pairs(self, pairs: Sequence[Comparison]) -> torch.Tensor:
+        """The rewards that the policy implies, ``dpo_beta`` times the log-ratio to the reference.
+
+        With a margin, those of the labelled objective: less the other one's share, divided by ``objective_weight``.
+
+        Args:
+            pairs: n comparisons.
+
+        Returns:
+            (n, 2) of chosen and rejected responses, float32 on the CPU.
+        """
+        cfg = self.config
+        examples = [Example(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+        policy = self._of_all(lambda episodes: self._sequence_logprobs(self.policy, episodes), examples)
+        rewards = cfg.dpo_beta * (policy - self._of_all(self._reference_logprobs, examples))
+        if self.other is not None:
+            rewards = rewards - (1 - cfg.objective_weight) * self._of_all(self._other_scores, examples)
+        return rewards / cfg.objective_weight
+
     def _sequence_logprobs(self, model: Any, episodes: Episode) -> torch.Tensor:
         found = self.logprobs(model, episodes).sum(-1)
         return found / episodes.response_mask.sum(-1) if self.config.length_normalised else found
@@ -137,11 +164,13 @@ class DPO(PolicyFromData):
     def _reference_logprobs(self, episodes: Episode) -> torch.Tensor:
         return self._sequence_logprobs(self.reference, episodes)
 
-    def _of_all(self, numbers: Any) -> torch.Tensor:
+    def _other_scores(self, episodes: Episode) -> torch.Tensor:
+        assert self.other is not None
+        return self.other(episodes).score
+
+    def _of_all(self, numbers: Callable[[Episode], torch.Tensor], examples: Sequence[Example]) -> torch.Tensor:
         """A number of every response, (pairs, 2) float32 on the CPU, computed a batch at a time."""
-        found = []
-        with torch.no_grad(), self.processes.whole_weights(self.reference):
-            for start in range(0, len(self.examples), self.config.batch_size):
-                batch = self.lay_out(self.examples[start : start + self.config.batch_size])
-                found.append(numbers(batch).view(-1, 2).cpu())
-        return torch.cat(found)
+        size = self.config.batch_size
+        with torch.no_grad():
+            parts = (examples[start : start + size] for start in range(0, len(examples), size))
+            return torch.cat([numbers(self.lay_out(part)).view(-1, 2).cpu() for part in parts])

@@ -170,6 +170,11 @@ class RewardModelLearner(DataLearner):
         margins = better.new_tensor(pairs.margins)
         return bradley_terry_loss(better, worse, margins, self.config.centring, self.config.error_rate)
 
+    @property
+    def coin_flips(self) -> float | None:
+        """The share of labels that it takes for coin flips; None: with utilities, scores are not log-odds."""
+        return None if self.utilities else self.config.error_rate
+
     def score_pairs(self, pairs: Sequence[Comparison]) -> torch.Tensor:
         """The raw scores, without shift and scale, of chosen and rejected responses; (n, 2) float32 on the CPU."""
         return self.scores([example_of(pair) for pair in pairs]).view(-1, 2)

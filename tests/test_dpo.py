@@ -103,6 +103,28 @@ def test_metrics_say_how_both_responses_fare():
     assert [metrics["epoch"] for metrics in agent.history] == list(range(8))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_scores_of_other_pairs_are_the_rewards_that_the_loss_reads(other, weight):
+    margin = {"margin": other, "objective_weight": weight} if weight < 1 else {}
+    agent = make(PAIRS[:4], dpo_beta=0.7, **margin).learn(3)
+    found = agent.score_pairs(PAIRS[4:])
+    assert found.shape == (4, 2)
+    gaps = found[:, 0] - found[:, 1]
+    losses = torch.nn.functional.softplus(-gaps)  # -log sigma: the scores are log-odds of the labels
+    again = make(PAIRS[4:], dpo_beta=0.7, batch_size=4, **margin)
+    again.policy.load_state_dict(agent.policy.state_dict())
+    assert again.learn(1).history[0]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert gaps.abs().min() > 1e-3
+
+
+def test_scores_are_calibrated_only_where_they_are_log_odds_of_the_labels():
+    shares = [
+        ({}, 0.0), ({"form": "robust", "label_smoothing": 0.1}, 0.2), ({"label_smoothing": 0.1}, None),
+        ({"form": "ipo"}, None),
+    ]  # fmt: skip
+    assert [make(PAIRS[:2], **options).coin_flips for options, _ in shares] == [share for _, share in shares]
+
+
 def test_a_ranking_counts_pair_by_pair():
     agent = make(RANKINGS)
     assert len(agent.examples) == 6 + 3

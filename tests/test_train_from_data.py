@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from data_doubles import PAIRS, saved, small_lm, three_words
 from preference_doubles import TOY, encode, lines
 from test_ppo import timeless
 
 from tokenmdp import cli
+from tokenmdp.models.loading import load_causal_lm
 from tokenmdp.preferences import Comparison, read_preferences, write_records
 from tokenmdp.report import calibration
 from tokenmdp.report.curves import read_metrics
@@ -129,8 +131,8 @@ def test_a_policys_run_is_read_by_eval_and_sample(finished, capsys):
 def test_a_run_prints_its_table_and_paths(files, tmp_path, capsys):
     assert start("dpo", tmp_path / "run", 1, *options_of("dpo", files)) == 0
     printed = capsys.readouterr().out
-    for part in ("36 records to learn from", "4 of 36 examples per update", "update 1/1", "4 responses",
-                 "learning_curve.png", "judge"):  # fmt: skip
+    for part in ("30 records to learn from, 6 held out", "4 of 30 examples per update", "update 1/1", "4 responses",
+                 "learning_curve.png", "judge", "6 held-out pairs", "calibration.png"):  # fmt: skip
         assert part in printed, part
 
 
@@ -162,6 +164,31 @@ def test_a_reward_models_run_says_how_right_it_is_beside_the_ceiling(finished, f
     assert "nothing was held out, so there is no accuracy to report (--held-out)" in capsys.readouterr().out
 
 
+def test_a_dpo_run_says_how_right_the_implied_reward_is_beside_the_ceiling(finished, files, tmp_path, capsys):
+    run, records = finished("dpo"), read_preferences(files / "pairs.jsonl", TOY)
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    prompts = list(dict.fromkeys(one.prompt_ids for one in records))[::10]  # every tenth one is held out
+    held_out = [one for one in records if one.prompt_ids in prompts]
+    learned, first = (load_causal_lm(str(name)) for name in (run / "checkpoint", files / "lm"))
+    right = []
+    for one in held_out:
+        ratios = []
+        for ids in (one.chosen_ids, one.rejected_ids):
+            text, place = torch.tensor([[*one.prompt_ids, *ids]]), len(one.prompt_ids) - 1
+            with torch.no_grad():
+                rows = [model(text).logits.log_softmax(-1)[0, place:-1] for model in (learned, first)]
+            ratios.append((rows[0] - rows[1]).gather(-1, torch.tensor(ids)[:, None]).sum().item())
+        right.append(ratios[0] > ratios[1])
+    assert summary["pairs"] == len(held_out) == 6
+    assert summary["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert summary["ceiling"]["value"] == pytest.approx(0.9)
+    assert (run / "report" / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "run.json").read_text())["settings"]["held_out"] == 0.1
+    assert start("dpo", tmp_path / "all", 1, *options_of("dpo", files), "--held-out", "0") == 0
+    assert "nothing was held out, so there is no accuracy to report (--held-out)" in capsys.readouterr().out
+    assert "pairs" not in json.loads((tmp_path / "all" / "report" / "summary.json").read_text())
+
+
 def test_a_reward_models_checkpoint_is_a_reward_model_of_other_commands(finished, files, tmp_path, capsys):
     trained = str(finished("reward-model") / "checkpoint")
     assert cli.main(["score", "great", "--prompt", "the film was", "--reward-model", trained, "--device", "cpu"]) == 0
@@ -186,7 +213,7 @@ def test_missing_and_impossible_options_are_named(algorithm, files, tmp_path, er
     missing = [one for place, one in enumerate(options) if "--data" not in options[max(place - 1, 0) : place + 1]]
     assert f"--data is missing: {algorithm} learns from" in error("train", algorithm, *missing, *out)
     assert "nowhere.jsonl" in error("train", algorithm, *options, "--data", tmp_path / "nowhere.jsonl", *out)
-    if algorithm == "reward-model":
+    if algorithm != "sft":
         assert "it is a share of the prompts" in error("train", algorithm, *options, "--held-out", "1", *out)
     assert "--updates is 0; it must be at least 1" in error("train", algorithm, *options, "--updates", "0", *out)
     assert not (tmp_path / "run").exists()

@@ -59,7 +59,7 @@ def measured(sources: Sources, name: str, value: float, seed: int) -> dict[str, 
         settings = replace(settings, credit=line.credit, credit_beta=default_beta(line.credit))
     learns_from_data = line.algorithm == "dpo"
     if learns_from_data:
-        settings = replace(settings, data=str(sources.data))
+        settings = replace(settings, data=str(sources.data), held_out=0.0)
     out = place(sources.out, name, value, seed)
     with contextlib.redirect_stdout(io.StringIO()):
         training.train(settings, out, None if learns_from_data else sources.updates, PRESETS["quick"].checkpoint_every)

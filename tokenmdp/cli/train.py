@@ -55,6 +55,9 @@ class Train:
     over them."""
     data: str | None = None
     """Learn from this file, directory or data set: comparisons, or texts for sft."""
+    held_out: float = 0.0
+    """About the share of the comparisons' prompts that is not learned from, to test what was: every k-th, k = 1 / share
+    rounded."""
     num_envs: int
     """Episodes per update."""
     policy: str
@@ -117,7 +120,8 @@ def from_data(name: str) -> bool:
 
 def left_out(name: str) -> set[str]:
     """Options that an algorithm does not have."""
-    return {"num_envs"} if from_data(name) else {"data"}
+    without = {"num_envs"} if from_data(name) else {"data"}
+    return without if algorithm(name).learns_from == "comparisons" else without | {"held_out"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -182,7 +186,7 @@ def settings_from(
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (
         "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "score", "align", "reward_template", "num_envs",
-        "eval_samples", "credit", "seed",
+        "eval_samples", "credit", "seed", "held_out",
     )  # fmt: skip
     if margin := (config or {}).get("margin"):
         config = {**dict(config or {}), "margin": absolute_name(margin)}

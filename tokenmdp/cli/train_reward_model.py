@@ -17,7 +17,7 @@ from tokenmdp.runs import training
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.reward_model_run import NAME, RewardModelSettings
-from tokenmdp.runs.settings import SET_APART, absolute_name
+from tokenmdp.runs.settings import HELD_OUT, SET_APART, absolute_name
 
 CHECKPOINT_EVERY = 20  # updates
 
@@ -33,7 +33,7 @@ class TrainRewardModel:
     """Comparisons or rankings: a file that `tokenmdp prefer` wrote, another one, a directory or a data-set name."""
     init: str = "imdb-tiny"
     """What it starts from: bundled name, directory or hub name of a language model, or of a one-label classifier."""
-    held_out: float = 0.1
+    held_out: float = HELD_OUT
     """About the share of the prompts that is not learned from, to test what was: every k-th, k = 1 / share rounded."""
     seed: int = 1
     """Seeds the new head and the order of the data."""

@@ -37,12 +37,11 @@ from tokenmdp.runs.directory import RunDirectory, RunError, claimed, refuse_othe
 from tokenmdp.runs.environments import evaluation_envs, split_prompts
 from tokenmdp.runs.opening import load_policy
 from tokenmdp.runs.reward_model_run import RewardModelSettings
-from tokenmdp.runs.settings import PRESETS, RunSettings, preset_settings
+from tokenmdp.runs.settings import HELD_OUT, PRESETS, RunSettings, preset_settings
 
 FORMAT = "tokenmdp-pipeline-1"
 RECORD = "pipeline.json"
 CHECKPOINT_EVERY = 10  # updates
-HELD_OUT = 0.1  # of the comparisons' prompts
 SHOWN_SAMPLES = 6  # per policy, on the page
 
 

@@ -25,9 +25,10 @@ from tokenmdp.evaluation.policies import (
 from tokenmdp.files import write_text
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.report import curves, heatmap
-from tokenmdp.runs.data import read_data
+from tokenmdp.runs.data import read_data, split_data
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.environments import credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
+from tokenmdp.runs.held_out import report_held_out
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
 from tokenmdp.training.accelerated import processes_of
 from tokenmdp.training.processes import Processes
@@ -96,10 +97,13 @@ class PolicyRun:
             source: Any = make_envs(settings, settings.num_envs // processes.size, self.split.training)
         else:
             tokenizer = load_tokenizer(settings.tokenizer)
-            source = read_data(settings.algorithm, str(settings.data), tokenizer)
+            records = read_data(settings.algorithm, str(settings.data), tokenizer)
+            source, self.held_out = split_data(records, settings.held_out)
+            apart = f", {len(self.held_out)} held out" if self.kind.learns_from == "comparisons" else ""
             console.print(
-                f"{settings.data}: {count(len(source), 'record')} to learn from", highlight=False, soft_wrap=True
-            )
+                f"{settings.data}: {count(len(source), 'record')} to learn from{apart}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         if checkpoint is not None:
             total = {} if updates is None else {"total_updates": updates}
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
@@ -178,12 +182,17 @@ class PolicyRun:
             title=f"Token credit: {settings.credit}",
             note=note,
         )
+        figures: list[tuple[str, Path]] = []
+        if self.kind.learns_from == "comparisons":
+            held_out, figures = report_held_out(agent, self.held_out, run.report, console)  # type: ignore[arg-type]
+            summary |= held_out
         # Last, since it says that the report is whole.
         write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_samples(console, before, after)
         console.print(comparison_table(rows, f"{len(after.scores)} responses to {split.label}"))
         for name, path in (
             ("learning curve", curve),
+            *figures,
             ("samples with credit", page),
             ("metrics", run.metrics),
             ("policy", run.checkpoint),

@@ -7,7 +7,6 @@ labels' own noise sets, and its predicted probabilities with what was preferred.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from tokenmdp.agents.reward_model import RewardModelLearner
 from tokenmdp.files import write_text
-from tokenmdp.intervals import Estimate, bootstrap_interval
 from tokenmdp.models.loading import load_own_tokenizer
-from tokenmdp.preferences import Comparison, ceiling, pairs_of, read_preferences
-from tokenmdp.report import calibration, curves
+from tokenmdp.preferences import read_preferences
+from tokenmdp.report import curves
 from tokenmdp.reward_models.learning import kind_of
 from tokenmdp.runs.data import split_data
 from tokenmdp.runs.directory import RunDirectory
+from tokenmdp.runs.held_out import report_held_out
 from tokenmdp.runs.policy_run import describe
 from tokenmdp.runs.settings import agent_config
 from tokenmdp.training.processes import Processes
@@ -35,11 +33,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NAME = "reward-model"
-WORDS = {
-    "accuracy": "preferred response scores higher",
-    "ceiling": "at most, with labels as noisy as these",
-    "order": "in the judge's own order",
-}
 SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
 
@@ -108,29 +101,15 @@ class RewardModelRun:
             window=1 + int(SMOOTHING * len(records)),
             title=f"reward model from {Path(self.settings.data).name}, seed {self.settings.seed}",
         )
-        files = [("learning curve", curve)]
-        if self.held_out:
-            found = judged(learner, self.held_out)
-            table = Table(title=f"{count(len(found.gaps), 'held-out pair')}", title_justify="left")
-            table.add_column("")
-            table.add_column("share of pairs [95% interval]", justify="right")
-            for key, number in found.table().items():
-                table.add_row(WORDS[key], str(number))
-            console.print(table)
-            if not learner.utilities:  # whose scores are not log-odds
-                plot = calibration.plot(found.gaps, run.report / "calibration.png", learner.config.error_rate)
-                files.append(("calibration", plot))
-            summary = {
-                key: {"value": one.value} if math.isinf(one.low) else one._asdict()
-                for key, one in found.table().items()
-            }
-            write_text(
-                run.report / "summary.json",
-                json.dumps({"updates": learner.num_updates_done, "pairs": len(found.gaps), **summary}, indent=2) + "\n",
-            )
-        else:
-            console.print("nothing was held out, so there is no accuracy to report (--held-out)")
-        for name, path in (*files, ("metrics", run.metrics), ("reward model", run.checkpoint)):
+        held_out, figures = report_held_out(learner, self.held_out, run.report, console)
+        summary = {"updates": learner.num_updates_done, **held_out}
+        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+        for name, path in (
+            ("learning curve", curve),
+            *figures,
+            ("metrics", run.metrics),
+            ("reward model", run.checkpoint),
+        ):
             console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
 
     def _config(self, updates: int | None) -> Any:
@@ -139,44 +118,7 @@ class RewardModelRun:
         return agent_config(replace(settings, seed=seed), updates)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What a reward model says about held-out pairs."""
-
-    gaps: np.ndarray  # (n,) score of the chosen response less that of the rejected one
-    chances: np.ndarray  # (k,) P that the annotator prefers the chosen one, of the pairs that say so
-    order: np.ndarray  # (n,) the same difference of the judge's own scores; NaN where there are none
-
-    def table(self) -> dict[str, Estimate]:
-        """Accuracy, its ceiling, and how often the judge's own order is met."""
-        rows = {"accuracy": bootstrap_interval(_right(self.gaps))}
-        if len(self.chances):
-            best = ceiling(self.chances)
-            rows["ceiling"] = Estimate(best, -math.inf, math.inf)
-        known = ~np.isnan(self.order) & (self.order != 0)
-        if known.any():
-            rows["order"] = bootstrap_interval(_right(self.gaps[known] * np.sign(self.order[known])))
-        return rows
-
-
-def judged(learner: RewardModelLearner, records: Sequence[Any]) -> Judged:
-    """Score held-out pairs with the reward model as it is."""
-    pairs: list[Comparison] = pairs_of(records)
-    scores = learner.score_pairs(pairs)
-    order = [
-        math.nan if pair.score_chosen is None or pair.score_rejected is None
-        else pair.score_chosen - pair.score_rejected
-        for pair in pairs
-    ]  # fmt: skip
-    chances = [pair.probability for pair in pairs if pair.probability is not None]
-    return Judged((scores[:, 0] - scores[:, 1]).numpy(), np.array(chances), np.array(order))
-
-
 def bootstrap(records: Sequence[Any], seed: int, member: int) -> list[Any]:
     """As many records, drawn with replacement; every member has its own draw."""
     drawn = np.random.default_rng((seed, member)).integers(len(records), size=len(records))
     return [records[place] for place in drawn]
-
-
-def _right(gaps: np.ndarray) -> np.ndarray:
-    return (gaps > 0) + (gaps == 0) / 2

@@ -13,11 +13,12 @@ from tokenmdp.models.names import ALIASES
 from tokenmdp.runs.credit_options import POLICIES
 
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
+HELD_OUT = 0.1  # of the prompts of comparisons
 SET_APART = ("seed", "device", "total_updates")  # fields of a configuration that a run sets by itself
 EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
     "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
-    "truncate_prompt", "data", "judge", "reference",
+    "truncate_prompt", "data", "judge", "reference", "held_out",
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class RunSettings:
     algorithm: str = DEFAULT_ALGORITHM
     config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration but `SET_APART`
     data: str | None = None  # what an algorithm learns from that plays no episodes
+    held_out: float = 0.0  # share of the data's prompts that is not learned from
     judge: str | None = None  # a second reward model, for the evaluation
     reference: str | None = None  # what the KL is measured to; None: the policy as it starts
 
@@ -100,6 +102,8 @@ def preset_settings(preset: str, name: str) -> RunSettings:
     kind, settings = algorithm(name), PRESETS[preset].settings
     if not kind.uses_credit:
         settings = replace(settings, credit="sparse")
+    if kind.learns_from == "comparisons":
+        settings = replace(settings, held_out=HELD_OUT)
     return replace(settings, algorithm=name, config=dict(kind.presets.get(preset, {})))
 
 
