@@ -41,7 +41,8 @@ SETTINGS = (
     "vocab_size", "eos_token_id", "eos_token_ids", "min_new_tokens", "temperature", "top_k", "compute_dtype",
     "gradient_checkpointing",
 )  # fmt: skip
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # of attention, of Mamba
+# Of transformers from 5.24 on; before it, of attention and of Mamba.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
 class CausalLMPolicy(nn.Module):
@@ -90,6 +91,8 @@ class CausalLMPolicy(nn.Module):
         accepted = inspect.signature(type(lm.base_model).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), None)
+        attends = hasattr(lm.config.get_text_config(), "num_attention_heads")
+        self._recurrent = getattr(lm, "_is_stateful", False) and not attends  # as Mamba and xLSTM
         if self._cache_argument is None:
             raise ValueError(
                 f"{type(lm).__name__} keeps no cache of what it has read, so it cannot sample a token at a time; use a "
@@ -311,7 +314,7 @@ class CausalLMPolicy(nn.Module):
         """
         if self._takes_positions:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        if self._cache_argument == "cache_params":  # recurrent layers multiply their inputs by the mask
+        if self._recurrent:  # its layers multiply their inputs by the mask
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
         return self.lm.base_model(input_ids, attention_mask=attention_mask, **options)
 
