@@ -12,6 +12,7 @@ from tokenmdp.credit import (
     LastPolicyAttentionCredit,
     MissingResource,
     PolicyAttentionCredit,
+    PositionCredit,
     PrefixDifferenceCredit,
     Resources,
     SparseCredit,
@@ -79,6 +80,7 @@ def test_a_row_of_another_length_is_refused():
 # The methods that need no model, on given numbers, in float64.
 
 GIVEN = ["sparse", "uniform", "attention", "abc-d", "abc-d2", "red"]
+VARIANTS = [*((name, {}) for name in GIVEN), ("attention", {"shuffled": True}), ("attention", {"sharpness": 3.0})]
 
 
 def outcome(lengths, scores, seed=0, horizon=6, prompt_slots=2):
@@ -116,12 +118,12 @@ def select(given_outcome, resources, order):
 lengths_and_scores = st.lists(st.tuples(st.integers(1, 6), st.floats(-50, 50)), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 @given(rows=lengths_and_scores, beta=st.floats(0, 1), seed=st.integers(0, 99))
-def test_methods_conserve_and_stay_inside_the_response(name, rows, beta, seed):
+def test_methods_conserve_and_stay_inside_the_response(name, options, rows, beta, seed):
     lengths, scores = map(list, zip(*rows, strict=True))
     finished, resources = outcome(lengths, scores, seed)
-    method = make_credit(name, credit_beta=beta)
+    method = make_credit(name, credit_beta=beta, **options)
     token_rewards = method(finished, resources).token_rewards
     assert token_rewards.dtype == torch.float64
     assert torch.isfinite(token_rewards).all()
@@ -137,7 +139,7 @@ def test_methods_conserve_and_stay_inside_the_response(name, rows, beta, seed):
             assert token_rewards[row, 0].item() == pytest.approx(scores[row], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["attention", "abc-d", "abc-d2", "red"])
+@pytest.mark.parametrize("name", ["uniform", "attention", "abc-d", "abc-d2", "red"])
 @given(beta=st.floats(0, 1), seed=st.integers(0, 99))
 def test_credit_is_linear_in_beta_between_sparse_and_dense(name, beta, seed):
     finished, resources = outcome([1, 3, 6], [1.5, -2.0, 0.25], seed)
@@ -211,6 +213,45 @@ def test_layer_and_heads_choose_the_row():
             AttentionCredit(**options)
 
 
+def test_shuffled_rows_keep_their_peaks_and_lose_their_places():
+    finished, resources = outcome([6, 6, 4, 1], [1.0, 1.0, 1.0, 1.0])
+    ids = torch.arange(4 * 8).reshape(4, 8)
+    finished = finished._replace(episode=finished.episode._replace(input_ids=ids))
+    plain, shuffled, again, other = (
+        AttentionCredit(1.0, **options)(finished, resources).token_rewards
+        for options in ({}, {"shuffled": True}, {"shuffled": True}, {"shuffled": True, "seed": 1})
+    )
+    assert torch.equal(shuffled, again)
+    assert not torch.equal(shuffled, other)
+    assert not torch.equal(shuffled, plain)
+    assert torch.equal(shuffled.sort(-1).values, plain.sort(-1).values)
+    places = [[rewards.tolist().index(value) for value in row] for rewards, row in zip(shuffled, plain, strict=True)]
+    assert places[0] != places[1]  # texts have their own orders
+
+
+def test_over_many_texts_shuffled_attention_is_uniform_credit():
+    rows = 4000
+    finished, resources = outcome([4] * rows, [1.0] * rows, horizon=4)
+    ids = torch.arange(rows * 6).reshape(rows, 6)
+    finished = finished._replace(episode=finished.episode._replace(input_ids=ids))
+    row = torch.tensor([[0.7, 0.2, 0.1, 0.0]], dtype=torch.float64).repeat(rows, 1)
+    finished = finished._replace(reward=finished.reward._replace(attention=row))
+    mean = AttentionCredit(1.0, shuffled=True)(finished, resources).token_rewards.mean(0)
+    torch.testing.assert_close(mean, torch.full((4,), 0.25, dtype=torch.float64), atol=0.02, rtol=0)
+
+
+@given(power=st.floats(0.1, 20), seed=st.integers(0, 99))
+def test_sharpness_is_a_power_of_the_row(power, seed):
+    finished, resources = outcome([6, 3], [1.0, -2.0], seed)
+    plain = AttentionCredit(1.0)(finished, resources)
+    sharp = AttentionCredit(1.0, sharpness=power)(finished, resources)
+    powers = (plain.token_rewards / finished.reward.score[:, None]) ** power
+    expected = powers / powers.sum(-1, keepdim=True) * finished.reward.score[:, None]
+    torch.testing.assert_close(sharp.token_rewards, expected, rtol=1e-9, atol=1e-12)
+    flatter = sharp.report["attention_entropy"] >= plain.report["attention_entropy"] - 1e-6
+    assert flatter.all() if power <= 1 else not flatter.any() or power < 1.001
+
+
 def test_prefix_differences_by_hand():
     finished, resources = outcome([3], [4.0])
     prefix_scores = torch.tensor([[0.5, 2.0, 1.0, 4.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
@@ -254,6 +295,10 @@ def test_every_method_declares_itself():
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"attention credit has no option floor; it has credit_beta, attention_floor"):
         make_credit("attention", floor=0.1)
-    for method in (AttentionCredit, PolicyAttentionCredit, PrefixDifferenceCredit):
+    for method in (UniformCredit, PositionCredit, AttentionCredit, PolicyAttentionCredit, PrefixDifferenceCredit):
         with pytest.raises(ValueError, match=r"credit_beta is 1\.5"):
             method(credit_beta=1.5)
+    for wrong in ({"sharpness": 0}, {"sharpness": float("inf")}, {"sharpness": "2"}, {"shuffled": 1}, {"seed": 0.5}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            AttentionCredit(**wrong)

@@ -104,6 +104,30 @@ def test_single_equals_vector_and_sums_are_as_declared(name, policy, tuned):
             assert info["credit_residual"] == pytest.approx(info["score"] - total, abs=1e-5)
 
 
+def episode_of(env, text):
+    """What the environment says at the end of a text."""
+    env.reset(options={"prompt": "I saw it."})
+    for token in text:
+        *_, terminated, _, info = env.step(token)
+        if terminated:
+            return info
+    raise AssertionError("the text has no end")
+
+
+def test_position_credit_does_not_depend_on_what_stands_where():
+    """The tokens in another order have the same profile; attention's own row has not."""
+    profiles = {}
+    for name in ("position", "attention"):
+        env = CreditReward(gym.make(IMDB, max_new_tokens=5, **ONE_PROMPT), make_credit(name, credit_beta=1.0))
+        tokens = env.unwrapped.tokenizer.encode(" a wonderful film and")[:5]
+        tokens += env.unwrapped.tokenizer.encode(" so awful")[: 5 - len(tokens)]
+        infos = [episode_of(env, text) for text in (tokens, tokens[::-1])]
+        profiles[name] = [info["token_rewards"] / info["score"] for info in infos]
+    np.testing.assert_allclose(*profiles["position"], rtol=1e-5)
+    assert np.abs(np.subtract(*profiles["attention"])).max() > 0.02
+    assert np.ptp(profiles["position"][0]) > 0.01  # nor is it uniform
+
+
 @pytest.mark.parametrize("name", [name for name, method in CREDIT_METHODS.items() if method.causal])
 def test_causal_methods_do_not_look_ahead(name, policy, tuned):
     """The same first tokens get the same rewards, whatever follows."""

@@ -19,6 +19,7 @@ import tyro
 CreditName = Literal[
     "sparse",
     "uniform",
+    "position",
     "attention",
     "abc-d",
     "abc-d2",

@@ -15,6 +15,7 @@ from tokenmdp.credit.base import NEEDS, REWARD_MODEL_NEEDS, CreditMethod, Missin
 from tokenmdp.credit.fine_grained import FineGrainedCredit, FineReward
 from tokenmdp.credit.implicit import ImplicitRewardCredit
 from tokenmdp.credit.options import required_options
+from tokenmdp.credit.position import PositionCredit
 from tokenmdp.credit.prefix import PrefixDifferenceCredit, prefix_differences
 from tokenmdp.credit.score_only import SparseCredit, UniformCredit
 from tokenmdp.credit.shapley import OwenCredit, ShapleyCredit
@@ -46,6 +47,7 @@ __all__ = [
     "MissingResource",
     "OwenCredit",
     "PolicyAttentionCredit",
+    "PositionCredit",
     "PrefixDifferenceCredit",
     "Resources",
     "ShapleyCredit",
@@ -67,6 +69,7 @@ CREDIT_METHODS: dict[str, type] = {
     for method in (
         SparseCredit,
         UniformCredit,
+        PositionCredit,
         AttentionCredit,
         PolicyAttentionCredit,
         LastPolicyAttentionCredit,
@@ -84,8 +87,8 @@ CREDIT_METHODS: dict[str, type] = {
 def make_credit(name: str, **options: Any) -> CreditMethod:
     """The credit method called ``name`` with these options; ``credit_beta`` is dropped where a method has none.
 
-    >>> make_credit("uniform", credit_beta=0.5), make_credit("attention", credit_beta=0.5).credit_beta
-    (UniformCredit(), 0.5)
+    >>> make_credit("sparse", credit_beta=0.5), make_credit("uniform", credit_beta=0.5)
+    (SparseCredit(), UniformCredit(credit_beta=0.5))
 
     Raises:
         ValueError: no method has this name, or the method has no such option or needs one that is not given.

@@ -5,12 +5,14 @@ Source: Chan et al., "Dense Reward for Free in RLHF", ICML 2024.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
+from tokenmdp.credit.draws import generator_for
 from tokenmdp.credit.options import check_number, check_whole
 from tokenmdp.credit.weights import (
     ATTENTION_FLOOR,
@@ -19,8 +21,10 @@ from tokenmdp.credit.weights import (
     check_credit_beta,
     redistribute,
     row_entropy,
+    sharpened,
+    shuffled_rows,
 )
-from tokenmdp.types import Credit, Outcome
+from tokenmdp.types import Credit, Episode, Outcome
 
 HEADS = ("mean", "max")
 
@@ -39,12 +43,18 @@ class AttentionCredit:
         attention_floor: the least response mass that is trusted.
         layer: which layer's row; the paper's is the last, -1.
         heads: "mean" (the paper's), "max", or the index of one head.
+        sharpness: alpha is raised to this power and renormalised: above 1 it has higher peaks, below 1 it is flatter.
+        shuffled: alpha's values in random order over the response: the peaks of the row without its content. A control.
+        seed: of that order, together with the text's own token ids, so that it does not depend on the batch.
     """
 
     credit_beta: float = 0.8
     attention_floor: float = ATTENTION_FLOOR
     layer: int = -1
     heads: str | int = "mean"
+    sharpness: float = 1.0
+    shuffled: bool = False
+    seed: int = 0
     name: ClassVar[str] = "attention"
     conserves_return: ClassVar[bool] = True
     causal: ClassVar[bool] = False
@@ -56,6 +66,12 @@ class AttentionCredit:
         _check_floor(self.attention_floor)
         check_whole("layer", self.layer)
         check_whole("heads", self.heads, 0, HEADS)
+        check_number("sharpness", self.sharpness)
+        if not 0.0 < self.sharpness < math.inf:
+            raise ValueError(f"sharpness is {self.sharpness}; it is a power of the weights and must be positive")
+        if not isinstance(self.shuffled, bool):
+            raise ValueError(f"shuffled is {self.shuffled!r}; choose true or false")
+        check_whole("seed", self.seed)
         if not self.reads_default_row:
             # An instance's own entry: only a row other than the paper's costs the capture of every layer.
             object.__setattr__(self, "needs", frozenset({"attention_layers"}))
@@ -69,6 +85,10 @@ class AttentionCredit:
         """Token rewards (N, H) that follow the attention row, and the report."""
         mask = outcome.episode.response_mask
         alpha, mass, fell_back = attention_weights(self._row(outcome), mask, self.attention_floor)
+        if self.sharpness != 1.0:
+            alpha = sharpened(alpha, self.sharpness)
+        if self.shuffled:
+            alpha = shuffled_rows(alpha, mask, [generator_for(ids, self.seed) for ids in texts(outcome.episode)])
         report = {
             "attention_mass": mass.float(),
             "attention_entropy": row_entropy(alpha, mask).float(),
@@ -168,6 +188,11 @@ class LastPolicyAttentionCredit(PolicyAttentionCredit):
 
     def _row(self, attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return last_row(attention, mask)
+
+
+def texts(episode: Episode) -> list[torch.Tensor]:
+    """The token ids of each prompt and response, without padding: N of (T,) int64."""
+    return [ids[seen] for ids, seen in zip(episode.input_ids, episode.attention_mask.bool(), strict=True)]
 
 
 def readers(mask: torch.Tensor) -> torch.Tensor:

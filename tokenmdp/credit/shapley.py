@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 
 from tokenmdp.credit.base import MissingResource, Resources
 from tokenmdp.credit.deletion import scores_of_kept
+from tokenmdp.credit.draws import generator_for
 from tokenmdp.credit.games import Plan, make_plan
 from tokenmdp.credit.options import check_whole
 from tokenmdp.credit.spans import UNITS, unit_ids
@@ -100,10 +100,9 @@ class ShapleyCredit:
     def _plan(self, episode: Episode, row: int, units: torch.Tensor, blocks: torch.Tensor) -> Plan:
         """Which deletions of one response to score."""
         ids = episode.input_ids[row][episode.attention_mask[row].bool()]
-        text = hashlib.blake2b(ids.numpy().tobytes(), digest_size=6, key=str(self.seed).encode()).digest()
         count = int(units.max()) + 1
         first = (units == torch.arange(count)[:, None]).int().argmax(-1)  # units nest in blocks: one token tells
-        return make_plan(blocks[first], self.budget, torch.Generator().manual_seed(int.from_bytes(text, "big")))
+        return make_plan(blocks[first], self.budget, generator_for(ids, self.seed))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ result has the score's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tokenmdp.credit.options import check_number
@@ -73,6 +75,33 @@ def attention_weights(
     fell_back = mass < floor
     normalised = row / mass.clamp(min=floor).unsqueeze(-1)
     return torch.where(fell_back.unsqueeze(-1), uniform_weights(response_mask), normalised), mass, fell_back
+
+
+def sharpened(weights: torch.Tensor, power: float) -> torch.Tensor:
+    """``weights[t] ** power / sum_s weights[s] ** power``, float64.
+
+    >>> sharpened(torch.tensor([0.2, 0.4, 0.4, 0.0], dtype=torch.float64), 2).tolist()
+    [0.1111111111111111, 0.4444444444444444, 0.4444444444444444, 0.0]
+    """
+    powers = (weights.double() / weights.amax(-1, keepdim=True)) ** power  # of the highest: none underflows together
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def shuffled_rows(
+    weights: torch.Tensor, response_mask: torch.Tensor, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Each row's weights in random order within its response; (N, T), one generator per row.
+
+    >>> weights, mask = torch.tensor([[0.5, 0.3, 0.2, 0.0]]), torch.tensor([[True, True, True, False]])
+    >>> moved = shuffled_rows(weights, mask, [torch.Generator().manual_seed(0)])[0]
+    >>> sorted(moved[:3].tolist()) == sorted(weights[0, :3].tolist()), moved[3].item()
+    (True, 0.0)
+    """
+    moved = weights.clone()
+    for row, mask, generator in zip(moved, response_mask.bool(), generators, strict=True):
+        own = row[mask]
+        row[mask] = own[torch.randperm(len(own), generator=generator)]
+    return moved
 
 
 def blend(weights: torch.Tensor, response_mask: torch.Tensor, credit_beta: float) -> torch.Tensor:

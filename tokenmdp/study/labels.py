@@ -10,6 +10,7 @@ NAMES = {  # of methods in the paper
     "abc-d": "ABC-D",
     "abc-d2": "ABC-D2",
     "red": "RED",
+    "position": "position",
     "sparse": "sparse",
     "uniform": "uniform",
 }
