@@ -126,11 +126,13 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
     methods = _with_betas([parse_method(method) for method in plan.methods], plan.credit_betas)
     lengths = [(text, parse_length(text)) for text in plan.lengths]
     cells: dict[str, Cell] = {}
-    for seed, (text, length), model, kl_coef, tried, method in product(
+    for seed, (text, length), model, kl_coef, gae_lambda, estimator, tried, method in product(
         plan.seeds,
         lengths,
         plan.reward_models or (plan.base.reward_model,),
         plan.kl_coefs or (None,),
+        plan.gae_lambdas or (None,),
+        plan.estimators or (None,),
         plan.tried_rates or (None,),
         methods,
     ):
@@ -139,9 +141,15 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
             config["learning_rate"] = _rate(method, rates) if tried is None else tried
         if kl_coef is not None:
             config |= {"kl_coef": kl_coef, "kl_target": None}
+        if gae_lambda is not None:
+            config["gae_lambda"] = gae_lambda
+        if estimator is not None:
+            config["estimator"] = estimator
         label = [f"{text} tokens"]
         label += [f"reward model {model_name(model)}"] * (len(plan.reward_models) > 1)
         label += [] if kl_coef is None else [f"kl_coef={kl_coef:g}"]
+        label += [] if gae_lambda is None else [f"gae_lambda={gae_lambda:g}"]
+        label += [] if estimator is None else [f"estimator={estimator}"]
         label += [] if tried is None else [f"learning_rate={tried:g}"]
         settings = replace(
             plan.base,

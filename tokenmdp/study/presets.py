@@ -54,6 +54,8 @@ class Plan:
     credit_betas: tuple[float, ...] = ()  # of the methods that have one; none: each method's own
     kl_coefs: tuple[float, ...] = ()  # fixed ones, without a target; none: base's
     reward_models: tuple[str, ...] = ()  # none: base's
+    gae_lambdas: tuple[float, ...] = ()  # none: base's
+    estimators: tuple[str, ...] = ()  # of advantages; none: base's
     tried_rates: tuple[float, ...] = ()  # every method with each of these; none: its own
     gold: str | None = "imdb-gold"
     eval_every: int = 25

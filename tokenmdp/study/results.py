@@ -20,7 +20,7 @@ from tokenmdp.files import write_bytes, write_text
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 
-FORMAT = 2  # 2: settings name the algorithm and its configuration
+FORMAT = 3  # 2: settings name the algorithm and its configuration; 3: uniform credit has a credit_beta
 PACKED = "cells.jsonl.xz"  # finished cells in one file, the text of each cell's file on a line
 SIGNIFICANT_DIGITS = 6  # of a column's numbers in a file
 PACKAGES = ("tokenmdp", "torch", "transformers", "tokenizers", "gymnasium", "numpy")
