@@ -34,6 +34,7 @@ from tokenmdp.intervals import mean_interval
 from tokenmdp.losses import clipped_value_loss
 from tokenmdp.runs.process_settings import SETTINGS
 from tokenmdp.study.directory import load_study
+from tokenmdp.study.equal_kl import scores_in_bins
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector
 
@@ -44,7 +45,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "short": ({"num_envs": 16, "max_new_tokens": 15, "min_new_tokens": 8, "horizon_range": (8, 15)}, STUDY),
     "long": ({"num_envs": 16, "max_new_tokens": 59, "min_new_tokens": 40, "horizon_range": (40, 59)}, STUDY),
 }
-EQUAL_KL = (9, 12)  # nats per sequence
+EQUAL_KL = (9.0, 12.0)  # nats per sequence
 UPDATES = {"main": 60, "short": 120, "long": 120}
 
 
@@ -227,15 +228,15 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a line per task, credit, variant and number of updates, with means over its seeds.
 
     The objective is ``score - kl_coef * KL`` with the initial ``kl_coef``. The score at equal KL is the mean over the
-    updates whose KL lies in `EQUAL_KL`. Intervals are 95%, Student's t, over runs.
+    updates of a run whose KL lies in `EQUAL_KL`, then over runs. Intervals are 95%, Student's t, over runs.
     """
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["task"], record["credit"], record["variant"], record["updates"]), []).append(record)
     low, high = EQUAL_KL
     lines = [
-        f"| task | credit | critic | runs x updates | mean score | score at {low} to {high} nats | last quarter: score "
-        "| KL | objective | runs lost | explained variance by quarter |",
+        f"| task | credit | critic | runs x updates | mean score | score at {low:g} to {high:g} nats | "
+        "last quarter: score | KL | objective | runs lost | explained variance by quarter |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = list(VARIANTS)
@@ -245,8 +246,8 @@ def table(records: list[dict[str, Any]]) -> str:
         columns = {key: np.array([run["history"][key] for run in runs]) for key in runs[0]["history"]}  # (R, K) each
         score, kl, explained = columns["score_mean"], columns["kl"], columns["explained_variance"]
         last = slice(updates - updates // 4, None)
-        near = score[(low <= kl) & (kl < high)]
-        equal = near.mean() if near.size else math.nan
+        near = scores_in_bins(kl, score, EQUAL_KL)
+        equal = np.nanmean(near) if np.isfinite(near).any() else math.nan
         objective = score[:, last].mean() - runs[0]["kl_coef"] * kl[:, last].mean()
         quarters = ", ".join(f"{part.mean():.2f}" for part in np.array_split(explained, 4, axis=1))
         lines.append(

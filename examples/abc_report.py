@@ -17,7 +17,16 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from abc_study.claims import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Verdict, multiplicity
+from abc_study.claims import (
+    INCONCLUSIVE,
+    NOT_MEASURED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Verdict,
+    corrected,
+    multiplicity,
+    p_text,
+)
 from abc_study.verdicts import verdicts
 
 from tokenmdp.files import write_text
@@ -28,7 +37,7 @@ from tokenmdp.study.report.parts import Section, typeset
 from tokenmdp.study.tables import markdown
 
 TITLE = "Dense reward for free: the claims, tried again"
-VERDICT_HEADINGS = ("claim", "paper", "ours", "95% interval", "verdict", "where", "rule")
+VERDICT_HEADINGS = ("claim", "paper", "ours", "95% interval", "p", "p (Holm)", "verdict", "refuted if", "where", "rule")
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
 ANSWERS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: NOT_MEASURED}
 CLASSES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
@@ -64,19 +73,22 @@ def report(study: Study, out: Path) -> Path:
     """Write the page, the tables and ``verdicts.json``; returns the page."""
     decided = verdicts(study)
     write_text(out / "verdicts.json", json.dumps([asdict(verdict) for verdict in decided], indent=1) + "\n")
-    table = markdown(VERDICT_HEADINGS, map(verdict_texts, decided))
+    table = markdown(VERDICT_HEADINGS, map(verdict_texts, decided, corrected(decided)))
     section = Section("claims", "The claims", html=STYLE + _claims(decided), markdown=table)
     return write_report(study, out, title=TITLE, intro=_summary(study, decided), first=[section])
 
 
-def verdict_texts(verdict: Verdict) -> tuple[str, ...]:
+def verdict_texts(verdict: Verdict, holm: float | None) -> tuple[str, ...]:
     """A verdict as the texts under `VERDICT_HEADINGS`."""
     return (
         verdict.claim,
         verdict.paper,
         verdict.ours,
         verdict.interval,
+        p_text(verdict.p),
+        p_text(holm),
         verdict.verdict,
+        verdict.refuted,
         verdict.where,
         verdict.rule,
     )
@@ -118,21 +130,30 @@ def _claims(decided: Sequence[Verdict]) -> str:
         f'<tr><th scope="row">{escape(verdict.claim)}</th>'
         f'<td><span class="verdict {CLASSES[verdict.verdict]}">{MARKS[verdict.verdict]} {_answer(verdict)}</span></td>'
         f"<td>{escape(typeset(verdict.ours)) or '&ndash;'}<details><summary>{escape(verdict.where) or 'why'}</summary>"
-        f'{escape(typeset(verdict.rule))}</details></td><td class="interval">'
+        f'{escape(typeset(verdict.rule))}{_refuted(verdict)}</details></td><td class="interval">'
         f"{escape(typeset(verdict.interval)).replace('; ', '<br>') or '&ndash;'}</td>"
+        f'<td class="interval">{p_text(verdict.p) or "&ndash;"}<br>{p_text(holm)}</td>'
         f"<td>{escape(typeset(verdict.paper))}</td></tr>"
-        for verdict in sorted(decided, key=lambda verdict: verdict.own)
+        for verdict, holm in sorted(zip(decided, corrected(decided), strict=True), key=lambda pair: pair[0].own)
     )
     return (
-        "<p>A claim is reproduced if the whole 95% interval lies on its side, not reproduced if all of it lies on the "
-        "other, else inconclusive, unless its rule says otherwise. Open the small line below a number to read what was "
-        "measured and how it was decided. The paper's scores are of another reward model: compare signs and orders, "
+        "<p>A claim is reproduced if the whole 95% interval lies on its side, not reproduced (refuted) if all of "
+        "it lies on the other, else inconclusive. Open the small line below a number to read what was measured, how it "
+        "was decided and what would refute the claim. The first claim is the primary one, over the paper's own window: "
+        "its own p counts. It was declared so after the first edition's runs had been seen, and before those of the "
+        "second. Seeds vary the prompts and the noise around one policy and one reward model, so the intervals say "
+        "nothing about other models. The paper's scores are of another reward model: compare signs and orders, "
         f"not sizes. Questions that are not the paper's come last. {escape(multiplicity(decided))}</p>"
         '<div class="scroll"><table class="claims"><thead><tr>'
         '<th scope="col">claim</th><th scope="col">verdict</th><th scope="col">here</th>'
-        '<th scope="col">95% interval</th><th scope="col">the paper</th></tr></thead>'
+        '<th scope="col">95% interval</th><th scope="col">p, and Holm\'s</th><th scope="col">the paper</th>'
+        "</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _refuted(verdict: Verdict) -> str:
+    return f"; refuted if {escape(typeset(verdict.refuted))}" if verdict.refuted else ""
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def test_the_page_opens_with_the_claims(full, page):
     assert "<h1>Dense reward for free: the claims, tried again</h1>" in page
     shown = markup.unescape(page)
     for verdict in verdicts(full):
-        for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where):
+        for text in (verdict.claim, verdict.paper, verdict.ours, verdict.rule, verdict.where, verdict.refuted):
             assert typeset(text) in shown
     stored = json.loads((full.path / "report" / "verdicts.json").read_text())
     assert [record["claim"] for record in stored] == [verdict.claim for verdict in verdicts(full)]
@@ -53,13 +53,13 @@ def test_the_shipped_verdicts_are_those_of_the_shipped_cells():
 def test_the_papers_claims_are_counted_and_shown_apart_from_our_own_questions(full, page):
     summary = page[page.index("</h1>") : page.index("<nav>")]
     counts = re.findall(r"(\d+) (claims of the paper|questions of our own): (.*?)\.", summary)
-    assert [int(number) for number, *_ in counts] == [10, 6]
+    assert [int(number) for number, *_ in counts] == [11, 9]
     for number, _, kinds in counts:
         assert sum(map(int, re.findall(r"<b>(\d+)</b>", kinds))) == int(number)
     assert "reproduced" in counts[0][2]
     assert "reproduced" not in counts[1][2]
     rows = re.findall(r'<span class="verdict \w+">\S+ (.*?)</span>', page)
-    assert set(rows[10:]) <= {"yes", "no", "open"}
+    assert set(rows[11:]) <= {"yes", "no", "open"}
     assert "imdb-plain is the same model before that" in summary
 
 

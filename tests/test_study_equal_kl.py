@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_doubles import Course, make_cell, make_result
 
-from tokenmdp.study.outcomes import difference_at_equal_kl, equal_kl, pareto_front, score_at_kl
+from tokenmdp.study.equal_kl import (
+    difference_at_equal_kl,
+    equal_kl,
+    leads_in_bins,
+    mean_leads,
+    pareto_front,
+    score_at_kl,
+    scores_in_bins,
+)
+from tokenmdp.study.outcomes import area
+from tokenmdp.study.statistics import mean_difference
 
 numbers = st.floats(-100, 100).map(lambda value: round(value, 3))
 
@@ -76,6 +86,71 @@ def test_a_seed_with_one_healthy_run_is_left_out_and_counted():
     found = equal_kl(own, other)
     assert found.differences == pytest.approx([1.0], abs=0.1)
     assert (found.seeds, found.collapsed) == (2, 1)
+
+
+def of_runs(method, course, seeds=8):
+    cells = [make_cell(method, seed, updates=60) for seed in range(1, seeds + 1)]
+    return [make_result(cell, replace(course, start=0.0, noise=0.2, spread=0.1)) for cell in cells]
+
+
+def told(own, baseline):
+    return mean_difference(mean_leads(leads_in_bins(own, baseline)))
+
+
+def test_spending_kl_faster_on_the_same_curve_is_no_lead():
+    """Both have score = KL ** (2/3) / 2, the one in a third of the updates: it leads at each update, not at each KL."""
+    own, baseline = (
+        of_runs(method, Course(end=0.5 * 20 ** (2 / 3), half=half, kl=20.0))
+        for method, half in (("attention", 6.0), ("sparse", 18.0))
+    )
+    ahead = mean_difference([area(left) - area(right) for left, right in zip(own, baseline, strict=True)])
+    assert ahead.low > 0.5
+    lead = told(own, baseline)
+    assert lead.low < 0 < lead.high
+    assert abs(lead.value) < 0.15
+
+
+@pytest.mark.parametrize("effect", [0.5, -0.5])
+def test_a_lead_at_equal_kl_is_found_with_its_size_and_sign(effect):
+    own = of_runs("attention", Course(end=4.0, half=6.0, kl=20.0))
+    other = [replace(r, metrics=r.metrics | {"score_mean": [x - effect for x in r.metrics["score_mean"]]})
+             for r in of_runs("attention", Course(end=4.0, half=6.0, kl=20.0))]  # fmt: skip
+    lead = told(own, other)
+    assert lead.value == pytest.approx(effect)
+    assert lead.side() == np.sign(effect)
+
+
+def test_when_both_methods_collapse_what_they_did_before_is_compared_alike():
+    """Half of each method's runs break: no lead, in either direction, and no run is dropped."""
+    groups = []
+    for method in ("attention", "sparse"):
+        healthy, broken = (
+            of_runs(method, Course(end=4.0, half=8.0, kl=20.0, collapse=at), seeds=8) for at in (2.0, 0.6)
+        )
+        groups.append([*healthy[:4], *broken[4:]])
+    leads = leads_in_bins(*groups)
+    assert leads.shape == (8, 3)
+    assert np.isfinite(leads).all()
+    lead, back = told(*groups), told(*groups[::-1])
+    assert lead.low < 0 < lead.high
+    assert (back.low, back.high) == pytest.approx((-lead.high, -lead.low))
+
+
+def test_a_run_that_never_reaches_a_bin_has_no_lead_there():
+    own, other = of_runs("attention", Course(kl=20.0, half=4.0), 2), of_runs("sparse", Course(kl=8.0, half=4.0), 2)
+    leads = leads_in_bins(own, other)
+    assert np.isfinite(leads[:, 0]).all()
+    assert np.isnan(leads[:, 2]).all()
+    assert mean_leads(leads[:, 2:]).size == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), numbers), min_size=1, max_size=20))
+def test_bins_hold_each_update_once(updates):
+    kl, score = np.array(updates).T
+    bins = scores_in_bins(kl, score, (0, 10, 20, 31))
+    for place, (low, high) in enumerate([(0, 10), (10, 20), (20, 31)]):
+        held = [value for at, value in updates if low <= at < high]
+        assert bins[place] == pytest.approx(np.mean(held)) if held else np.isnan(bins[place])
 
 
 def test_score_at_kl_is_piecewise_linear_and_undefined_outside():

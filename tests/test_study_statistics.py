@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from abc_study.estimates import jackknife, share_of_runs, slope
+from abc_study.estimates import difference_of_shares, fisher, jackknife, slope
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -13,11 +13,14 @@ from scipy import stats
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.study.statistics import (
     censored_median,
+    holm,
     interquartile_mean,
     mean,
     mean_level,
     median_steps,
     overtaking,
+    p_of_interval,
+    p_of_resamples,
     paired_difference,
     percentile_interval,
     probability_of_improvement,
@@ -129,15 +132,6 @@ def test_the_jackknife_of_a_ratio_covers_where_a_known_denominator_does_not():
         held["known"] += paired_difference(rows[:, 0] / rows[:, 1].mean(), np.ones(8)).side() == 0
     assert held["jackknife"] > 920
     assert held["known"] < 500
-
-
-def test_the_share_of_runs_has_the_exact_interval():
-    """Clopper and Pearson: at either end the number seen has probability .025 in one tail."""
-    estimate = share_of_runs(3, 12)
-    assert estimate.value == 0.25
-    assert stats.binom.sf(2, 12, estimate.low) == pytest.approx(0.025)
-    assert stats.binom.cdf(3, 12, estimate.high) == pytest.approx(0.025)
-    assert share_of_runs(0, 4).low == 0
 
 
 def test_no_values_is_an_error():
@@ -259,3 +253,50 @@ def test_overtaking_compares_means_over_seeds_and_says_how_sure_it_is():
     assert result.level == pytest.approx(smoothed.max())
     assert result.step == updates[3:][trailing_mean(speeds.mean() * updates, 4) >= result.level][0]
     assert result.share.low < result.share.value < result.share.high
+
+
+def test_holm_is_uniform_over_orders_and_never_below_the_raw_p():
+    rng = np.random.default_rng(0)
+    raw, order = rng.uniform(size=7), rng.permutation(7)
+    assert (holm(raw) >= raw).all()
+    np.testing.assert_allclose(holm(raw[order]), holm(raw)[order])
+    assert holm([0.2]).tolist() == [0.2]
+    assert holm([]).size == 0
+
+
+def test_holm_lets_one_of_many_nulls_through_in_one_of_twenty_studies():
+    """16 tests without an effect: the least raw p is below .05 in more than half of the studies, Holm's in 5%."""
+    studies = np.random.default_rng(1).uniform(size=(2000, 16))
+    assert (studies.min(1) < 0.05).mean() > 0.5
+    assert np.mean([holm(study).min() < 0.05 for study in studies]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_holm_keeps_an_effect_among_nulls():
+    corrected = holm([1e-5, *np.linspace(0.1, 0.9, 15)])
+    assert corrected[0] == pytest.approx(16e-5)
+    assert (corrected[1:] > 0.05).all()
+
+
+@given(arrays(float, st.integers(3, 12), elements=numbers), numbers)
+def test_p_of_an_interval_is_scipys_and_agrees_with_the_interval(values, threshold):
+    if np.ptp(values) < 1e-6:
+        return
+    estimate = mean_interval(values)
+    p = p_of_interval(estimate, values.size, threshold)
+    assert p == pytest.approx(stats.ttest_1samp(values, threshold).pvalue, rel=1e-6, abs=1e-12)
+    assert (p < 0.05) == (estimate.side(threshold) != 0) or p == pytest.approx(0.05, abs=1e-6)
+
+
+def test_p_of_resamples_counts_both_sides_alike():
+    drawn = np.random.default_rng(0).normal(1.0, 0.5, 1999)
+    assert p_of_resamples(drawn, 0.0) == pytest.approx(p_of_resamples(-drawn, 0.0))
+    assert p_of_resamples(drawn, 0.0) == pytest.approx(2 * stats.norm.sf(2), abs=0.015)
+    assert p_of_resamples(np.full(99, np.inf), 0.5) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("own", "other"), [((3, 5), (0, 5)), ((9, 10), (1, 10)), ((0, 3), (0, 3))])
+def test_a_difference_of_shares_is_symmetric_and_wider_than_fishers_test_needs(own, other):
+    ahead, behind = difference_of_shares(own, other), difference_of_shares(other, own)
+    assert (behind.value, behind.low, behind.high) == pytest.approx((-ahead.value, -ahead.high, -ahead.low))
+    assert fisher(own, other) == pytest.approx(fisher(other, own))
+    assert fisher(own, other) < 0.05 if ahead.side() else True

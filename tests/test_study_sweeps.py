@@ -14,8 +14,8 @@ from tokenmdp.study.outcomes import collapsed
 
 BETA = "the score over training rises with credit_beta (linear trend)"
 GROWS = "ABC's advantage over sparse grows with length"
-COLLAPSE = "sparse collapses at length"
-EQUAL_KL = "ABC above sparse at equal KL"
+COLLAPSE = "sparse collapses at length, ABC does not"
+EQUAL_KL = "ABC above sparse at equal KL, where runs end"
 QUALITY = "ABC gains more on imdb-tiny than on imdb-plain (informative attention row, not informative)"
 UNMEASURED_QUALITY = "ABC gains more on a faithful attention row than on one that says nothing"
 
@@ -81,23 +81,25 @@ def collapse_study(tokens, seeds, fallen, crashed=0, abc=0):
 @pytest.mark.parametrize(
     ("tokens", "seeds", "fallen", "outcome"),
     [
-        (109, 10, 2, "reproduced"),  # what the paper itself reports
-        (109, 10, 1, "inconclusive"),
-        (109, 3, 2, "reproduced"),
-        (109, 3, 1, "inconclusive"),
+        (109, 10, 2, "inconclusive"),  # what the paper itself reports: as like as not by chance
+        (109, 10, 8, "reproduced"),
+        (109, 3, 3, "inconclusive"),
         (109, 3, 0, "inconclusive"),  # of three runs a minority event may well miss all
-        (109, 18, 0, "not reproduced"),
-        (59, 18, 0, "inconclusive"),  # the paper sees no collapse at this length either
-        (59, 3, 3, "reproduced"),
+        (109, 24, 0, "not reproduced"),
+        (59, 24, 0, "inconclusive"),  # the paper sees no collapse at this length, so neither outcome is about its claim
+        (59, 10, 10, "inconclusive"),
     ],
 )
 def test_sparse_collapses(tokens, seeds, fallen, outcome):
     verdict = check(collapse_study(tokens, seeds, fallen), COLLAPSE, outcome)
-    interval = stats.binomtest(fallen, seeds).proportion_ci()
-    assert verdict.interval == f"[{interval.low:.2f}, {interval.high:.2f}]"
+    sparse, abc = (stats.binomtest(number, seeds).proportion_ci(0.975) for number in (fallen, 0))
+    ends = (sparse.low - abc.high, sparse.high - abc.low)
+    assert verdict.interval == "[{:.2f}, {:.2f}]".format(*(round(end, 2) + 0.0 for end in ends))
+    assert verdict.p == pytest.approx(stats.fisher_exact([[fallen, seeds - fallen], [0, seeds]]).pvalue)
+    assert not verdict.p < 0.05 if ends[0] < 0 < ends[1] and seeds < 10 else True
     assert verdict.ours == f"runs lost: sparse {fallen} of {seeds}, ABC 0 of {seeds}"
     assert f"{tokens - 19}-{tokens + 1} tokens" in verdict.where
-    assert ("says nothing" in verdict.rule) == (tokens == 59 and not fallen)
+    assert ("neither reproduce nor refute" in verdict.rule) == (tokens == 59)
 
 
 def test_noise_alone_is_no_collapse():
@@ -116,10 +118,17 @@ def test_a_run_of_one_update_has_not_collapsed():
     assert not collapsed(make_result(make_cell("sparse", 1, updates=1), quiet()))
 
 
-def test_a_collapse_that_abc_shares_says_nothing_about_sparse():
-    verdict = check(collapse_study(109, 6, 3, abc=3), COLLAPSE, "inconclusive")
-    assert verdict.rule.endswith("no smaller a share of ABC's runs does so")
-    check(collapse_study(109, 6, 3, abc=2), COLLAPSE, "reproduced")
+def test_the_rule_is_the_same_for_both_methods():
+    """A collapse that both share decides nothing, and ABC's alone refutes as sparse's alone reproduces."""
+    check(collapse_study(109, 10, 5, abc=5), COLLAPSE, "inconclusive")
+    shared = verdict_on(collapse_study(109, 10, 9, abc=9), COLLAPSE)
+    assert shared.p == pytest.approx(1)
+    own, other = (
+        check(collapse_study(109, 10, 9), COLLAPSE, "reproduced"),
+        verdict_on(collapse_study(109, 10, 0, abc=9), COLLAPSE),
+    )
+    assert other.verdict == "not reproduced"
+    assert other.p == pytest.approx(own.p)
 
 
 @pytest.mark.parametrize("others", ["sparse", "both"])
@@ -127,9 +136,12 @@ def test_a_longest_length_at_which_every_run_crashed_is_not_passed_over(others):
     study = collapse_study(109, 4, 0, crashed=4)
     if others == "both":
         study = without(study, lambda cell: (cell.setting, cell.method) != ("90-110 tokens", "attention"))
+        verdict = verdict_on(study, COLLAPSE)
+        assert verdict.verdict == "not measured"
+        assert "of ABC at 90-110 tokens" in verdict.rule
+        return
     verdict = check(study, COLLAPSE, "inconclusive")
-    told = ", ABC 0 of 4" if others == "sparse" else ""
-    assert verdict.ours == f"runs lost: sparse 4 of 4 (4 crashed){told}"
+    assert verdict.ours == "runs lost: sparse 4 of 4 (4 crashed), ABC 0 of 4"
     assert "90-110 tokens" in verdict.where
 
 
@@ -162,11 +174,11 @@ def test_a_run_that_never_gained_has_not_collapsed():
 
 
 @pytest.mark.parametrize(
-    ("fallen", "crashed", "outcome"), [(2, 1, "reproduced"), (0, 3, "inconclusive"), (1, 1, "inconclusive")]
+    ("fallen", "crashed", "outcome"), [(9, 1, "reproduced"), (0, 10, "inconclusive"), (2, 8, "inconclusive")]
 )
 def test_crashed_runs_count_as_collapsed_but_alone_decide_nothing(fallen, crashed, outcome):
-    verdict = check(collapse_study(109, 6, fallen, crashed), COLLAPSE, outcome)
-    assert verdict.ours.startswith(f"runs lost: sparse {fallen + crashed} of 6 ({crashed} crashed)")
+    verdict = check(collapse_study(109, 10, fallen, crashed), COLLAPSE, outcome)
+    assert verdict.ours.startswith(f"runs lost: sparse {fallen + crashed} of 10 ({crashed} crashed)")
     assert ("hangs on the runs that crashed" in verdict.rule) == (outcome == "inconclusive")
 
 

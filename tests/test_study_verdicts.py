@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from abc_study.claims import multiplicity
+from abc_study.claims import corrected, multiplicity
 from abc_study.verdicts import verdicts
 from scipy import stats
 from study_doubles import SHORT, Course, grid_cells, make_cell, make_result
@@ -143,13 +143,13 @@ def test_an_empty_study_measures_nothing_and_names_the_command_for_each_claim():
     found = verdicts(Study(Path("study"), {}, {}, {}, {}, {}))
     assert {verdict.verdict for verdict in found} == {"not measured"}
     assert all(verdict.paper and "tokenmdp ablate --plan examples/abc_study/" in verdict.rule for verdict in found)
-    assert len({verdict.claim for verdict in found}) == len(found) == 16
+    assert len({verdict.claim for verdict in found}) == len(found) == 20
 
 
 def test_two_seeds_decide_nothing():
     grids = {grid: grid_cells(grid, 2, 20) for grid in ("imdb", "beta", "length", "kl", "faithful")}
     cells = [cell for cells in grids.values() for cell in cells]
-    study = study_of(cells, lambda cell: quiet(kl=2 / cell.settings.config["kl_coef"]))
+    study = study_of(cells, lambda cell: quiet(kl=6 / cell.settings.config["kl_coef"]))
     labels = {grid: {cell.id: (cell.setting, cell.method) for cell in cells} for grid, cells in grids.items()}
     found = verdicts(replace(study, grids={grid: list(ids) for grid, ids in labels.items()}, labels=labels))
     assert {verdict.verdict for verdict in found} == {"inconclusive"}
@@ -252,8 +252,13 @@ def test_the_reader_is_told_what_the_figures_leave_open():
     found = verdicts(study)
     told = sum(bool(verdict.interval) for verdict in found)
     assert 0 < told < len(found)
-    assert f"Each of the {told} claims" in multiplicity(found)
-    assert f"{told / 20:.1f} of these" in multiplicity(found)
+    assert f"corrected for the {told} claims that have one" in multiplicity(found)
+    after = corrected(found)
+    assert all(
+        (p is None) == (verdict.p is None) == (not verdict.interval) for p, verdict in zip(after, found, strict=True)
+    )
+    assert all(p >= verdict.p for p, verdict in zip(after, found, strict=True) if p is not None)
+    assert all(verdict.refuted for verdict in found if verdict.interval)
 
 
 def test_the_papers_grid_comes_before_the_quick_one():

@@ -13,7 +13,7 @@ from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import NAMES
 from tokenmdp.study.results import Cell, CellResult
-from tokenmdp.study.statistics import FEWEST_DECIDING
+from tokenmdp.study.statistics import FEWEST_DECIDING, holm, p_of_interval
 from tokenmdp.wording import count
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -34,6 +34,8 @@ class Verdict:
     verdict: str  # "reproduced", "not reproduced", "inconclusive" or "not measured"
     rule: str  # how it was decided, or what is missing
     where: str = ""  # grid, setting and number of seeds
+    refuted: str = ""  # what would refute it: when it is "not reproduced"
+    p: float | None = None  # two-sided, of the same test as the interval; None without one
 
     @property
     def own(self) -> bool:
@@ -70,18 +72,23 @@ class Claim:
         threshold: float = 0.0,
         below: bool = False,
         fewest: int = FEWEST_DECIDING,
-        when: str = "",
+        when: tuple[str, str] | None = None,
+        p: float | None = None,
     ) -> Verdict:
-        """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``.
+        """By the interval alone: reproduced if all of it lies on the claim's side of ``threshold``, refuted if beyond.
 
         Nothing is decided on fewer than ``fewest`` seeds, nor where runs crashed. ``when`` says in words when the claim
-        is reproduced, where it takes more than this interval.
+        is reproduced and when it is refuted, where it takes more than this interval. ``p`` is that of the interval;
+        None: it is a t interval of ``seeds`` values.
         """
         side = estimate.side(threshold) * (-1 if below else 1)
         verdict = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)[side + 1]
-        when = when or f"the interval lies {'below' if below else 'above'} {threshold:g}"
-        rule = f"{what}; reproduced if {when}"
-        decided = Verdict(self.says, self.paper, ours, bounds(estimate), verdict, rule, place.text)
+        sides = ("below", "above") if below else ("above", "below")
+        holds, fails = when or tuple(f"the interval lies {where} {threshold:g}" for where in sides)
+        if p is None and math.isfinite(estimate.high - estimate.low) and seeds >= fewest:
+            p = p_of_interval(estimate, seeds, threshold)
+        rule = f"{what}; reproduced if {holds}"
+        decided = Verdict(self.says, self.paper, ours, bounds(estimate), verdict, rule, place.text, fails, p)
         if seeds < fewest:
             decided = undecided(decided, f"{count(seeds, 'seed')}, a decision needs {fewest}")
         if place.crashed:
@@ -95,19 +102,39 @@ def undecided(verdict: Verdict, why: str) -> Verdict:
     return replace(verdict, verdict=INCONCLUSIVE, rule=f"{verdict.rule}; {why}")
 
 
+def corrected(decided: Sequence[Verdict]) -> list[float | None]:
+    """Each claim's p after Holm's correction for all that have one; None for the others."""
+    told = iter(holm([verdict.p for verdict in decided if verdict.p is not None]).tolist())
+    return [None if verdict.p is None else next(told) for verdict in decided]
+
+
+def p_text(p: float | None) -> str:
+    """A p to two digits; empty where there is none.
+
+    >>> p_text(0.0123), p_text(0.00004), p_text(0.5), p_text(None)
+    ('.012', '< .0001', '.50', '')
+    """
+    if p is None:
+        return ""
+    return "< .0001" if p < 1e-4 else f"{p:#.2g}".removeprefix("0") if p < 0.995 else "1"
+
+
 def multiplicity(decided: Sequence[Verdict]) -> str:
     """The note on multiple comparisons for a reader of many claims.
 
-    >>> multiplicity([Verdict("a", "", "1", "[0, 2]", INCONCLUSIVE, "")] * 12)[:50]
-    'Each of the 12 claims with an interval has its own'
+    >>> multiplicity([Verdict("a", "", "1", "[0, 2]", REPRODUCED, "", p=0.01)] * 12)[-73:]
+    'Of the 12 decided claims, 0 keep a p below .05 after the correction.'
     """
-    told = sum(bool(verdict.interval) for verdict in decided)
-    if not told:
+    after = corrected(decided)
+    if not any(p is not None for p in after):
         return "No claim has an interval: the runs are too few, or other ones."
+    settled = [p for verdict, p in zip(decided, after, strict=True) if verdict.verdict in (REPRODUCED, NOT_REPRODUCED)]
+    kept = sum(p is not None and p < 0.05 for p in settled)
     return (
-        f"Each of the {count(told, 'claim')} with an interval has its own, with no correction for their number: one "
-        f"interval in twenty misses by chance, so {told / 20:.1f} of these are expected to. Several claims share their "
-        "runs, so that they tend to be right or wrong together."
+        f"Verdicts go by each claim's own interval, and one interval in twenty misses by chance. So there are two p: "
+        f"that of the claim's own test, and Holm's, corrected for the {sum(p is not None for p in after)} claims that "
+        "have one. Several claims share their runs, so that they tend to be right or wrong together. Of the "
+        f"{count(len(settled), 'decided claim')}, {kept} keep a p below .05 after the correction."
     )
 
 

@@ -30,17 +30,29 @@ def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Est
     return mean_interval(seeds * value - (seeds - 1) * np.array(left_out))
 
 
-def share_of_runs(number: int, runs: int) -> Estimate:
-    """``number / runs`` with Clopper and Pearson's exact interval: what is rare among few runs may still be likely.
+def difference_of_shares(own: tuple[int, int], other: tuple[int, int]) -> Estimate:
+    """``own[0] / own[1] - other[0] / other[1]`` of (number, runs), with an interval that is never too narrow.
 
-    >>> print(share_of_runs(2, 10))
-    0.20 [0.03, 0.56]
+    Both shares lie in their 97.5% Clopper-Pearson intervals with a probability of 95% or more, so their difference lies
+    between the differences of the ends.
+
+    >>> print(difference_of_shares((3, 5), (0, 5)))
+    0.60 [-0.48, 0.96]
 
     Raises:
         ValueError: no runs, or fewer than ``number``.
     """
-    interval = stats.binomtest(number, runs).proportion_ci()
-    return Estimate(number / runs, float(interval.low), float(interval.high))
+    left, right = (stats.binomtest(*counts).proportion_ci(0.975) for counts in (own, other))
+    return Estimate(own[0] / own[1] - other[0] / other[1], float(left.low - right.high), float(left.high - right.low))
+
+
+def fisher(own: tuple[int, int], other: tuple[int, int]) -> float:
+    """Two-sided p of Fisher's exact test that two shares (number, runs) are equal.
+
+    >>> round(fisher((3, 5), (0, 5)), 2)
+    0.17
+    """
+    return float(stats.fisher_exact([[number, runs - number] for number, runs in (own, other)]).pvalue)
 
 
 def slope(values: np.ndarray, places: Values) -> np.ndarray:

@@ -22,22 +22,24 @@ from abc_study.claims import (
     find,
     needs,
 )
-from abc_study.sweeps import (
-    collapses,
-    follows_credit_quality,
-    grows_with_length,
-    leads_at_equal_kl,
-    rises_with_beta,
-)
+from abc_study.equal_kl import leads_at_equal_kl, leads_over_coefficients
+from abc_study.sweeps import collapses, follows_credit_quality, grows_with_length, rises_with_beta
 
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import NAMES
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import FEWEST_RESAMPLED, mean_difference, overtaking, paired_difference
+from tokenmdp.study.statistics import (
+    FEWEST_RESAMPLED,
+    mean_difference,
+    overtaking,
+    p_of_resamples,
+    paired_difference,
+)
 
 FEWEST_EVALUATIONS = 4  # the first is the start, and thirds of the others are compared
 FIRST_STEPS = "steps 0 to 100 of its 151"  # that the paper's means are over
+FIRST_UPDATES = 101  # the same window
 
 
 def verdicts(study: Study) -> list[Verdict]:
@@ -61,6 +63,7 @@ def verdicts(study: Study) -> list[Verdict]:
         ),
     ]
     return [
+        _primary(study),
         _fewer_steps(study),
         *(_compare(study, claim, left, right, outcomes.area, above) for left, right, claim in pairs),
         _between(study, "abc-d", f"6.60 uniform, 6.89 +- .37 ABC-D, 8.32 ABC, {FIRST_STEPS}"),
@@ -76,7 +79,8 @@ def verdicts(study: Study) -> list[Verdict]:
             lambda result: outcomes.last_tenth(result, "kl"),
             "paired by seed, t interval of {} - {} in KL over the last tenth of the updates, nats a response",
         ),
-        leads_at_equal_kl(study),
+        *leads_at_equal_kl(study),
+        leads_over_coefficients(study),
         *_gold(study),
         follows_credit_quality(study),
         _compare(
@@ -89,6 +93,18 @@ def verdicts(study: Study) -> list[Verdict]:
             None,
         ),
     ]
+
+
+def _primary(study: Study) -> Verdict:
+    """The paper's main claim, over its own window: the one that counts without a correction."""
+    claim = Claim(
+        f"primary: ABC above sparse over the first {FIRST_UPDATES} updates",
+        f"8.32 +- .16 against 7.22 +- .39, {FIRST_STEPS}",
+    )
+    what = f"paired by seed, t interval of {{}} - {{}} in mean score over the first {FIRST_UPDATES} updates"
+    return _compare(
+        study, claim, "attention", "sparse", lambda result: outcomes.early_area(result, FIRST_UPDATES), what
+    )
 
 
 def _compare(
@@ -131,7 +147,15 @@ def _fewer_steps(study: Study) -> Verdict:
         "too: that leans against the claim"
     )
     return claim.decide(
-        result.share, len(own), ours, found.place, what, threshold=0.5, below=True, fewest=FEWEST_RESAMPLED
+        result.share,
+        len(own),
+        ours,
+        found.place,
+        what,
+        threshold=0.5,
+        below=True,
+        fewest=FEWEST_RESAMPLED,
+        p=p_of_resamples(result.resampled, 0.5) if result.resampled.size else None,
     )
 
 
@@ -145,9 +169,12 @@ def _between(study: Study, method: str, paper: str) -> Verdict:
     ours = f"{low.mean():.2f} uniform, {middle.mean():.2f} {name}, {high.mean():.2f} ABC"
     what = f"paired by seed, t intervals of {name} - uniform and of ABC - {name} in mean score over all updates"
     parts = [paired_difference(middle, low), paired_difference(high, middle)]
-    when = "both lie above 0; not reproduced if one lies below"
+    when = ("both lie above 0", "one lies below 0")
     decided = [claim.decide(part, len(low), ours, found.place, what, when=when) for part in parts]
     outcome = {verdict.verdict for verdict in decided}
+    # Both must hold, so the larger p counts; that one fails has two ways to come about by chance, so twice its p does.
+    ps = [verdict.p for verdict in decided if verdict.p is not None]
+    fails = [2 * verdict.p for verdict in decided if verdict.p is not None and verdict.verdict == NOT_REPRODUCED]
     return Verdict(
         claim.says,
         paper,
@@ -156,6 +183,8 @@ def _between(study: Study, method: str, paper: str) -> Verdict:
         next(verdict for verdict in (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED) if verdict in outcome),
         decided[0].rule,
         found.place.text,
+        decided[0].refuted,
+        min(1.0, *fails) if fails else max(ps, default=None),
     )
 
 

@@ -185,7 +185,7 @@ def write_figure(figure: Figure, folder: Path, name: str) -> str:
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     # A tenth of a point is enough for what is drawn, and spaces beside its letters say nothing; what is written stays.
     drawn = re.compile(r'\b(?:d|x|y|x1|x2|y1|y2|width|height|transform|points)="[^"]*"')
-    text = drawn.sub(lambda match: re.sub(r"(\.\d)\d+", r"\1", match[0]), svg.getvalue())
+    text = drawn.sub(lambda match: re.sub(r"\.0(?!\d)", "", re.sub(r"(\.\d)\d+", r"\1", match[0])), svg.getvalue())
     text = re.sub(r'\bd="[^"]*"', lambda match: re.sub(r"\s*([MLCQz])\s*", r"\1", match[0]), text)
     write_text(folder / f"{name}.svg", text)
     return text
@@ -228,7 +228,9 @@ def inline(svg: str, name: str, description: str) -> str:
     body = re.sub(r'font-family:[^;"]*;?', "", body)  # of all, in `theme_colours`
     while (shorter := re.sub(r"<g>\n(?:</g>\n|(<[a-z]+ [^>]*/>\n)</g>\n)", r"\1", body)) != body:
         body = shorter  # a group of one
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)  # level text, said at length
+    places = {id: f"{name}-{place}" for place, id in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]*)"', body)))}
+    body = re.sub(r'(\bid="|url\(#|href="#)([^")]*)', lambda match: match[1] + places[match[2]], body)
     colours = dict(zip((PAPER, INK, FAINT, GRID, *COLOURS, *ORDERED), _NAMES, strict=True))
     pattern = re.compile("|".join(map(re.escape, sorted(colours, key=len, reverse=True))))
     body = pattern.sub(lambda match: f"var(--f-{colours[match[0]]})", body)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from scipy import stats
 
 from tokenmdp.intervals import RESAMPLES, Estimate, mean_interval
 
@@ -235,6 +236,46 @@ def median_steps(
     return _unless_a_point(percentile_interval(value, censored_median(times[drawn], events[drawn])))
 
 
+def p_of_interval(estimate: Estimate, seeds: int, threshold: float = 0.0) -> float:
+    """The two-sided p of a 95% t interval of ``seeds`` values: below .05 where it leaves ``threshold`` out.
+
+    >>> from scipy import stats
+    >>> values = [1.0, 2.0, 4.0]
+    >>> bool(np.isclose(p_of_interval(mean_interval(values), 3), stats.ttest_1samp(values, 0).pvalue))
+    True
+    """
+    error = (estimate.high - estimate.low) / 2 / stats.t.ppf(TAILS[1], seeds - 1)
+    distance = abs(estimate.value - threshold)
+    return float(2 * stats.t.sf(distance / error, seeds - 1)) if error else float(not distance)
+
+
+def p_of_resamples(resampled: np.ndarray, threshold: float) -> float:
+    """Twice the share of resamples (B,) on the rarer side of ``threshold``, itself counted on both; at least 2 / (B+1).
+
+    >>> p_of_resamples(np.arange(99.0), 98.0), p_of_resamples(np.arange(99.0), 49.0)
+    (0.04, 1.0)
+    """
+    rarer = min((resampled >= threshold).sum(), (resampled <= threshold).sum())
+    return float(min(1.0, 2 * (rarer + 1) / (resampled.size + 1)))
+
+
+def holm(p_values: Values) -> np.ndarray:
+    """Holm's correction: below .05 for any of n tests with probability at most .05 if no effect is there.
+
+    ``corrected of the i-th smallest = max over j <= i of min(1, (n - j + 1) * p_j)``, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
+    [0.03, 0.06, 0.06]
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(given, kind="stable")
+    corrected = np.empty_like(given)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * np.arange(given.size, 0, -1)))
+    return corrected
+
+
 class Overtaking(NamedTuple):
     """When one method's mean curve passes the highest point of another's; steps as numbers of updates."""
 
@@ -242,6 +283,7 @@ class Overtaking(NamedTuple):
     baseline_step: float  # where the baseline has it
     step: float  # where the method reaches it; infinity: never
     share: Estimate  # step / baseline_step
+    resampled: np.ndarray  # that share in each resample; none without an interval
 
 
 def overtaking(
@@ -280,9 +322,10 @@ def overtaking(
     runs = curves.shape[0]
     level, baseline_step, step = (float(part) for part in measure(np.full(runs, 1 / runs)))
     if runs < fewest:
-        share = without_interval(step / baseline_step)
+        share, shares = without_interval(step / baseline_step), np.zeros(0)
     else:
         counts = np.random.default_rng(seed).multinomial(runs, np.full(runs, 1 / runs), resamples) / runs
         _, other_steps, steps = measure(counts)
-        share = percentile_interval(step / baseline_step, steps / other_steps)
-    return Overtaking(level, baseline_step, step, share)
+        shares = steps / other_steps
+        share = percentile_interval(step / baseline_step, shares)
+    return Overtaking(level, baseline_step, step, share, shares)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from tokenmdp.intervals import Estimate
 from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
+from tokenmdp.study.equal_kl import EDGES, leads_in_bins, mean_leads
 from tokenmdp.study.outcomes import BASELINE
 from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import (
     FEWEST_RESAMPLED,
     interquartile_mean,
+    mean_difference,
     mean_level,
     median_steps,
     paired_difference,
@@ -38,6 +41,17 @@ METHOD_HEADINGS = (
     "P(> sparse)",
     "median seed's updates to sparse's maximum",
     "mean +- 2 SE",
+)
+EQUAL_KL_HEADINGS = (
+    "setting",
+    "method",
+    *(f"- sparse at {low:g} to {high:g} nats" for low, high in pairwise(EDGES)),
+    "mean of these",
+)
+EQUAL_KL_LEGEND = (
+    "Lead at equal KL: mean score of the updates in which a run's KL lies in the range, less that of sparse's run of "
+    "the same seed, [95% t interval]; n: seeds whose runs of both methods are ever there. No run is left out. Last: "
+    "each seed's mean over the ranges that it has."
 )
 LEGEND = (
     "Mean score and IQM (interquartile mean): over all updates, then over seeds, [95% stratified bootstrap interval]; "
@@ -95,6 +109,24 @@ def method_table(study: Study, grid: str) -> list[MethodRow]:
                 baseline = [selected.get((setting, BASELINE), []) for setting in settings]
                 rows.append(_row(f"all {len(settings)} settings", method, strata, baseline))
     return rows
+
+
+def equal_kl_table(study: Study, grid: str) -> list[tuple[str, ...]]:
+    """Every method's lead over sparse at equal KL, setting by setting, as the texts under `EQUAL_KL_HEADINGS`."""
+    rows = []
+    for setting, groups in outcomes.by_setting(study, grid).items():
+        for method, results in groups.items():
+            if method == BASELINE or BASELINE not in groups:
+                continue
+            leads = leads_in_bins(results, groups[BASELINE])
+            if np.isfinite(leads).any():
+                rows.append((setting, method, *map(_lead_text, leads.T), _lead_text(mean_leads(leads))))
+    return rows
+
+
+def _lead_text(values: np.ndarray) -> str:
+    kept = values[np.isfinite(values)]
+    return f"{mean_difference(kept)}, n={kept.size}" if kept.size else ""
 
 
 def _row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -21,7 +21,17 @@ from tokenmdp.study.report.sections import sections
 from tokenmdp.study.report.style import STUDY_STYLE
 from tokenmdp.study.report.words import WORDS
 from tokenmdp.study.results import Cell
-from tokenmdp.study.tables import LEGEND, METHOD_HEADINGS, MethodRow, markdown, method_table, method_texts
+from tokenmdp.study.tables import (
+    EQUAL_KL_HEADINGS,
+    EQUAL_KL_LEGEND,
+    LEGEND,
+    METHOD_HEADINGS,
+    MethodRow,
+    equal_kl_table,
+    markdown,
+    method_table,
+    method_texts,
+)
 from tokenmdp.wording import clock, count
 
 SHOWN_SAMPLES = 3  # per method
@@ -61,7 +71,9 @@ def write_report(
     tables += [text for section in first if section.markdown for text in (f"## {section.title}\n", section.markdown)]
     for grid, rows in grids.items():
         tables += [f"## {grid}\n", markdown(METHOD_HEADINGS, map(method_texts, rows))]
-    write_text(path / "tables.md", "\n".join([*tables, LEGEND, ""]))
+        if at_equal_kl := equal_kl_table(study, grid):
+            tables += [markdown(EQUAL_KL_HEADINGS, at_equal_kl)]
+    write_text(path / "tables.md", "\n".join([*tables, LEGEND, "", EQUAL_KL_LEGEND, ""]))
     found = [*first, *sections(study)]
     figures = path / "figures"
     shown = {
@@ -77,7 +89,7 @@ def write_report(
         *((section.id, section.title, _section(study, section, shown, grids)) for section in found),
         ("samples", "What they write in the end", _samples(study)),
         ("unfinished", "What is missing", _unfinished(study)),
-        ("how", "How it was made", protocol(study) + "".join(_grid_table(grid, grids[grid]) for grid in others)),
+        ("how", "How it was made", protocol(study) + "".join(_grid_table(study, grid, grids[grid]) for grid in others)),
     ]
     links = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in parts)
     bodies = "".join(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in parts)
@@ -123,7 +135,7 @@ def _section(study: Study, section: Section, shown: Mapping[str, str], grids: Ma
     if missing and not section.models:
         return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
-    tables = "".join(_grid_table(grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
+    tables = "".join(_grid_table(study, grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
     tables += "".join(quality_table(study, model) for model in section.models)
     intro = f"<p>{escape(section.intro)}</p>" * bool(section.intro)
     return f"{intro}{section.html}{missing}{pictures}{tables}"
@@ -136,20 +148,29 @@ def _picture(picture: Picture, svg: str) -> str:
     )
 
 
-def _grid_table(grid: str, rows: Sequence[MethodRow], *, opened: bool = False) -> str:
-    head = "".join(f'<th scope="col">{escape(typeset(heading))}</th>' for heading in METHOD_HEADINGS[1:])
-    body, last = "", None
-    for row in rows:
-        if row.setting != last:
-            last = row.setting
-            body += f'<tr class="group"><th colspan="{len(METHOD_HEADINGS) - 1}">{escape(row.setting)}</th></tr>'
-        _, method, *numbers = method_texts(row)
-        body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(number_cell, numbers))}</tr>'
-    legend = f'<p class="note">{escape(typeset(LEGEND))}</p>' if opened else ""  # once is enough
+def _grid_table(study: Study, grid: str, rows: Sequence[MethodRow], *, opened: bool = False) -> str:
+    legend, note = (
+        f'<p class="note">{escape(typeset(text))}</p>' * opened for text in (LEGEND, EQUAL_KL_LEGEND)
+    )  # once
+    at_equal_kl = equal_kl_table(study, grid)
+    equal = f"{_numbers(EQUAL_KL_HEADINGS, at_equal_kl)}{note}" if at_equal_kl else ""
     return (
         f"<details{' open' if opened else ''}><summary>all numbers of the grid {escape(grid)}</summary>"
+        f"{_numbers(METHOD_HEADINGS, map(method_texts, rows))}{legend}{equal}</details>"
+    )
+
+
+def _numbers(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose rows begin with setting and method; a setting is a line across it."""
+    head = "".join(f'<th scope="col">{escape(typeset(heading))}</th>' for heading in headings[1:])
+    body, last = "", None
+    for setting, method, *numbers in rows:
+        if setting != last:
+            last = setting
+            body += f'<tr class="group"><th colspan="{len(headings) - 1}">{escape(setting)}</th></tr>'
+        body += f'<tr><th scope="row">{escape(name_of(method))}</th>{"".join(map(number_cell, numbers))}</tr>'
+    return (
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"{legend}</details>"
     )
 
 

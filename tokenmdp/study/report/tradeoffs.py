@@ -20,8 +20,9 @@ from tokenmdp.report.drawing import (
     looks,
     new_figure,
 )
+from tokenmdp.study.equal_kl import equal_kl, pareto_front
 from tokenmdp.study.labels import model_name, name_of
-from tokenmdp.study.outcomes import BASELINE, Groups, equal_kl, evaluation_curves, last_tenth, pareto_front
+from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
 from tokenmdp.study.report.lines import (
     KL,
     SCORE,
