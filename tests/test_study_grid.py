@@ -70,7 +70,7 @@ def test_the_main_grid_is_the_papers_protocol():
             "kl_target": 6,
         }  # fmt: skip
         assert expected.items() <= settings.config.items()
-        assert settings.credit_beta == (1.0 if cell.method == "red" else 0.8)
+        assert settings.credit_beta == (1.0 if cell.method in ("red", "uniform") else 0.8)
 
 
 def test_sweeps_vary_one_thing():
@@ -294,6 +294,28 @@ def test_settings_without_a_range_are_recorded_as_they_were():
     ranged = replace(settings, horizon_range=(4, 8), min_new_tokens=4)
     for each in (settings, ranged):
         assert settings_from_record(json.loads(json.dumps(settings_record(each)))) == each
+
+
+def test_lambda_and_estimator_are_axes_with_labels_of_their_own():
+    options = ["--methods", "sparse", "uniform:credit_beta=0.8", "attention:shuffled=true,sharpness=2", "--seeds", "1"]
+    cells = expand(plan_for("--preset", "custom", *options, "--gae-lambdas", "0.95", "1", "--estimators", "full_return",
+                            "reward_to_go"))  # fmt: skip
+    assert len(cells) == 3 * 2 * 2
+    for cell in cells:
+        config = cell.settings.config
+        told = f"8-16 tokens, gae_lambda={config['gae_lambda']:g}, estimator={config['estimator']}"
+        assert cell.setting == told
+    assert {(cell.method, cell.settings.credit_beta) for cell in cells} == {
+        ("sparse", 0.8), ("uniform credit_beta=0.8", 0.8), ("attention shuffled=True sharpness=2", 0.8),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="estimator is 'gae'"):
+        expand(plan_for("--preset", "custom", *options, "--estimators", "gae"))
+
+
+def test_the_plan_about_the_rows_content_compares_all_at_one_credit_beta():
+    cells = expand(study_plan("content"))
+    assert len(cells) == 70
+    assert {cell.settings.credit_beta for cell in cells} == {0.8}
 
 
 @pytest.mark.parametrize(

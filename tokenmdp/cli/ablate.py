@@ -20,11 +20,11 @@ from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.settings import SET_APART, agent_config
 from tokenmdp.study.directory import declare, load_study
-from tokenmdp.study.grid import expand, read_rates, shard_of
+from tokenmdp.study.grid import expand, expected_cost, read_rates, shard_of
 from tokenmdp.study.model_checks import check_models
 from tokenmdp.study.presets import PLANS, Plan
 from tokenmdp.study.report import terminal
-from tokenmdp.study.results import StudyError, cell_file
+from tokenmdp.study.results import StudyError, cell_file, read_result
 from tokenmdp.study.scheduler import default_jobs, run_cells
 
 # These do not change what a cell computes.
@@ -197,9 +197,12 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
         check_models(cells)
     declare(out, plan.name, cells, {"command": command_of(arguments, config), **_given(arguments, config)})
     share = "" if arguments.shard is None else f" (shard {arguments.shard} of {len(cells)})"
-    finished = sum(cell_file(out, cell.id).exists() for cell in mine)
+    done = [cell for cell in mine if cell_file(out, cell.id).exists()]
+    cost = expected_cost(
+        [cell for cell in mine if cell not in done], [read_result(out, cell.id) for cell in done], jobs
+    )
     console.print(
-        f"{out}: {len(mine)} cells{share}, {finished} of them finished; {jobs} at a time on {device}",
+        f"{out}: {len(mine)} cells{share}, {len(done)} of them finished; {jobs} at a time on {device}; {cost}",
         highlight=False,
         soft_wrap=True,
     )

@@ -19,7 +19,10 @@ from tokenmdp.runs.environments import credit_of
 from tokenmdp.runs.settings import RunSettings, agent_config, parse_options
 from tokenmdp.study.labels import model_name, without_directories
 from tokenmdp.study.presets import LEARNING_RATE, Plan
-from tokenmdp.study.results import Cell, StudyError
+from tokenmdp.study.results import Cell, CellResult, StudyError
+from tokenmdp.wording import count
+
+CELL_BYTES = 22_000  # of a finished cell's file, on average over the first edition's
 
 
 class Method(NamedTuple):
@@ -224,6 +227,24 @@ def load_cost(cell: Cell) -> float:
     longest = settings.max_new_tokens
     tokens = (longest + (settings.horizon_range or (longest,))[0]) / 2
     return tokens * (cell.updates * settings.num_envs + cell.updates / cell.eval_every * cell.eval_samples / 4)
+
+
+def expected_cost(waiting: list[Cell], finished: list[CellResult], jobs: int) -> str:
+    """Cells, minutes and disk of what is left to run, in words; before a cell has finished the time is not known.
+
+    The finished cells of the same grid tell the seconds of a token that is trained on, and the size of a file.
+
+    >>> expected_cost([], [], 2)
+    'nothing left to run'
+    """
+    if not waiting:
+        return "nothing left to run"
+    disk = f"about {max(1, round(len(waiting) * CELL_BYTES / 1e6))} MB"
+    if not finished:
+        return f"{count(len(waiting), 'cell')} to run, {disk} on disk; how long it takes is told once one has finished"
+    seconds = sum(result.seconds for result in finished) / sum(load_cost(result.cell) for result in finished)
+    minutes = seconds * sum(map(load_cost, waiting)) / jobs / 60
+    return f"{count(len(waiting), 'cell')} to run, about {max(1, round(minutes))} min, {disk} on disk"
 
 
 @contextlib.contextmanager
