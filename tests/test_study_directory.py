@@ -102,11 +102,11 @@ def test_what_is_no_study_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 3}', "has format 3 and this version of tokenmdp reads 2"),
+        ('{"format": 2}', "has format 2 and this version of tokenmdp reads 3"),
         ("[]", "holds a list"),
         ("{", "cannot be read"),
-        ('{"format": 2, "version": "x", "grids": {}}', "is damaged"),
-        ('{"format": 2}', "is damaged"),
+        ('{"format": 3, "version": "x", "grids": {}}', "is damaged"),
+        ('{"format": 3}', "is damaged"),
     ],
 )
 def test_another_format_and_damage_are_named(tmp_path, text, message):
@@ -139,7 +139,7 @@ def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
 def test_a_damaged_cell_is_named(tmp_path):
     synthetic_study(tmp_path, grids=("imdb",), seeds=1, updates=5)
     id = load_study(tmp_path).grids["imdb"][0]
-    for text in ("{", "[]", '{"format": 2}'):
+    for text in ("{", "[]", '{"format": 3}'):
         cell_file(tmp_path, id).write_text(text)
         with pytest.raises(StudyError, match="delete it and the cell is run again"):
             load_study(tmp_path)
@@ -241,7 +241,7 @@ def test_damaged_quality_is_named(tmp_path, text):
 
 
 def test_a_study_json_that_lacks_a_part_is_not_added_to(tmp_path):
-    (tmp_path / "study.json").write_text('{"format": 2}')
+    (tmp_path / "study.json").write_text('{"format": 3}')
     with pytest.raises(StudyError, match="is damaged"):
         declare(tmp_path, "imdb", [make_cell()], {})
 

@@ -70,9 +70,10 @@ class PositionCredit:
         changed = self._in_other_orders(outcome.episode)  # N * orders episodes
         parts = zip(*(part.split(self.rows_per_forward) for part in changed), strict=True)
         rows = [resources.reward_model(Episode(*part), needs=frozenset({"attention"})).attention for part in parts]
-        if any(row is None for row in rows):
+        given = [row for row in rows if row is not None]
+        if len(given) < len(rows):
             raise MissingResource("the reward model returned no attention row; use one that provides it")
-        weights, mass, fell_back = attention_weights(torch.cat(rows), changed.response_mask.bool(), ATTENTION_FLOOR)
+        weights, mass, fell_back = attention_weights(torch.cat(given), changed.response_mask.bool(), ATTENTION_FLOOR)
         profile = weights.unflatten(0, (-1, self.orders)).mean(1)
         profile = profile / profile.sum(-1, keepdim=True)
         report = {

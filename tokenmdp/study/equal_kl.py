@@ -40,7 +40,7 @@ def leads_in_bins(
     Nothing is interpolated and no run is left out.
     """
     scores = [
-        [scores_in_bins(*(np.asarray(cell.metrics[key]) for key in ("kl", "score_mean")), edges) for cell in row]
+        [scores_in_bins(np.array(cell.metrics["kl"]), np.array(cell.metrics["score_mean"]), edges) for cell in row]
         for row in paired(own, baseline)
     ]
     return np.array([left - right for left, right in scores]).reshape(-1, len(edges) - 1)
