@@ -179,6 +179,6 @@ def test_an_inlined_figure_has_its_own_names_and_theme_colours():
     body = inline(svg, "kl", "a &amp; b")
     assert body == (
         '<svg viewBox="0 0 1 1" role="img" aria-label="a &amp; b"><g style="stroke:var(--f-s2);fill:'
-        'var(--f-page)" clip-path="url(#kl-b)"><use xlink:href="#kl-c"/></g></svg>'
+        'var(--f-page)" clip-path="url(#kl-0)"><use href="#kl-1"/></g></svg>'
     )
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]

@@ -229,8 +229,10 @@ def inline(svg: str, name: str, description: str) -> str:
     while (shorter := re.sub(r"<g>\n(?:</g>\n|(<[a-z]+ [^>]*/>\n)</g>\n)", r"\1", body)) != body:
         body = shorter  # a group of one
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)  # level text, said at length
-    places = {id: f"{name}-{place}" for place, id in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]*)"', body)))}
-    body = re.sub(r'(\bid="|url\(#|href="#)([^")]*)', lambda match: match[1] + places[match[2]], body)
+    body = body.replace("xlink:href=", "href=").replace("text-anchor:start;", "")  # the defaults of HTML's SVG
+    named = re.compile(r'(\bid="|url\(#|href="#)([^")]*)')
+    names = {id: f"{name}-{place}" for place, id in enumerate(dict.fromkeys(id for _, id in named.findall(body)))}
+    body = named.sub(lambda match: match[1] + names[match[2]], body)
     colours = dict(zip((PAPER, INK, FAINT, GRID, *COLOURS, *ORDERED), _NAMES, strict=True))
     pattern = re.compile("|".join(map(re.escape, sorted(colours, key=len, reverse=True))))
     body = pattern.sub(lambda match: f"var(--f-{colours[match[0]]})", body)
