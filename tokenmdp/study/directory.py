@@ -248,7 +248,8 @@ def _study_text(record: Mapping[str, Any]) -> str:
     """One line per grid and per cell: readable, and easy to compare."""
 
     def lines(entries: Mapping[str, Any]) -> str:
-        inner = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        compact = json.JSONEncoder(separators=(",", ":")).encode
+        inner = ",\n".join(f"  {json.dumps(key)}: {compact(value)}" for key, value in entries.items())
         return "{\n" + inner + "\n }"
 
     parts = (
