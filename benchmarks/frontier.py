@@ -18,7 +18,7 @@ import json
 import time
 from pathlib import Path
 
-from frontier_parts.cells import Sources, measured
+from frontier_parts.cells import MemberMissing, Sources, measured
 from frontier_parts.lines import LINES, place
 from frontier_parts.report import report
 
@@ -45,7 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
         if args.data is None or args.reward_model is None:
             parser.error("--data and --reward-model are needed to run anything")
         part, parts = map(int, args.part.split("/"))
-        made_of = {"data": str(args.data), "reward_model": args.reward_model, "updates": args.updates}
+        made_of = {
+            "data": str(args.data.resolve()), "reward_model": str(Path(args.reward_model).resolve()),
+            "updates": args.updates,
+        }  # fmt: skip
         claim(args.out / "settings.json", "a frontier", made_of)
         sources = Sources(args.data, args.reward_model, args.out, args.updates)
         every = [
@@ -54,14 +57,19 @@ def main(arguments: list[str] | None = None) -> None:
             for name in args.only
             for value in LINES[name].values
         ]
-        every.sort(key=lambda cell: cell[0] == "soup")  # their members are made by then
+        every.sort(key=lambda cell: cell[0] == "soup")  # most of their members are made by then
         mine = every[part::parts]
         for number, (name, value, seed) in enumerate(mine, start=1):
             path, started = place(args.out, name, value, seed).with_suffix(".json"), time.perf_counter()
             if not path.exists():
                 cell = f"{number}/{len(mine)} {name}, {LINES[name].knob} {value:g}, seed {seed}"
                 print(cell, end="", flush=True)
-                write_text(path, json.dumps(measured(sources, name, value, seed)) + "\n")
+                try:
+                    found = measured(sources, name, value, seed)
+                except MemberMissing as missing:
+                    print(f": left out, for it needs {missing}; run that, then this again", flush=True)
+                    continue
+                write_text(path, json.dumps(found) + "\n")
                 print(f": {time.perf_counter() - started:.0f} s", flush=True)
     report(args.out)
 

@@ -59,5 +59,5 @@ def test_everything_is_written(out, capsys):
 
 def test_a_soup_says_which_run_it_needs(tmp_path):
     sources = cells.Sources(tmp_path / "pairs.jsonl", "imdb-tiny", tmp_path, 1)
-    with pytest.raises(SystemExit, match=r"a soup needs PPO, sparse, kl_coef 0\.15, seed 3"):
+    with pytest.raises(cells.MemberMissing, match=r"PPO, sparse, kl_coef 0\.15, seed 3"):
         cells.measured(sources, "soup", 0.5, 3)

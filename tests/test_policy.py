@@ -2,7 +2,15 @@ import logging
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tokenmdp.files import CheckpointError
 from tokenmdp.models.policy import VALUE_HEAD_FILE, CausalLMPolicy
@@ -26,6 +34,14 @@ def language_model(kind, dropout=0.0):
         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+class RenamedCache(GPT2Model):
+    """The cache's argument as transformers calls it from 5.24 on."""
+
+    def forward(self, input_ids=None, cache=None, position_ids=None, **options):
+        options |= {} if cache is None else {"past_key_values": cache}
+        return super().forward(input_ids, position_ids=position_ids, **options)
 
 
 def make_policy(kind="gpt2", dropout=0.0, **options):
@@ -113,6 +129,17 @@ def test_tokens_are_drawn_from_the_processed_distribution(options):
     torch.testing.assert_close(logprob, expected.log()[token], rtol=0, atol=1e-4)
     full = policy.evaluate(torch.cat([ids[:1], token[:1, None]], 1), torch.ones(1, P + 1, dtype=torch.bool), P)
     assert torch.isclose(full.entropy[0, 0], torch.special.entr(expected).sum(), atol=1e-4)
+
+
+def test_the_caches_argument_may_have_the_name_of_transformers_5_24():
+    plain, other = make_policy(), language_model("gpt2")
+    renamed = RenamedCache(other.config)
+    renamed.load_state_dict(other.transformer.state_dict())
+    other.transformer = renamed
+    policy = CausalLMPolicy(other, V, EOS)
+    policy.value_head.load_state_dict(plain.value_head.state_dict())
+    for one, two in zip(sample(plain, *prompts())[:4], sample(policy, *prompts())[:4], strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_scores_on_the_samplers_support_stay_finite_for_another_policy():

@@ -37,6 +37,8 @@ def encoded(source, encoder):
         ("p.json", '["the film", {"prompt": "a movie"}]'),
         ("p.csv", "id,prompt\r\n1,the film\r\n2,a movie\r\n"),
         ("p.csv", "prompt;id\nthe film;1\na movie;2\n"),
+        ("p.csv", '"prompt";"id"\n"the film";"1"\n"a movie";"2"\n'),
+        ("p.csv", '"id"\t"prompt"\n1\t"the film"\n2\ta movie\n'),
     ],
 )
 def test_encodings_and_line_ends(name, content, encoding, tmp_path):

@@ -33,6 +33,10 @@ JUDGE = "imdb-gold"
 SAMPLES = 256
 
 
+class MemberMissing(RuntimeError):
+    """A soup's member is not trained yet; which one."""
+
+
 @dataclass(frozen=True)
 class Sources:
     """What all cells learn from, and where they write."""
@@ -84,7 +88,7 @@ def soup(weight: float, sources: Sources, seed: int) -> dict[str, Any]:
     strongest = min(LINES[FIRST].values)
     member = place(sources.out, FIRST, strongest, seed)
     if not member.with_suffix(".json").exists():
-        raise SystemExit(f"a soup needs {FIRST}, kl_coef {strongest:g}, seed {seed}: run that, then this again")
+        raise MemberMissing(f"{FIRST}, kl_coef {strongest:g}, seed {seed}")
     cost = json.loads(member.with_suffix(".json").read_text())
     out = place(sources.out, "soup", weight, seed)
     start = str(resolve("policy", "imdb-tiny"))

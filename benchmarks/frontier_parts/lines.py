@@ -46,7 +46,7 @@ LINES = {
     "best of n": Line("best-of-n", "n", (2, 4, 16)),
     "soup": Line("soup", "weight", (0.25, 0.5, 0.75)),  # the last line: its member is a cell of the first one
 }
-FIRST = "PPO, sparse"  # the line that others are compared with, and whose strongest policy is in the soups  # fmt: skip
+FIRST = "PPO, sparse"  # the line that others are compared with, and whose strongest policy is in the soups
 
 
 def place(out: Path, name: str, value: float, seed: int) -> Path:

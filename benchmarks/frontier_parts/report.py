@@ -150,5 +150,6 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
                     label=name,
                 )  # fmt: skip
         dress(axes, title, "square root of the KL to the start, nats", "mean score of the judge")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        if axes.has_data():
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
     write_figure(figure, out, "frontier")

@@ -19,6 +19,7 @@ from tokenmdp.report import behaviours_page
 from tokenmdp.report.behaviours_page import Comparison, Policy, shown
 from tokenmdp.runs import behaviours
 from tokenmdp.runs.behaviour_comparison import POSITIVITY, REPETITION, answer_all, compare, settings_for, sources_of
+from tokenmdp.runs.directory import refuse_strangers
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.opening import open_source
@@ -179,7 +180,8 @@ def _compare(options: CompareOptions) -> int:
             "tokenmdp behaviours compare needs at least one source: a run, a pipeline, a model or a directory"
         )
     check_numbers(options, samples=2, max_new_tokens=1)
-    check_directory(options.out, mark="measured")
+    check_directory(options.out)
+    refuse_strangers(options.out / "measured", "a comparison")
     sets = [Questions.load(path) for path in options.set]
     names = [POSITIVITY, REPETITION, *(one.name for one in sets)]
     if len(set(names)) < len(names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,12 +68,11 @@ def check_home(path: Path | None, flag: str = "--out") -> None:
         )
 
 
-def check_directory(path: Path | None, mark: str | None = None, flag: str = "--out") -> None:
+def check_directory(path: Path | None, flag: str = "--out") -> None:
     """Refuse a directory to write into that is a file, would lie in one, begins with ``~`` or cannot be written.
 
     Args:
         path: Of the directory, which need not exist.
-        mark: What a directory of this command holds: one that holds other files alone is refused.
         flag: The option that names it.
 
     Raises:
@@ -83,14 +81,9 @@ def check_directory(path: Path | None, mark: str | None = None, flag: str = "--o
     if path is None:
         return
     check_home(path, flag)
-    place = next(place for place in (path, *path.parents) if place.exists())  # "." and "/" do
+    place = next((place for place in (path, *path.parents) if place.exists()), Path())  # "." was deleted
     if not place.is_dir():
         raise ValueError(f"{flag} needs the directory {path}, and {place} is a file; choose another place")
-    if mark is not None and place == path and not (path / mark).exists() and (others := sorted(os.listdir(path))):
-        raise ValueError(
-            f"{flag} is {path}, which holds {', '.join(others[:3])} and no {mark}; nothing there was touched: choose "
-            "another place"
-        )
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:

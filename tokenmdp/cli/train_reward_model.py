@@ -14,6 +14,7 @@ from tokenmdp.cli.checks import check_directory, check_numbers
 from tokenmdp.cli.options import as_options, parse_parts
 from tokenmdp.reward_models.ensemble import write_ensemble
 from tokenmdp.runs import training
+from tokenmdp.runs.directory import refuse_strangers
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
 from tokenmdp.runs.reward_model_run import NAME, RewardModelSettings
@@ -68,7 +69,9 @@ def train(arguments: TrainRewardModel, config: Mapping[str, Any] | None = None) 
     if arguments.data is None:
         raise ValueError(f"--data is missing: {NAME} learns from comparisons; `tokenmdp prefer` makes some")
     check_numbers(arguments, updates=1, members=1, penalty=0)
-    check_directory(arguments.out, mark="member-0" if arguments.members > 1 else None)
+    check_directory(arguments.out)
+    if arguments.members > 1 and arguments.out is not None:
+        refuse_strangers(arguments.out / "member-0", "an ensemble")
     if math.isinf(arguments.penalty):
         raise ValueError(f"--penalty is {arguments.penalty}; it is a number of sds: give a finite one")
     if arguments.penalty and arguments.members == 1:

@@ -88,13 +88,14 @@ def read_rows(path: Path, column: str | None = None) -> Prompts:
 def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
     """Rows of a table whose first line names the columns, separated by commas, semicolons or tabs."""
     for delimiter in DELIMITERS:
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])  # not strict: it may be wrong
+        if (column is None and not {PROMPT, TEXT} & set(names)) or (column is not None and column not in names):
+            continue
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows, places, line = [], [], 0
         try:
-            names = reader.fieldnames or []
+            names = list(reader.fieldnames or [])
             line = reader.line_num
-            if (column is None and not {PROMPT, TEXT} & set(names)) or (column is not None and column not in names):
-                continue
             if repeated := [name for name in (column, PROMPT, TEXT) if names.count(name) > 1]:
                 raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename one of them")
             for row in reader:

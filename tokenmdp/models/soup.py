@@ -122,12 +122,13 @@ def write_soup(directories: Sequence[str | Path], weights: Sequence[float], out:
     model = load_causal_lm(str(paths[0]))
     states = [load_causal_lm(str(path)).state_dict() for path in paths]
     model.load_state_dict(weighted_sum(states, weights))
-    heads = [load_file(path / VALUE_HEAD_FILE) for path in paths if (path / VALUE_HEAD_FILE).exists()]
-    for member, path in zip((*states, *heads), (*paths, *paths), strict=False):
+    files = [path / VALUE_HEAD_FILE for path in paths]
+    heads = [load_file(file) for file in files] if all(file.exists() for file in files) else []
+    for member, path in zip((*states, *heads), (*paths, *files), strict=False):
         check_finite(member, str(path))
     with atomic_directory(out) as new, quiet():
         model.save_pretrained(new)
-        if len(heads) == len(paths):
+        if heads:
             save_file(weighted_sum(heads, weights), new / VALUE_HEAD_FILE)
         load_own_tokenizer("policy", str(paths[0])).save_pretrained(new)
     return out

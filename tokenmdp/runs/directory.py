@@ -61,6 +61,8 @@ def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[s
 
 def refuse_strangers(record: Path, what: str) -> None:
     """Raise RunError if a directory without its record holds something, hidden files apart; ``what`` it is not."""
+    if record.exists() or not record.parent.is_dir():
+        return
     if strangers := sorted(entry.name for entry in record.parent.iterdir() if not entry.name.startswith(".")):
         raise RunError(
             f"{record.parent} holds {', '.join(strangers[:3])} but no {record.name}, so it is not {what}; nothing "
@@ -76,11 +78,12 @@ def claim(record: Path, what: str, content: Mapping[str, Any]) -> None:
     """
     make_directory(record.parent)
     content = json.loads(json.dumps(content))  # as it is read back
-    if record.exists():
-        refuse_other_settings(f"{record.parent} holds {what}", read_json(record), content)
-        return
-    refuse_strangers(record, what)
-    write_text(record, json.dumps(content, indent=2) + "\n")
+    with locked(record.parent):
+        refuse_strangers(record, what)
+        if record.exists():
+            refuse_other_settings(f"{record.parent} holds {what}", read_json(record), content)
+        else:
+            write_text(record, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -116,8 +119,8 @@ class RunDirectory:
         Raises:
             RunError: it holds something else, a run with other settings, or a run while ``resume`` is off.
         """
+        refuse_strangers(self.record, "a tokenmdp run")
         if not self.record.exists():
-            refuse_strangers(self.record, "a tokenmdp run")
             return False
         if not resume:
             raise RunError(f"{self.path} already holds a run; leave out --no-resume to go on, or choose another --out")

@@ -219,8 +219,8 @@ def check(settings: PipelineSettings, out: Path) -> dict[str, Any]:
     """
     record = {key: value for key, value in asdict(settings).items() if key not in ("device", "rounds")}
     content, path = {"format": FORMAT, "settings": record}, out / RECORD
+    refuse_strangers(path, "a pipeline")
     if not path.exists():
-        refuse_strangers(path, "a pipeline")
         return content
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]

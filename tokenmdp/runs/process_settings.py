@@ -76,7 +76,8 @@ def free_cores() -> int:
     """Cores of the machine that are not busy, at most `allowed_cores` and at least 1.
 
     Busy is what was busy during the last minute and still is: the load goes on for a while after a program has ended.
-    The load of a minute hardly shows what began together with this process, so that is measured apart.
+    Or it is what others have kept busy since this process began, which the load of a minute hardly shows. A program
+    that still loads keeps one core busy, whatever it takes later.
     """
     load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
     cores = os.cpu_count() or 1
