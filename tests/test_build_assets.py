@@ -98,6 +98,17 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(pretraining):
     assert learner.history[-1]["epoch"] > 1  # so a second pass over the texts has begun
 
 
+def test_every_pass_of_pretraining_is_made_once(pretraining, monkeypatch):
+    learner = pretraining()
+    every = [rows for epoch in range(4) for rows in learner.batches(epoch)]
+    assert learner.updates_per_epoch < len(every) / 3
+    asked, batches = [], learner.batches
+    monkeypatch.setattr(learner, "batches", lambda epoch: asked.append(epoch) or batches(epoch))
+    assert [learner._batch(update).tolist() for update in range(len(every))] == every
+    assert asked == [0, 1, 2, 3]
+    assert learner._batch(1).tolist() == every[1]  # an earlier one, too
+
+
 def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     unbroken, begun = pretraining().learn(12), pretraining().learn(7)
     begun.save(tmp_path / "run")

@@ -102,28 +102,30 @@ class Pretraining(SFT):
     format = Format("pretraining", 1)
     norms = ("grad_norm", "others_grad_norm")
     config: PretrainingConfig
+    _pass: tuple[int, int, list[list[int]]] | None = None  # the current one: its number, first update and batches
 
     def make_optimizer(self) -> Any:
         """Of the language model alone, without the value head."""
         return MuonWithAdamW(self.policy.lm, self.config.learning_rate)
 
-    @property
+    @functools.cached_property
     def updates_per_epoch(self) -> int:
         """Of the first one; others differ by a few."""
         return len(self.batches(0))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  of one learner, which lives as long as the program
     def batches(self, epoch: int) -> list[list[int]]:
         """The rows of every update of a pass over the texts."""
         rng = random.Random(self.config.seed + epoch)
         return token_batches(self.lengths.sum(1).tolist(), self.config.batch_tokens, rng)
 
     def _batch(self, update: int) -> torch.Tensor:
-        epoch = 0
-        while update >= len(self.batches(epoch)):
-            update -= len(self.batches(epoch))
-            epoch += 1
-        return torch.tensor(self.batches(epoch)[update])
+        if self._pass is None or update < self._pass[1]:
+            self._pass = 0, 0, self.batches(0)
+        epoch, first, batches = self._pass
+        while update >= first + len(batches):
+            epoch, first, batches = epoch + 1, first + len(batches), self.batches(epoch + 1)
+        self._pass = epoch, first, batches
+        return torch.tensor(batches[update - first])
 
     def _schedule(self) -> float:
         rate = self.config.learning_rate * schedule(self.num_updates_done / self.config.total_updates)
