@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, PreTrainedModel
 
 from tokenmdp.agents.sft import SFT, SFTConfig
+from tokenmdp.files import CheckpointError
 from tokenmdp.preferences import Demonstration
 from tokenmdp.training.checkpoint import Format
 
@@ -135,17 +136,27 @@ class Pretraining(SFT):
 
 def pretrain(model: PreTrainedModel, tokenizer, rows: list[list[int]], *, tokens: int, batch_tokens: int,
              learning_rate: float, seed: int, checkpoint: Path, device: torch.device, log) -> None:  # fmt: skip
-    """Train for about ``tokens`` tokens and leave ``checkpoint``; saves every few minutes and resumes from there."""
+    """Train for about ``tokens`` tokens and leave ``checkpoint``; saves every few minutes and resumes from there.
+
+    Raises:
+        CheckpointError: the checkpoint was begun with other numbers or texts.
+    """
     texts = [Demonstration(prompt_ids=tuple(row[:1]), response_ids=tuple(row[1:])) for row in rows]
+    batches = len(token_batches(list(map(len, rows)), batch_tokens, random.Random(seed)))
+    config = PretrainingConfig(
+        seed=seed, device=str(device), learning_rate=learning_rate, batch_tokens=batch_tokens,
+        total_updates=math.ceil(tokens / sum(len(row) - 1 for row in rows) * batches),
+    )  # fmt: skip
     if checkpoint.exists():
         learner = Pretraining.load(checkpoint, texts, device=str(device))
+        begun, asked = asdict(learner.config), asdict(config)
+        if changes := [f"{key} {begun[key]}, asked {asked[key]}" for key in asked if begun[key] != asked[key]]:
+            raise CheckpointError(
+                f"{checkpoint} was begun with {'; '.join(changes)}; pass the former numbers or another --work, or "
+                "delete it"
+            )
         log(f"resumed after update {learner.num_updates_done}")
     else:
-        batches = len(token_batches(list(map(len, rows)), batch_tokens, random.Random(seed)))
-        config = PretrainingConfig(
-            seed=seed, device=str(device), learning_rate=learning_rate, batch_tokens=batch_tokens,
-            total_updates=math.ceil(tokens / sum(len(row) - 1 for row in rows) * batches),
-        )  # fmt: skip
         learner = Pretraining(model, texts, config, tokenizer=tokenizer)
     saved_at = time.monotonic()
 
