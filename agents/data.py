@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from tokenmdp.agents.learner import Learner, LearnerConfig, Metrics
 from tokenmdp.files import CheckpointError
 from tokenmdp.preferences import BadPreferences
+from tokenmdp.preferences.records import check_vocabulary
 from tokenmdp.training.batches import FORWARD_SLOTS, length_groups
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, lay_out
@@ -50,6 +51,35 @@ class Example:
     responses: tuple[Ids, ...]
     size: float = 1.0  # what it counts for in the mean over a batch
     facts: Any = None  # whatever else the algorithm needs of the record, as JSON has it
+
+
+class Reads(NamedTuple):
+    """What a model reads."""
+
+    model: str
+    vocab_size: int
+    max_tokens: int | None  # None: there is no limit
+
+    def check(self, examples: Sequence[Example], source: str | None = None) -> None:
+        """Refuse examples with other ids, or with more of them.
+
+        Args:
+            examples: All that the model is to read.
+            source: Where they come from, one by one, for the message; None: the caller has them.
+
+        Raises:
+            BadPreferences: with the first such example.
+        """
+        for place, one in enumerate(examples):
+            where = f"record {place}" if source is None else f"{source}: record {place + 1}"
+            for ids in (one.prompt, *one.responses):
+                check_vocabulary(ids, self.vocab_size, where)
+            length = len(one.prompt) + max(map(len, one.responses))
+            if self.max_tokens is not None and length > self.max_tokens:
+                raise BadPreferences(
+                    f"{where}: a prompt with its longest response has {length} tokens and {self.model} reads "
+                    f"{self.max_tokens}; leave such records out, or start from a model with more positions"
+                )
 
 
 class DataLearner(Learner):
@@ -93,19 +123,6 @@ class DataLearner(Learner):
             raise CheckpointError(
                 f"the checkpoint was trained on other data: digest {saved[:12]}, and of these {len(self.examples)} "
                 f"examples {self._digest[:12]}; pass the same data, or start a new run from its weights"
-            )
-
-    def check_lengths(self, limit: int | None, model: object) -> None:
-        """Refuse examples longer than what ``model`` reads.
-
-        Raises:
-            BadPreferences: with the first such example.
-        """
-        lengths = self.lengths.sum(1)
-        if limit is not None and (too_long := np.flatnonzero(lengths > limit)).size:
-            raise BadPreferences(
-                f"record {too_long[0]}: a prompt with its longest response has {lengths[too_long[0]]} tokens and "
-                f"{model} reads {limit}; leave such records out, or start from a model with more positions"
             )
 
     def losses(self, rows: np.ndarray, episodes: Episode) -> dict[str, torch.Tensor]:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tokenmdp.agents.data import DataLearner, Example
+from tokenmdp.agents.data import DataLearner, Example, Reads
 from tokenmdp.agents.learner import policy_and_reference, without_value_head
 from tokenmdp.models.encoding import vocab_size
 from tokenmdp.models.loading import load_config, load_own_tokenizer
 from tokenmdp.models.sizes import configured_limit
-from tokenmdp.preferences.records import check_vocabulary
 from tokenmdp.types import Episode
 
 if TYPE_CHECKING:
@@ -64,18 +63,10 @@ class PolicyFromData(DataLearner):
         if tokenizer is None and not isinstance(policy, str):
             raise ValueError("the policy is an object; pass tokenizer= with the tokenizer of the data")
         self._tokenizer = tokenizer or load_own_tokenizer("policy", policy)
-        size, end = vocab_size(self._tokenizer), self._tokenizer.eos_token_id
-        for place, one in enumerate(examples):
-            for ids in (one.prompt, *one.responses):
-                check_vocabulary(ids, size, f"record {place}")
-        if isinstance(policy, str):
-            model, config_of = policy, load_config("policy", policy)
-        else:
-            model, config_of = type(policy).__name__, policy.config
-        limit = configured_limit(config_of)
-        self.check_lengths(limit and limit.tokens, model)
+        reads, end = what_it_reads(policy, self._tokenizer), self._tokenizer.eos_token_id
+        reads.check(examples)
         prompt, response = (int(longest) for longest in self.lengths.max(0))
-        tokens = DataTokens(self._tokenizer, size, (0 if end is None else end,), prompt, response)
+        tokens = DataTokens(self._tokenizer, reads.vocab_size, (0 if end is None else end,), prompt, response)
         self.policy, frozen = policy_and_reference(policy, reference, tokens, self.config, self.processes)
         self.prepare(self.policy, frozen)
 
@@ -92,3 +83,10 @@ class PolicyFromData(DataLearner):
         """Log-probabilities (n, H) in nats of the response tokens, 0 in the padding."""
         scored = model(episodes.input_ids, episodes.attention_mask, episodes.prompt_slots).logprobs
         return scored * episodes.response_mask
+
+
+def what_it_reads(policy: str | Any, tokenizer: Any) -> Reads:
+    """Of a model, or of one that is not loaded yet, by name."""
+    named = isinstance(policy, str)
+    limit = configured_limit(load_config("policy", policy) if named else policy.config)
+    return Reads(policy if named else type(policy).__name__, vocab_size(tokenizer), limit and limit.tokens)

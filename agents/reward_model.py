@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenmdp.agents.data import DataConfig, DataLearner, Example
+from tokenmdp.agents.data import DataConfig, DataLearner, Example, Reads
+from tokenmdp.models.loading import load_config
 from tokenmdp.models.lora import add_adapters
 from tokenmdp.models.precision import resolve_dtype
-from tokenmdp.models.sizes import embedding_rows
+from tokenmdp.models.sizes import embedding_rows, position_limit
 from tokenmdp.preference_losses import UTILITIES, bradley_terry_loss, utility_loss
 from tokenmdp.preferences import BadPreferences, Comparison, Preference
-from tokenmdp.preferences.records import check_vocabulary
-from tokenmdp.reward_models.learning import LearningClassifier, start_classifier
+from tokenmdp.reward_models.learning import LearningClassifier, kind_of, start_classifier
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode
@@ -126,15 +126,11 @@ class RewardModelLearner(DataLearner):
         self.utilities = read_utilities(cfg.utilities)
         self._check_kinds()
         classifier, self._tokenizer = start_classifier(model, cfg.seed)
-        rows = embedding_rows(classifier)
-        for place, one in enumerate(self.examples):
-            for ids in (one.prompt, *one.responses):
-                check_vocabulary(ids, rows, f"record {place}")
         learning = LearningClassifier(
             classifier.to(device),  # type: ignore[arg-type]
             self._tokenizer, cfg.append_eos, resolve_dtype(cfg.dtype, device), cfg.gradient_checkpointing,
         )  # fmt: skip
-        self.check_lengths(learning.reader.max_tokens, model)
+        Reads(model, embedding_rows(classifier), learning.reader.max_tokens).check(self.examples)
         if cfg.lora_rank:
             add_adapters(learning, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target_modules, cfg.seed)
         self.prepare(learning)
@@ -208,6 +204,16 @@ class RewardModelLearner(DataLearner):
                 )
             if any(one.facts.margins):
                 raise BadPreferences(f"record {place} has a margin, which only Bradley-Terry uses; leave out utilities")
+
+
+def what_it_reads(name: str, append_eos: bool) -> Reads:
+    """Of a start that is not loaded yet."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(load_config(kind_of(name), name))
+    limit = position_limit(model)
+    return Reads(name, embedding_rows(model), limit and limit.tokens - append_eos)
 
 
 def example_of(record: Preference) -> Example:

@@ -18,6 +18,7 @@ from imdb_recipe import corpus, gold, language_model, quality, reward_model
 from test_ppo import timeless
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 
+from tokenmdp.files import CheckpointError, save_state
 from tokenmdp.preferences import Demonstration
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "build_imdb_assets.py"
@@ -98,6 +99,17 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(pretraining):
     assert learner.history[-1]["epoch"] > 1  # so a second pass over the texts has begun
 
 
+def test_every_pass_of_pretraining_is_made_once(pretraining, monkeypatch):
+    learner = pretraining()
+    every = [rows for epoch in range(4) for rows in learner.batches(epoch)]
+    assert learner.updates_per_epoch < len(every) / 3
+    asked, batches = [], learner.batches
+    monkeypatch.setattr(learner, "batches", lambda epoch: asked.append(epoch) or batches(epoch))
+    assert [learner._batch(update).tolist() for update in range(len(every))] == every
+    assert asked == [0, 1, 2, 3]
+    assert learner._batch(1).tolist() == every[1]  # an earlier one, too
+
+
 def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     unbroken, begun = pretraining().learn(12), pretraining().learn(7)
     begun.save(tmp_path / "run")
@@ -105,6 +117,30 @@ def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     assert timeless(resumed.history) == timeless(unbroken.history)
     weights = unbroken.policy.lm.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.policy.lm.state_dict().items())
+
+
+def test_work_of_other_numbers_and_earlier_recipes_is_refused(tmp_path):
+    tokenizer, rows = made_up_texts()
+
+    def pretrain(**changes):
+        numbers = {"tokens": 100, "batch_tokens": 400, "learning_rate": 3e-3, "seed": 1} | changes
+        language_model.pretrain(
+            tiny_lm(tokenizer), tokenizer, rows, checkpoint=tmp_path / "run", device=CPU, log=print, **numbers
+        )
+
+    pretrain()
+    pretrain()  # goes on, where nothing is left to do
+    for change, words in (
+        ({"learning_rate": 0.01}, r"learning_rate 0\.003, asked 0\.01"),
+        ({"batch_tokens": 300}, "batch_tokens 400, asked 300"),
+        ({"tokens": 2000}, r"total_updates \d, asked \d+; .*another --work"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            pretrain(**change)
+    file = tmp_path / "state.safetensors"
+    save_state(file, {"model": {}, "optimizers": [], "step": 1})
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is that of an earlier recipe; delete it"):
+        reward_model.train_steps(tiny_lm(tokenizer), file, 2, 1e-3, None, print)
 
 
 def test_long_reviews_continue_in_further_rows():

@@ -132,6 +132,7 @@ def test_a_moved_reference_and_dpo(place, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "dpo" / "round-2" / "policy" / "run.json").read_text())["settings"]
     assert record["reference"] == record["policy"] == stages[1].policy
     assert record["data"] == str(tmp_path / "dpo" / "round-2" / "comparisons.jsonl")
+    assert "held_out" not in record  # all comparisons teach, and earlier pipelines go on
     assert not stages[1].evaluation.gold
 
 

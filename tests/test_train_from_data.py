@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,6 +246,20 @@ def test_data_that_do_not_fit_the_model_or_the_algorithm_are_named(files, tmp_pa
     assert "4 records answer one prompt, so none can be held out; pass --held-out 0" in message
     message = error("train", "dpo", *options_of("dpo", files), "--objective-weight", "0.5", *out)
     assert "two objectives need both" in message
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "reward-model"])
+@pytest.mark.parametrize("place", [0, 5])
+def test_records_that_the_model_cannot_read_are_refused_before_training(algorithm, place, files, tmp_path, error):
+    records = RECORDS[:33:3]  # eleven prompts, of which 0 and 10 are held out
+    one = records[place]
+    records[place] = replace(one, chosen=one.chosen * 2000, chosen_ids=one.chosen_ids * 2000)
+    write_records(tmp_path / "long.jsonl", records)
+    options = [*options_of(algorithm, files), "--data", tmp_path / "long.jsonl", "--held-out", "0.1"]
+    message = error("train", algorithm, *options, "--out", tmp_path / "run")
+    assert f"long.jsonl: record {place + 1}: a prompt with its longest response has 200" in message
+    assert f"{files / 'lm'} reads 64" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_bins_of_a_calibrated_model_lie_on_the_diagonal(tmp_path):

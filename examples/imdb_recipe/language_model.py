@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, PreTrainedModel
 
 from tokenmdp.agents.sft import SFT, SFTConfig
+from tokenmdp.files import CheckpointError
 from tokenmdp.preferences import Demonstration
 from tokenmdp.training.checkpoint import Format
 
@@ -102,28 +103,30 @@ class Pretraining(SFT):
     format = Format("pretraining", 1)
     norms = ("grad_norm", "others_grad_norm")
     config: PretrainingConfig
+    _pass: tuple[int, int, list[list[int]]] | None = None  # the current one: its number, first update and batches
 
     def make_optimizer(self) -> Any:
         """Of the language model alone, without the value head."""
         return MuonWithAdamW(self.policy.lm, self.config.learning_rate)
 
-    @property
+    @functools.cached_property
     def updates_per_epoch(self) -> int:
         """Of the first one; others differ by a few."""
         return len(self.batches(0))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  of one learner, which lives as long as the program
     def batches(self, epoch: int) -> list[list[int]]:
         """The rows of every update of a pass over the texts."""
         rng = random.Random(self.config.seed + epoch)
         return token_batches(self.lengths.sum(1).tolist(), self.config.batch_tokens, rng)
 
     def _batch(self, update: int) -> torch.Tensor:
-        epoch = 0
-        while update >= len(self.batches(epoch)):
-            update -= len(self.batches(epoch))
-            epoch += 1
-        return torch.tensor(self.batches(epoch)[update])
+        if self._pass is None or update < self._pass[1]:
+            self._pass = 0, 0, self.batches(0)
+        epoch, first, batches = self._pass
+        while update >= first + len(batches):
+            epoch, first, batches = epoch + 1, first + len(batches), self.batches(epoch + 1)
+        self._pass = epoch, first, batches
+        return torch.tensor(batches[update - first])
 
     def _schedule(self) -> float:
         rate = self.config.learning_rate * schedule(self.num_updates_done / self.config.total_updates)
@@ -133,17 +136,27 @@ class Pretraining(SFT):
 
 def pretrain(model: PreTrainedModel, tokenizer, rows: list[list[int]], *, tokens: int, batch_tokens: int,
              learning_rate: float, seed: int, checkpoint: Path, device: torch.device, log) -> None:  # fmt: skip
-    """Train for about ``tokens`` tokens and leave ``checkpoint``; saves every few minutes and resumes from there."""
+    """Train for about ``tokens`` tokens and leave ``checkpoint``; saves every few minutes and resumes from there.
+
+    Raises:
+        CheckpointError: the checkpoint was begun with other numbers or texts.
+    """
     texts = [Demonstration(prompt_ids=tuple(row[:1]), response_ids=tuple(row[1:])) for row in rows]
+    batches = len(token_batches(list(map(len, rows)), batch_tokens, random.Random(seed)))
+    config = PretrainingConfig(
+        seed=seed, device=str(device), learning_rate=learning_rate, batch_tokens=batch_tokens,
+        total_updates=math.ceil(tokens / sum(len(row) - 1 for row in rows) * batches),
+    )  # fmt: skip
     if checkpoint.exists():
         learner = Pretraining.load(checkpoint, texts, device=str(device))
+        begun, asked = asdict(learner.config), asdict(config)
+        if changes := [f"{key} {begun[key]}, asked {asked[key]}" for key in asked if begun[key] != asked[key]]:
+            raise CheckpointError(
+                f"{checkpoint} was begun with {'; '.join(changes)}; pass the former numbers or another --work, or "
+                "delete it"
+            )
         log(f"resumed after update {learner.num_updates_done}")
     else:
-        batches = len(token_batches(list(map(len, rows)), batch_tokens, random.Random(seed)))
-        config = PretrainingConfig(
-            seed=seed, device=str(device), learning_rate=learning_rate, batch_tokens=batch_tokens,
-            total_updates=math.ceil(tokens / sum(len(row) - 1 for row in rows) * batches),
-        )  # fmt: skip
         learner = Pretraining(model, texts, config, tokenizer=tokenizer)
     saved_at = time.monotonic()
 

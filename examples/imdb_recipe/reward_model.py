@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from tokenmdp.files import load_state, save_state
+from tokenmdp.files import CheckpointError, load_state, save_state
 
 from .corpus import pad_rows
 from .language_model import MuonWithAdamW, autocast, schedule
@@ -111,6 +111,8 @@ def train_steps(model, state_file: Path, steps: int, learning_rate: float, make_
     optimizer, first = MuonWithAdamW(model, learning_rate), 0
     if state_file.exists():
         state = load_state(state_file)
+        if state.keys() != {"model", "optimizer", "step"}:
+            raise CheckpointError(f"{state_file} is that of an earlier recipe; delete it, or pass another --work")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]

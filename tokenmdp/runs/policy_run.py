@@ -13,6 +13,8 @@ from rich.console import Console
 
 from tokenmdp.agents import algorithm
 from tokenmdp.agents.learner import Learner
+from tokenmdp.agents.policy_data import what_it_reads
+from tokenmdp.agents.reward_model import example_of
 from tokenmdp.envs.rendering import SEPARATOR
 from tokenmdp.evaluation.policies import (
     Evaluation,
@@ -89,6 +91,7 @@ class PolicyRun:
         """The agent, new or from a checkpoint."""
         settings, processes = self.settings, processes_of(accelerator)
         self.split = split_prompts(settings)
+        policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
         if self.kind.learns_from == "episodes":
             if processes.size > 1:
                 console.print(
@@ -98,6 +101,8 @@ class PolicyRun:
         else:
             tokenizer = load_tokenizer(settings.tokenizer)
             records = read_data(settings.algorithm, str(settings.data), tokenizer)
+            if self.kind.learns_from == "comparisons":  # all: those held out are read in the end
+                what_it_reads(policy, tokenizer).check([example_of(one) for one in records], settings.data)
             source, self.held_out = split_data(records, settings.held_out)
             apart = f", {len(self.held_out)} held out" if self.kind.learns_from == "comparisons" else ""
             console.print(
@@ -108,7 +113,6 @@ class PolicyRun:
             total = {} if updates is None else {"total_updates": updates}
             agent = self.kind.load(checkpoint, source, accelerator=accelerator, device=settings.device, **total)
         else:
-            policy = toy_policy(settings.seed) if settings.policy == TOY_POLICY else settings.policy
             own: dict[str, Any] = {"tokenizer": tokenizer} if self.kind.learns_from != "episodes" else {}
             own["reference"] = settings.reference
             config = agent_config(settings, updates)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from tokenmdp.agents.reward_model import RewardModelLearner
+from tokenmdp.agents.reward_model import RewardModelLearner, example_of, what_it_reads
 from tokenmdp.files import write_text
 from tokenmdp.models.loading import load_own_tokenizer
 from tokenmdp.preferences import read_preferences
@@ -73,6 +73,9 @@ class RewardModelRun:
         """The reward model, new or from a checkpoint."""
         settings = self.settings
         records = read_preferences(settings.data, load_own_tokenizer(kind_of(settings.policy), settings.policy))
+        config = self._config(updates)
+        reads = what_it_reads(settings.policy, config.append_eos)
+        reads.check([example_of(one) for one in records], settings.data)  # all: those held out are read in the end
         training, self.held_out = split_data(records, settings.held_out)
         if settings.member is not None:
             training = bootstrap(training, settings.seed, settings.member)
@@ -81,7 +84,7 @@ class RewardModelRun:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         if checkpoint is None:
-            learner = self.kind(settings.policy, training, self._config(updates), accelerator=accelerator)
+            learner = self.kind(settings.policy, training, config, accelerator=accelerator)
         else:
             total = {} if updates is None else {"total_updates": updates}
             learner = self.kind.load(checkpoint, training, accelerator=accelerator, device=settings.device, **total)
