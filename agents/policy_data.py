@@ -87,6 +87,9 @@ class PolicyFromData(DataLearner):
 
 def what_it_reads(policy: str | Any, tokenizer: Any) -> Reads:
     """Of a model, or of one that is not loaded yet, by name."""
-    named = isinstance(policy, str)
-    limit = configured_limit(load_config("policy", policy) if named else policy.config)
-    return Reads(policy if named else type(policy).__name__, vocab_size(tokenizer), limit and limit.tokens)
+    if isinstance(policy, str):
+        name, config = policy, load_config("policy", policy)
+    else:
+        name, config = type(policy).__name__, policy.config
+    limit = configured_limit(config)
+    return Reads(name, vocab_size(tokenizer), limit and limit.tokens)

@@ -96,7 +96,7 @@ def _csv_rows(text: str, path: Path, column: str | None) -> Prompts:
         try:
             names = list(reader.fieldnames or [])
             line = reader.line_num
-            if repeated := [name for name in (column, PROMPT, TEXT) if names.count(name) > 1]:
+            if repeated := [name for name in (column, PROMPT, TEXT) if name and names.count(name) > 1]:
                 raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename one of them")
             for row in reader:
                 place = f"line {line + 1} of {path}"
