@@ -226,8 +226,10 @@ def inline(svg: str, name: str, description: str) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # only shapes and clips are referred to
     body = re.sub(r'\bstyle="[^"]*"', lambda match: match[0].replace(": ", ":").replace("; ", ";"), body)
     body = re.sub(r'font-family:[^;"]*;?', "", body)  # of all, in `theme_colours`
-    while (shorter := re.sub(r"<g>\n(?:</g>\n|(<[a-z]+ [^>]*/>\n)</g>\n)", r"\1", body)) != body:
-        body = shorter  # a group of one
+    body = body.replace(' \n"', '"')
+    group = re.compile(r"<g>\n((?:(?!</?g\b).)*?)</g>\n", re.DOTALL)
+    while (shorter := group.sub(r"\1", body)) != body:
+        body = shorter  # a group without attributes says nothing
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)  # level text, said at length
     body = body.replace("xlink:href=", "href=").replace("text-anchor:start;", "")  # the defaults of HTML's SVG
     named = re.compile(r'(\bid="|url\(#|href="#)([^")]*)')
