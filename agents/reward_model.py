@@ -27,13 +27,12 @@ import numpy as np
 import torch
 
 from tokenmdp.agents.data import DataConfig, DataLearner, Example, Reads
-from tokenmdp.models.loading import load_config
 from tokenmdp.models.lora import add_adapters
 from tokenmdp.models.precision import resolve_dtype
 from tokenmdp.models.sizes import embedding_rows, position_limit
 from tokenmdp.preference_losses import UTILITIES, bradley_terry_loss, utility_loss
 from tokenmdp.preferences import BadPreferences, Comparison, Preference
-from tokenmdp.reward_models.learning import LearningClassifier, kind_of, start_classifier
+from tokenmdp.reward_models.learning import LearningClassifier, empty_classifier, start_classifier
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode
@@ -208,10 +207,7 @@ class RewardModelLearner(DataLearner):
 
 def what_it_reads(name: str, append_eos: bool) -> Reads:
     """Of a start that is not loaded yet."""
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(load_config(kind_of(name), name))
+    model = empty_classifier(name)
     limit = position_limit(model)
     return Reads(name, embedding_rows(model), limit and limit.tokens - append_eos)
 

@@ -40,7 +40,7 @@ from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.preferences import Ranking, segment_ranking, write_records
 from tokenmdp.reward_models import RewardModel, load_reward_model
 from tokenmdp.runs.directory import claim
-from tokenmdp.study.outcomes import score_at_kl
+from tokenmdp.study.equal_kl import score_at_kl
 from tokenmdp.types import Episode, Outcome, RewardOutput, Rollout, lay_out
 from tokenmdp.wrappers import vector
 

@@ -102,7 +102,7 @@ def test_credit_that_no_learner_could_use_is_refused(token_rewards, message):
 
 def test_make_credit_knows_its_names():
     assert make_credit("attention", credit_beta=0.3) == AttentionCredit(0.3)
-    with pytest.raises(ValueError, match="credit is 'dense'; choose one of sparse, uniform, attention"):
+    with pytest.raises(ValueError, match="credit is 'dense'; choose one of sparse, uniform, position, attention"):
         make_credit("dense")
 
 

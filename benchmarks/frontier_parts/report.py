@@ -14,6 +14,7 @@ from frontier_parts.lines import FIRST, LINES, place
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.report.drawing import COLOURS, dress, error_bars, new_figure, write_figure
+from tokenmdp.study.equal_kl import score_at_kl
 
 LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
@@ -117,8 +118,9 @@ def equal_kl(cells: Sequence[Cell], start: float) -> list[str]:
 def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float | None]:
     """One seed's score at `LEVELS`: linear in the root of the KL between its policies and the start; None beyond."""
     points = [(0.0, start), *((max(one.kl, 0.0), one.judge) for one in cells if (one.line, one.seed) == (name, seed))]
-    kls, scores = zip(*sorted(points), strict=True)
-    return [float(np.interp(math.sqrt(level), np.sqrt(kls), scores)) if level <= kls[-1] else None for level in LEVELS]
+    kls, scores = zip(*points, strict=True)
+    found = score_at_kl(np.sqrt(kls), scores, np.sqrt(LEVELS))
+    return [None if math.isnan(score) else float(score) for score in found]
 
 
 def draw(cells: Sequence[Cell], start: float, out: Path) -> None:

@@ -26,10 +26,11 @@ class PositionCredit:
     """``token_rewards[t] = score * (credit_beta * mean_k alpha_k[t] + (1 - credit_beta) * 1[t = last])``: a control.
 
     alpha_k is the attention row, as `AttentionCredit` reads it, of the same prompt with the response's tokens in the
-    k-th of ``orders`` random orders. So each position gets the attention that it gets with any of these tokens on it:
-    the profile of the row without its content. Two responses of the same tokens in different order have the same
-    profile, exactly, since the orders are drawn from ``seed``, the prompt and the *sorted* tokens, and applied to
-    those. It needs no other texts: a text's credit does not depend on the batch or on what was seen before.
+    k-th of ``orders`` random orders; the last token, which may be an end of text, stays. So each position gets the
+    attention that it gets with any of these tokens on it: the profile of the row without its content. Two responses of
+    the same tokens in different order, with one last token, have the same profile, exactly, since the orders are drawn
+    from ``seed``, the prompt and the *sorted* tokens, and applied to those. It needs no other texts: a text's credit
+    does not depend on the batch or on what was seen before.
 
     The profile costs ``orders`` further reward-model forwards a text. Reports ``attention_mass`` (mean over the
     orders), ``attention_entropy`` (of the profile), ``credit_fallback`` (True where all orders had less mass than
@@ -90,8 +91,10 @@ class PositionCredit:
         ids, slots = repeated.input_ids.clone(), episode.prompt_slots
         for place, mask in enumerate(episode.response_mask.bool()):
             prompt = episode.input_ids[place, :slots][episode.attention_mask[place, :slots].bool()]
-            tokens = episode.input_ids[place, slots:][mask].sort().values
-            generator = generator_for(torch.cat([prompt, tokens]), self.seed)
+            tokens = episode.input_ids[place, slots:][mask]
+            moving, last = tokens[:-1].sort().values, tokens[-1:]
+            generator = generator_for(torch.cat([prompt, moving, last]), self.seed)
             for row in range(place * self.orders, (place + 1) * self.orders):
-                ids[row, slots:][mask] = tokens[torch.randperm(len(tokens), generator=generator)]
+                order = torch.randperm(len(moving), generator=generator)
+                ids[row, slots:][mask] = torch.cat([moving[order], last])
         return repeated._replace(input_ids=ids)

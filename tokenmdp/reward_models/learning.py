@@ -83,6 +83,14 @@ class LearningClassifier(nn.Module):
         return self.lm._no_split_modules
 
 
+def empty_classifier(name: str) -> PreTrainedModel:
+    """The classifier of this name without its weights, on the meta device: for its sizes."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(load_config(kind_of(name), name))
+
+
 def kind_of(name: str) -> Kind:
     """What a name stands for as a start: a language model, unless it is the alias of a reward model alone.
 
