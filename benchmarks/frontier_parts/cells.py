@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 
 from frontier_parts.lines import FIRST, LINES, place
 from tokenmdp.evaluation.policies import Evaluation, evaluate, gold_scores, load_evaluation
 from tokenmdp.models.names import resolve
+from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.soup import write_soup
 from tokenmdp.models.tokens import distinct_n
 from tokenmdp.reward_models import load_reward_model
@@ -93,8 +95,7 @@ def soup(weight: float, sources: Sources, seed: int) -> dict[str, Any]:
     out = place(sources.out, "soup", weight, seed)
     start = str(resolve("policy", "imdb-tiny"))
     write_soup((start, str(member / "checkpoint")), (1 - weight, weight), out)
-    settings = replace(preset_settings("quick", "rloo"), reward_model=sources.reward_model)
-    envs = evaluation_envs(settings, SAMPLES, split_prompts(settings).held_out)
+    envs = held_out_envs(sources.reward_model)
     policy, reference = (load_policy(str(one), envs, {}, "cpu") for one in (out, start))
     after = evaluate(policy, reference, envs, samples=SAMPLES, judge=load_reward_model(JUDGE), shown=0)
     envs.close()
@@ -103,8 +104,7 @@ def soup(weight: float, sources: Sources, seed: int) -> dict[str, Any]:
 
 def best_of(n: int, reward_model: str, seed: int) -> dict[str, Any]:
     """The best of n responses by the reward model; its KL is at most log n - (n - 1) / n."""
-    settings = replace(preset_settings("quick", "rloo"), reward_model=reward_model)
-    envs = evaluation_envs(settings, SAMPLES, split_prompts(settings).held_out)
+    envs = held_out_envs(reward_model)
     policy, judge = load_policy("imdb-tiny", envs, {}, "cpu"), load_reward_model(JUDGE)
     judged, scored, texts = [], [], []
     for draw in range(n):
@@ -129,6 +129,12 @@ def best_of(n: int, reward_model: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _played(envs: Any, policy: Any, generator: torch.Generator) -> Iterator[Rollout]:
+def held_out_envs(reward_model: str) -> VectorEnv:
+    """Where policies are measured that no run of ours has trained."""
+    settings = replace(preset_settings("quick", "rloo"), reward_model=reward_model)
+    return evaluation_envs(settings, SAMPLES, split_prompts(settings).held_out)
+
+
+def _played(envs: VectorEnv, policy: CausalLMPolicy, generator: torch.Generator) -> Iterator[Rollout]:
     for start in range(0, SAMPLES, envs.num_envs):
         yield collect(envs, policy, None, generator, seed=10_000 + start, credited_rows=0)[0]

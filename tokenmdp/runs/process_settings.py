@@ -100,9 +100,14 @@ def busy_now(seconds: float = 0.3) -> float:
     try:
         before = ticks()
         time.sleep(seconds)
-        everything, idle = (new - old for new, old in zip(ticks(), before, strict=True))
+        return busy_between(before, ticks())
     except (OSError, ValueError, IndexError):
         return math.inf
+
+
+def busy_between(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """How many cores of the machine computed between two readings of `ticks`, on average."""
+    everything, idle = (new - old for new, old in zip(after, before, strict=True))
     return (os.cpu_count() or 1) * (1 - idle / everything) if everything else 0.0
 
 
@@ -132,9 +137,7 @@ def busy_beside(start: Start | None = START) -> float:
     now = Start.now()
     if start is None or now is None or not 1 <= (seconds := now.clock - start.clock) <= 60:
         return 0.0
-    everything, idle = (new - old for new, old in zip(now.ticks, start.ticks, strict=True))
-    own = (now.own - start.own) / seconds
-    return max(0.0, (os.cpu_count() or 1) * (1 - idle / everything) - own) if everything else 0.0
+    return max(0.0, busy_between(start.ticks, now.ticks) - (now.own - start.own) / seconds)
 
 
 def thread_count(environ: Mapping[str, str], before: int | None) -> tuple[int | None, str]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenmdp.files import write_text
 from tokenmdp.report.drawing import inline, theme_colours, write_figure
@@ -37,6 +38,13 @@ from tokenmdp.wording import clock, count
 SHOWN_SAMPLES = 3  # per method
 
 
+class Tables(NamedTuple):
+    """The numbers of a grid."""
+
+    methods: Sequence[MethodRow]
+    at_equal_kl: Sequence[tuple[str, ...]]  # none without a baseline
+
+
 def write_report(
     study: Study,
     path: str | Path,
@@ -65,14 +73,18 @@ def write_report(
         The page.
     """
     path = Path(path)
-    grids = {grid: method_table(study, grid) for grid in study.grids if study.select(grid)}
+    grids = {
+        grid: Tables(method_table(study, grid), equal_kl_table(study, grid))
+        for grid in study.grids
+        if study.select(grid)
+    }
     notice = _paragraphs(study.notice)
     tables = ["# Study\n", *[f"> {paragraph}\n" for paragraph in notice]]
     tables += [text for section in first if section.markdown for text in (f"## {section.title}\n", section.markdown)]
-    for grid, rows in grids.items():
-        tables += [f"## {grid}\n", markdown(METHOD_HEADINGS, map(method_texts, rows))]
-        if at_equal_kl := equal_kl_table(study, grid):
-            tables += [markdown(EQUAL_KL_HEADINGS, at_equal_kl)]
+    for grid, numbers in grids.items():
+        tables += [f"## {grid}\n", markdown(METHOD_HEADINGS, map(method_texts, numbers.methods))]
+        if numbers.at_equal_kl:
+            tables += [markdown(EQUAL_KL_HEADINGS, numbers.at_equal_kl)]
     write_text(path / "tables.md", "\n".join([*tables, LEGEND, "", EQUAL_KL_LEGEND, ""]))
     found = [*first, *sections(study)]
     figures = path / "figures"
@@ -89,7 +101,7 @@ def write_report(
         *((section.id, section.title, _section(study, section, shown, grids)) for section in found),
         ("samples", "What they write in the end", _samples(study)),
         ("unfinished", "What is missing", _unfinished(study)),
-        ("how", "How it was made", protocol(study) + "".join(_grid_table(study, grid, grids[grid]) for grid in others)),
+        ("how", "How it was made", protocol(study) + "".join(_grid_table(grid, grids[grid]) for grid in others)),
     ]
     links = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in parts)
     bodies = "".join(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in parts)
@@ -128,14 +140,14 @@ def _intro(study: Study) -> str:
     )
 
 
-def _section(study: Study, section: Section, shown: Mapping[str, str], grids: Mapping[str, Sequence[MethodRow]]) -> str:
+def _section(study: Study, section: Section, shown: Mapping[str, str], grids: Mapping[str, Tables]) -> str:
     held = section.pictures or section.html
     what = "No figure" if section.models else "Not in this study"
     missing = "" if held else f'<p class="note">{what}: {escape(section.missing)}.</p>'
     if missing and not section.models:
         return missing
     pictures = "".join(_picture(picture, shown[picture.name]) for picture in section.pictures)
-    tables = "".join(_grid_table(study, grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
+    tables = "".join(_grid_table(grid, grids[grid], opened=section.id == "curves") for grid in section.grids)
     tables += "".join(quality_table(study, model) for model in section.models)
     intro = f"<p>{escape(section.intro)}</p>" * bool(section.intro)
     return f"{intro}{section.html}{missing}{pictures}{tables}"
@@ -148,15 +160,14 @@ def _picture(picture: Picture, svg: str) -> str:
     )
 
 
-def _grid_table(study: Study, grid: str, rows: Sequence[MethodRow], *, opened: bool = False) -> str:
+def _grid_table(grid: str, tables: Tables, *, opened: bool = False) -> str:
     legend, note = (
         f'<p class="note">{escape(typeset(text))}</p>' * opened for text in (LEGEND, EQUAL_KL_LEGEND)
     )  # once
-    at_equal_kl = equal_kl_table(study, grid)
-    equal = f"{_numbers(EQUAL_KL_HEADINGS, at_equal_kl)}{note}" if at_equal_kl else ""
+    equal = f"{_numbers(EQUAL_KL_HEADINGS, tables.at_equal_kl)}{note}" if tables.at_equal_kl else ""
     return (
         f"<details{' open' if opened else ''}><summary>all numbers of the grid {escape(grid)}</summary>"
-        f"{_numbers(METHOD_HEADINGS, map(method_texts, rows))}{legend}{equal}</details>"
+        f"{_numbers(METHOD_HEADINGS, map(method_texts, tables.methods))}{legend}{equal}</details>"
     )
 
 
