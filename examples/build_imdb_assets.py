@@ -223,8 +223,10 @@ class Build:
             model.to("cpu", torch.bfloat16).save_pretrained(target)
             tokenizer.padding_side = "left" if folder.name == "policy" else "right"  # a policy generates behind it
             tokenizer.save_pretrained(target)
-            file = target / "tokenizer.json"  # on one line it is half as large
-            write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
+            file = target / "tokenizer.json"  # on one line, with merges as "a b", it is less than half as large
+            content = json.loads(file.read_text())
+            content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]  # no token has a space
+            write_text(file, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
     def place(self, part: str) -> Path:
         """Where the package looks for a part."""
