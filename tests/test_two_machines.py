@@ -42,13 +42,14 @@ def machines():
 def test_two_machines_learn_what_one_learns(machines, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    train = ["-m", "tokenmdp", *RUN, "--out", "run"]
     launch += ["--master-addr", f"{ADDRESS}1", "--master-port", "29577"]
     running = []
     for place, name in enumerate(machines):
         (tmp_path / name).mkdir()
         running.append(
             subprocess.Popen(
-                ["ip", "netns", "exec", name, *launch, "--node-rank", str(place), "-m", "tokenmdp", *RUN, "--out", "run"],
+                ["ip", "netns", "exec", name, *launch, "--node-rank", str(place), *train],
                 cwd=tmp_path / name, env=environment | {"GLOO_SOCKET_IFNAME": f"cable{place}"},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
