@@ -1,6 +1,7 @@
 """An evaluation computes credit for the episodes it shows, and every number is what credit for all would give."""
 
 import json
+import warnings
 from dataclasses import asdict, replace
 
 import gymnasium as gym
@@ -16,6 +17,9 @@ from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
 from tokenmdp.rollouts.samples import samples_from_rollout
 from tokenmdp.runs.environments import toy_policy
+from tokenmdp.runs.policy_run import PolicyRun
+from tokenmdp.runs.settings import PRESETS
+from tokenmdp.training.processes import Processes
 from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"
@@ -138,6 +142,21 @@ def test_a_second_judge_scores_every_episode():
     result = evaluate(*toy_policies(envs), envs, samples=8, judge=envs.unwrapped.task.reward_model)
     assert result.gold == result.scores
     assert result.kls != [0] * 8
+
+
+@pytest.mark.parametrize("judge", ["run", "run/checkpoint", "lexicon"])
+def test_a_judge_that_is_the_reward_model_is_named_however_it_is_written(judge, tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    settings = replace(PRESETS["smoke"].settings, reward_model="./run", judge=judge)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        PolicyRun(settings).check(1, Processes())
+    assert [str(one.message) for one in seen] == (
+        [] if judge == "lexicon" else [f"the judge {judge} is the reward model itself, so its score says nothing that "
+                                       "the first one does not; choose another --judge"]
+    )  # fmt: skip
 
 
 def test_evaluations_load_also_those_of_earlier_versions(tmp_path):

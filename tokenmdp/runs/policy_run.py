@@ -26,6 +26,7 @@ from tokenmdp.evaluation.policies import (
 )
 from tokenmdp.files import write_text
 from tokenmdp.models.loading import load_tokenizer
+from tokenmdp.models.names import resolve
 from tokenmdp.report import curves, heatmap
 from tokenmdp.runs.data import read_data, split_data
 from tokenmdp.runs.directory import RunDirectory, RunError
@@ -74,9 +75,10 @@ class PolicyRun:
             )
         agent_config(self.settings, updates)
         credit_of(self.settings)
-        if self.settings.judge is not None and self.settings.judge == self.settings.reward_model:
+        judge, paying = self.settings.judge, self.settings.reward_model
+        if judge is not None and resolve("reward_model", judge) == resolve("reward_model", paying):
             warnings.warn(
-                f"the judge {self.settings.judge} is the reward model itself, so its score says nothing that the first "
+                f"the judge {judge} is the reward model itself, so its score says nothing that the first "
                 "one does not; choose another --judge",
                 stacklevel=2,
             )
