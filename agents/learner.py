@@ -88,7 +88,6 @@ class Learner:
     learns_from: ClassVar[Literal["episodes", "comparisons", "texts"]]
     model_name: ClassVar[str] = "policy"  # for the log
     uses_credit: ClassVar[bool] = False  # False: how a score is spread over the tokens makes no difference
-    norms: ClassVar[tuple[str, ...]] = ("grad_norm",)  # names of the gradient norms, one per optimizer group
     state: ClassVar[tuple[str, ...]] = ()  # numbers of the algorithm that a checkpoint holds, by attribute
 
     def __init__(self, config: Any = None, accelerator: Accelerator | None = None) -> None:
@@ -98,6 +97,11 @@ class Learner:
             raise TypeError(f"config is {self.config!r}; {type(self).__name__} takes a {self.config_class.__name__}")
         self.num_updates_done = 0
         self.history: list[Metrics] = []
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the gradient norms, one per optimizer group."""
+        return ("grad_norm",)
 
     def prepare(self, model: nn.Module, reference: nn.Module | None = None) -> None:
         """Take a model on its device as the one that learns: optimizer, processes, random numbers."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from tokenmdp.agents.base import Agent, AgentConfig, Metrics
 from tokenmdp.divergences import kl_k1
@@ -45,6 +46,8 @@ class PPOConfig(AgentConfig):
     """
 
     vf_learning_rate: float = 3e-3  # of the value head, which starts at zero; detail 17
+    value_model: Literal["shared", "separate"] = "shared"  # separate: values by a transformer of their own; detail 14
+    value_model_learning_rate: float = 1e-4  # only for separate: of that transformer
     estimator: Literal["reward_to_go", "full_return", "vine"] = "reward_to_go"  # of advantages; details 10 to 12
     vine_rollouts: int = 4  # only for vine: continuations of each prefix
     gamma: float = 1.0  # discount; below 1 credit that arrives early counts more, whatever the method
@@ -55,11 +58,16 @@ class PPOConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "vf_learning_rate vine_rollouts clip_coef_value", "positive")
+        require(self, "vf_learning_rate value_model_learning_rate vine_rollouts clip_coef_value", "positive")
         require(self, "vf_coef ent_coef", "not negative")
         require(self, "gamma gae_lambda", "in [0, 1]")
         if self.estimator != "reward_to_go" and self.gamma != 1:
             raise ValueError(f"gamma is {self.gamma}; estimator={self.estimator!r} does not discount: set gamma=1")
+        if self.value_model == "separate" and self.lora_rank:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}, which saves memory, and value_model='separate' trains all weights of "
+                "a second transformer; leave out one of them"
+            )
 
 
 class PPO(Agent):
@@ -67,7 +75,6 @@ class PPO(Agent):
 
     config_class = PPOConfig
     format = Format("ppo", 2)  # 2: the value head has a learning rate of its own
-    norms = ("grad_norm", "vf_grad_norm")
     config: PPOConfig
 
     def check(self) -> None:
@@ -79,9 +86,20 @@ class PPO(Agent):
                 "rewards; choose a credit method that conserves the return, or another estimator"
             )
 
+    @property
+    def norms(self) -> tuple[str, ...]:  # noqa: D102
+        separate = self.config.value_model == "separate"
+        return ("grad_norm", "vf_grad_norm", *(["value_model_grad_norm"] if separate else []))
+
+    def prepare(self, model: nn.Module, reference: nn.Module | None = None) -> None:  # noqa: D102
+        if self.config.value_model == "separate":
+            self.policy.separate_values()
+        super().prepare(model, reference)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The language model (or its adapters), then the value head."""
-        return self.policy.parameter_groups(self.config.learning_rate, self.config.vf_learning_rate)
+        """The language model (or its adapters), then the value head and the value model's transformer."""
+        cfg = self.config
+        return self.policy.parameter_groups(cfg.learning_rate, cfg.vf_learning_rate, cfg.value_model_learning_rate)
 
     def update(self) -> Metrics:
         """One update; README.md beside this file defines the metrics."""

@@ -151,6 +151,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random, 1e-3, vf_coef 0.5": {"rate": 1e-3, "random": 1.0, "config": {"vf_coef": 0.5}},
     "random, 1e-3, no value clipping": {"rate": 1e-3, "random": 1.0, "config": {"clip_coef_value": None}},
     "random, returns normalised": {"rate": SAME, "random": 1.0, "normalised": True},
+    "separate value model": {"rate": 3e-3, "clipped apart": True, "config": {"value_model": "separate"}},
     "own trunk, 1e-4": {"rate": SAME, "trunk": 1e-4, "config": {"vf_coef": 0.0}},
 }
 

@@ -35,12 +35,13 @@ RUNS = {
     "minibatches of one row": ("sparse", 6, {"num_minibatches": 5}, {}),
     "target_kl": ("uniform", 8, {"learning_rate": 1e-2, "update_epochs": 5, "target_kl": 0.01}, {}),
     "vine": ("sparse", 4, {"estimator": "vine", "vine_rollouts": 2}, {"max_new_tokens": 4, "horizon_range": (1, 4)}),
+    "value model": ("sparse", 8, {"value_model": "separate"}, {"horizon_range": (2, 8)}),
     "rloo": ("uniform", 8, {"responses_per_prompt": 2}, {"horizon_range": (2, 8)}),
     "f-dpg": ("sparse", 8, {"target": "score/2", "normaliser": "prompt", "responses_per_prompt": 2}, {}),
     "lora": ("uniform", 8, {"lora_rank": 4, "learning_rate": 1e-2, "gradient_checkpointing": True}, {}),
 }
 OWN_REFERENCE = ("vine",)  # with the policy itself, the values would first learn a KL that is rounding error alone
-SHARDED = ("uniform", "lora")
+SHARDED = ("uniform", "lora", "value model")
 UPDATES = 3
 # From seven records in batches of 3, 3 and 1: in the last one the second process has none.
 FROM_DATA = {

@@ -1,5 +1,6 @@
 """The critic learns: with its own learning rate and gradient norm, and a warning says so when it does not."""
 
+import copy
 import logging
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ from doubles import SB3
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenmdp.agents.ppo import CRITIC_DUE, PPO, PPOConfig, critic_warning
+from tokenmdp.files import CheckpointError
 from tokenmdp.interop.torchrl import actor_critic
 from tokenmdp.wrappers import vector
 
@@ -74,6 +76,65 @@ def test_a_wrong_value_does_not_shrink_the_step_of_the_policy():
     expected = min(clip, agent.history[0]["grad_norm"])
     torch.testing.assert_close(body.item(), expected, rtol=1e-3, atol=0)
     assert body > 0.1
+
+
+def separate(**options):
+    return make_agent(value_model="separate", learning_rate=1e-3, value_model_learning_rate=1e-3, **options)
+
+
+def test_values_with_a_transformer_of_their_own_leave_the_policys_gradient_alone():
+    """The first step moves the policy as it moves without any value loss, and the value model as its own loss says."""
+    agent, alone = separate(update_epochs=1, num_minibatches=1), make_agent(
+        learning_rate=1e-3, update_epochs=1, num_minibatches=1, vf_coef=0.0
+    )  # fmt: skip
+    before = copy.deepcopy(agent.policy.state_dict())
+    agent.learn(1), alone.learn(1)
+    for name, weight in alone.policy.lm.state_dict().items():
+        torch.testing.assert_close(agent.policy.lm.state_dict()[name], weight, rtol=0, atol=1e-6)
+    changed = {name for name, weight in agent.policy.state_dict().items() if not torch.equal(weight, before[name])}
+    assert any(name.startswith("lm.") for name in changed)
+    assert "value_model.head.bias" in changed
+    assert not any(name.startswith("value_head") for name in changed)
+    agent.learn(1)  # the head is no longer 0, so the layers below it have a gradient
+    assert agent.history[1]["value_model_grad_norm"] > 0
+    after = agent.policy.state_dict()
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert sum(name.startswith("value_model.lm.h") for name in moved) > 10
+
+
+def test_the_values_of_a_rollout_are_those_of_the_value_model():
+    agent = separate()
+    torch.nn.init.normal_(agent.policy.value_model["head"].weight)
+    rollout, _ = agent.play()
+    texts = rollout.input_ids, rollout.attention_mask, rollout.prompt_slots
+    expected = agent.policy.values(*texts) * rollout.response_mask
+    torch.testing.assert_close(rollout.values, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(agent.policy.evaluate(*texts).values * rollout.response_mask, expected)
+    assert rollout.values.std() > 0.1
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_value_model_resumes_bit_for_bit(gradient_checkpointing, tmp_path):
+    options = {"gradient_checkpointing": gradient_checkpointing}
+    whole, first = separate(**options).learn(3), separate(**options).learn(1)
+    first.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "value_model.safetensors").exists()
+    resumed = PPO.load(tmp_path / "saved", first.envs).learn(2)
+    for name, weight in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[name], weight), name
+    # A new run takes it only if it asks for one.
+    assert PPO(str(tmp_path / "saved"), first.envs).policy.value_model is None
+    again = PPO(str(tmp_path / "saved"), first.envs, PPOConfig(value_model="separate"))
+    assert torch.equal(again.policy.value_model["head"].weight, first.policy.value_model["head"].weight)
+    (tmp_path / "saved" / "value_model.safetensors").write_bytes(b"short")
+    (tmp_path / "saved" / "state" / "sha256sums.txt").unlink()  # which names the file first
+    with pytest.raises(CheckpointError, match=r"value_model\.safetensors is not this model's value model"):
+        PPO(str(tmp_path / "saved"), first.envs, PPOConfig(value_model="separate"))
+
+
+def test_a_value_model_beside_adapters_is_refused():
+    with pytest.raises(ValueError, match="lora_rank is 2, which saves memory"):
+        PPOConfig(value_model="separate", lora_rank=2)
 
 
 def records(explained, varies=1.0, updates=CRITIC_DUE):

@@ -82,6 +82,7 @@ class WithoutAdapters(CausalLMPolicy):
         torch.nn.Module.__init__(self)
         # Not as submodules: requires_grad_(False) of a reference would freeze the adapters too.
         vars(self).update(_adapted=adapted, lm=adapted.lm, value_head=adapted.value_head, training=False)
+        self.value_model = None
         vars(self).update({name: getattr(adapted, name) for name in SETTINGS})
         self.gradient_checkpointing = False  # no layer keeps anything for a backward: none of its weights learns
 

@@ -7,18 +7,17 @@ text, top-k), because a log-probability under any other distribution makes the K
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokenmdp.files import CheckpointError
 from tokenmdp.models.adapters import refuse_adapters
 from tokenmdp.models.attention_rows import install
 from tokenmdp.models.forwards import autocast, check_recompute, forwards
@@ -33,9 +32,10 @@ from tokenmdp.models.policy_checks import check_logits, reads_padding
 from tokenmdp.models.policy_fit import check_positions, check_rows, check_vocabulary, warn_of_other_ends
 from tokenmdp.models.sizes import capped, check_finite, logit_cap, output_layer
 from tokenmdp.models.token_distribution import DecodeState, TokenScores, draw, process_logits
+from tokenmdp.models.values import heads_values, load_part, new_head
 from tokenmdp.types import TokenSpace, response_rows
 
-VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_HEAD_FILE, VALUE_MODEL_FILE = "value_head.safetensors", "value_model.safetensors"
 # What a policy does to its logits, and how it computes.
 SETTINGS = (
     "vocab_size", "eos_token_id", "eos_token_ids", "min_new_tokens", "temperature", "top_k", "compute_dtype",
@@ -55,6 +55,7 @@ class CausalLMPolicy(nn.Module):
             to the same function: attention goes through `tokenmdp.models.attention_rows` where the architecture allows
             it (sdpa, whose rows can be captured), GPT-2's activation becomes one kernel, and on some CPUs layers
             multiply by oneDNN.
+        value_model: None, or a transformer and a head that compute the values apart; see `separate_values`.
         vocab_size: V; models with padded vocabularies are sliced to the first V logits.
         eos_token_id: Masked out of the first ``min_new_tokens`` response tokens; the first of ``eos_token_ids``, which
             all are.
@@ -101,9 +102,9 @@ class CausalLMPolicy(nn.Module):
         fuse_activations(lm)
         use_onednn(lm)
         install(lm)
-        self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.float32)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = new_head(width, lm.device)
+        self.value_model: nn.ModuleDict | None = None
+        self._directory: Path | None = None
         self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, self.eos_token_ids[0], min_new_tokens
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
@@ -125,16 +126,26 @@ class CausalLMPolicy(nn.Module):
             tokenmdp.models.names.ModelNotFound: there is no such model.
         """
         policy = cls(load_causal_lm(name, dtype=torch.float32), vocab_size, eos_token_id, **options)
-        path = Path(resolve("policy", name)) / VALUE_HEAD_FILE
-        if path.exists():
-            try:
-                policy.value_head.load_state_dict(load_file(path))
-            except (OSError, SafetensorError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{path} is not this model's value head ({error}); restore or delete it"
-                ) from error
-            check_finite(policy.value_head.state_dict(), str(path))
+        policy._directory = Path(resolve("policy", name))
+        load_part(policy.value_head, policy._directory / VALUE_HEAD_FILE, "value head")
         return policy
+
+    def separate_values(self) -> None:
+        """Compute the values by a transformer of their own, which then learns, and leave ``value_head`` alone.
+
+        ``v_t = w . h_t + b`` with the hidden states h of a copy of this policy's transformer and w = b = 0 at first;
+        or of the one that `save_pretrained` wrote where this policy was loaded from. Sampling then gives no values: it
+        would read every token twice; `values` and `evaluate` do.
+        """
+        width = self.value_head.in_features
+        self.value_model = nn.ModuleDict(
+            {"lm": copy.deepcopy(self.lm.base_model).requires_grad_(True), "head": new_head(width, self.lm.device)}
+        )
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.value_head.requires_grad_(False)
+        if self._directory is not None:
+            load_part(self.value_model, self._directory / VALUE_MODEL_FILE, "value model")
 
     @classmethod
     def for_task(cls, model: str | PreTrainedModel, task: TokenSpace, **options: Any) -> CausalLMPolicy:
@@ -169,40 +180,46 @@ class CausalLMPolicy(nn.Module):
             CheckpointError: what was written cannot be loaded again.
         """
         state = self.state_dict() if state is None else state
-        lm, head = (
+        lm, head, value_model = (
             {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-            for part in ("lm.", "value_head.")
+            for part in ("lm.", "value_head.", "value_model.")
         )
         with quiet():
             self.lm.save_pretrained(directory, state_dict=lm)
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
+        if value_model:
+            save_file(value_model, Path(directory) / VALUE_MODEL_FILE)
         check_loads(directory)
 
-    def parameter_groups(self, learning_rate: float, vf_learning_rate: float) -> list[dict[str, Any]]:
-        """The trained parameters in two optimizer groups: the language model (or its adapters), then the value head.
+    def parameter_groups(
+        self, learning_rate: float, vf_learning_rate: float, value_model_learning_rate: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """The trained parameters in optimizer groups: the language model (or its adapters), then the value head.
 
         The head is new and the language model is not: at the rate that keeps a pretrained model intact, a head that
-        starts at zero explains next to nothing of the returns for many updates.
+        starts at zero explains next to nothing of the returns for many updates. With a value model, its head is the
+        second group and its transformer the third.
 
         Args:
             learning_rate: of the language model.
             vf_learning_rate: of the value head.
+            value_model_learning_rate: of the value model's transformer, if there is one.
 
         Raises:
             ValueError: no weight of the language model learns, so that training would change nothing.
         """
-        heads = set(self.value_head.parameters())
-        body = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        body = [weight for weight in self.lm.parameters() if weight.requires_grad]
         if not body:
             raise ValueError(
                 f"no weight of the language model {type(self.lm).__name__} learns (all have requires_grad=False), so "
                 "training would change nothing; call model.requires_grad_(True) before, or set lora_rank to train "
                 "adapters beside frozen weights"
             )
-        return [
-            {"params": body, "lr": learning_rate},
-            {"params": list(self.value_head.parameters()), "lr": vf_learning_rate},
-        ]
+        head = self.value_head if self.value_model is None else self.value_model["head"]
+        groups = [{"params": body, "lr": learning_rate}, {"params": list(head.parameters()), "lr": vf_learning_rate}]
+        if self.value_model is not None:
+            groups.append({"params": list(self.value_model["lm"].parameters()), "lr": value_model_learning_rate})
+        return groups
 
     @property
     def _no_split_modules(self) -> Any:
@@ -297,26 +314,41 @@ class CausalLMPolicy(nn.Module):
         response = input_ids[:, prompt_slots:]
         column = response if support is None else (support == response[..., None]).int().argmax(-1)
         logprobs, entropy = token_scores(logits, column)
-        return TokenScores(logprobs, self._values(hidden), entropy)
+        own = self.value_model is not None
+        values = self.values(input_ids, attention_mask, prompt_slots) if own else self._values(hidden)
+        return TokenScores(logprobs, values, entropy)
+
+    def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_slots: int) -> torch.Tensor:
+        """Values (N, H) of the response tokens by the value model; arguments as those of `evaluate`."""
+        assert self.value_model is not None
+        lm, head = self.value_model["lm"], self.value_model["head"]
+        mask = attention_mask.long()
+        with forwards(lm, self.compute_dtype, self.gradient_checkpointing):
+            hidden = self.read(input_ids[:, :-1], mask[:, :-1], lm, use_cache=False).last_hidden_state
+        return heads_values(head, response_rows(hidden, prompt_slots))
 
     def forward(self, *arguments: Any, **options: Any) -> TokenScores:
         """What data-parallel wrappers call: `evaluate`."""
         # The class's: sharding wraps the instance's own in a second pair of its forward hooks.
         return type(self).evaluate(self, *arguments, **options)
 
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+    def read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, transformer: Any = None, **options: Any
+    ) -> Any:
         """The output of the model without its output layer; padding, where ``attention_mask`` is 0, takes no position.
 
         Args:
             input_ids: (N, L) int64.
             attention_mask: (N, S) int64, S >= L: of the cached slots too.
+            transformer: of this architecture; default: the policy's.
             **options: further arguments of the model.
         """
         if self._takes_positions:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         if self._recurrent:  # its layers multiply their inputs by the mask
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        return self.lm.base_model(input_ids, attention_mask=attention_mask, **options)
+        transformer = self.lm.base_model if transformer is None else transformer
+        return transformer(input_ids, attention_mask=attention_mask, **options)
 
     def caching(self, cache: Any) -> dict[str, Any]:
         """Arguments of the backbone for reading behind ``cache`` and adding to it."""
@@ -345,8 +377,7 @@ class CausalLMPolicy(nn.Module):
         return DecodeState(cache, attention_mask, step, logits[:, 0].float(), chosen_from, self._values(hidden)[:, 0])
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):  # a caller may have entered `autocast` around us
-            return self.value_head(hidden.float()).squeeze(-1)
+        return heads_values(self.value_head, hidden)
 
     def _process(
         self, raw_logits: torch.Tensor, first_step: int, support: torch.Tensor | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -114,6 +114,8 @@ def collect(
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     if reference is not None:
         rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
+    if policy.value_model is not None:
+        rollout = rollout._replace(values=_values_of(policy, rollout, rows_per_forward))
     with processes.raise_together():
         _check_finite(rollout, credited_rows, rows.start)
     report = {
@@ -240,13 +242,31 @@ def _attention_attached(
 @torch.no_grad()
 def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int = 64) -> torch.Tensor:
     """Log-probabilities (N, H) of a rollout's response tokens under another policy, 0 outside the response."""
-    lengths, logprobs = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
-    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(logprobs.device)
+
+    def logprobs(part: Rollout) -> torch.Tensor:
+        return policy.evaluate(part.input_ids, part.attention_mask, part.prompt_slots, part.support).logprobs
+
+    return _by_rows(logprobs, rollout, rows_per_forward)
+
+
+def _values_of(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
+    """Values (N, H) of a rollout's response tokens by the policy's value model, 0 outside the response."""
+
+    def values(part: Rollout) -> torch.Tensor:
+        return policy.values(part.input_ids, part.attention_mask, part.prompt_slots)
+
+    return _by_rows(values, rollout, rows_per_forward)
+
+
+def _by_rows(score: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
+    """What ``score`` says of a rollout's response tokens (N, H), some rows of like length at a time."""
+    lengths, found = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
+    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(found.device)
     for rows in sorted_rows.split(rows_per_forward):
         for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
-            scored = policy.evaluate(part.input_ids, part.attention_mask, part.prompt_slots, part.support)
-            logprobs[members, : scored.logprobs.shape[1]] = scored.logprobs * part.response_mask
-    return logprobs
+            scored = score(part)
+            found[members, : scored.shape[1]] = scored * part.response_mask
+    return found
 
 
 def _check_finite(rollout: Rollout, credited_rows: int | None, first_row: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ class Accelerated(Processes):
         self, policy: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer
     ) -> nn.Module:
         if not self._sharded:
-            return self.accelerator.prepare_model(policy)
+            with warnings.catch_warnings():  # accelerate names a remedy that still exchanges buffers at first
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                return self.accelerator.prepare_model(policy)
         from accelerate.utils import fsdp2_prepare_model
         from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -68,7 +71,7 @@ class Accelerated(Processes):
             if sharded is None or next(sharded.parameters(), None) is None:
                 continue  # switched-off adapters are a view of the policy
             fsdp2_prepare_model(self.accelerator, sharded)
-            for method in ("prefill", "append", "evaluate"):
+            for method in ("prefill", "append", "evaluate", "values"):
                 if hasattr(sharded, method):  # of a policy; a reward model is called only
                     register_fsdp_forward_method(sharded, method)
         for module in [] if reference is None else _sharded_modules(reference):

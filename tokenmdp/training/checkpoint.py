@@ -2,6 +2,7 @@
 
 config.json, model.safetensors, tokenizer files     the model, adapters merged in
 value_head.safetensors                              of a policy
+value_model.safetensors                             of a policy whose values have a transformer of their own
 ALGORITHM_config.json
 state/trainer.safetensors                           optimizer, random numbers, updates done, the algorithm's own
 state/envs.json, state/history.json                 the environments' random numbers, if there are some; metrics
