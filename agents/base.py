@@ -80,8 +80,8 @@ class Agent(Learner):
     learns_from = "episodes"
     uses_credit = True
     state: ClassVar[tuple[str, ...]] = ("kl_coef",)
-    # Of `tokenmdp train`: fields of the configuration by preset. One epoch in steps five times as large reaches the same
-    # score at the same KL as four, in less than half the time.
+    # Of `tokenmdp train`: fields of the configuration by preset. One epoch in steps five times as large reaches the
+    # same score at the same KL as four, in less than half the time.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"learning_rate": 1.5e-4, "kl_coef": 0.4, "update_epochs": 1},
         "smoke": {"learning_rate": 3e-3, "kl_coef": 0.5},
