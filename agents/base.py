@@ -80,10 +80,10 @@ class Agent(Learner):
     learns_from = "episodes"
     uses_credit = True
     state: ClassVar[tuple[str, ...]] = ("kl_coef",)
-    # Of `tokenmdp train`: fields of the configuration by preset. One epoch in steps five times as large reaches the
-    # same score at the same KL as four, in less than half the time.
+    # Of `tokenmdp train`: fields of the configuration by preset. One epoch of eight steps three times as large takes
+    # less than half the time of four epochs of four.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"learning_rate": 1.5e-4, "kl_coef": 0.4, "update_epochs": 1},
+        "quick": {"learning_rate": 1e-4, "kl_coef": 0.4, "update_epochs": 1, "num_minibatches": 8},
         "smoke": {"learning_rate": 3e-3, "kl_coef": 0.5},
     }
 

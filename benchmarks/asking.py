@@ -174,7 +174,7 @@ def train(
 ) -> PPO:
     """PPO on the ensemble, from ``policy`` and near the start policy; appends measurements to ``points``."""
     base = preset_settings("quick", "ppo")
-    config = base.config | {"update_epochs": 2, "learning_rate": 6e-5, "kl_coef": args.kl_coef}
+    config = base.config | {"update_epochs": 2, "num_minibatches": 4, "learning_rate": 6e-5, "kl_coef": args.kl_coef}
     settings = replace(base, reward_model=str(model), seed=seed, config=config)
     split = split_prompts(settings)
     envs = make_envs(settings, settings.num_envs, split.training)
