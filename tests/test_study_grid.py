@@ -16,7 +16,7 @@ from tokenmdp.cli import ablate
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.runs import credit_options
 from tokenmdp.runs.environments import credit_of, make_envs
-from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
+from tokenmdp.runs.settings import RunSettings, agent_config, settings_from_record, settings_record
 from tokenmdp.study import grid
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.grid import Length, expand, load_cost, parse_length, parse_method, read_rates, shard_of
@@ -310,6 +310,19 @@ def test_lambda_and_estimator_are_axes_with_labels_of_their_own():
     }  # fmt: skip
     with pytest.raises(ValueError, match="estimator is 'gae'"):
         expand(plan_for("--preset", "custom", *options, "--estimators", "gae"))
+
+
+def test_critics_are_an_axis():
+    options = ["--preset", "custom", "--methods", "sparse", "--seeds", "1", "--critics"]
+    cells = expand(plan_for(*options, "slow", "shared", "separate"))
+    found = {cell.setting: agent_config(cell.settings, cell.updates) for cell in cells}
+    assert {setting: (one.vf_learning_rate, one.value_model) for setting, one in found.items()} == {
+        "8-16 tokens, critic=slow": (found["8-16 tokens, critic=slow"].learning_rate, "shared"),
+        "8-16 tokens, critic=shared": (3e-3, "shared"),
+        "8-16 tokens, critic=separate": (3e-3, "separate"),
+    }
+    with pytest.raises(StudyError, match="--critics 'random' is none of slow, shared, separate"):
+        expand(plan_for(*options, "random"))
 
 
 def test_the_plan_about_the_rows_content_compares_all_at_one_credit_beta():

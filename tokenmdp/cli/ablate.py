@@ -29,8 +29,8 @@ from tokenmdp.study.scheduler import default_jobs, run_cells
 
 # These do not change what a cell computes.
 VARIED = (
-    "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "gae_lambdas", "estimators", "reward_models", "updates",
-    "eval_every", "eval_samples",
+    "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "gae_lambdas", "estimators", "critics", "reward_models",
+    "updates", "eval_every", "eval_samples",
 )  # fmt: skip
 OF_THE_BASE = ("policy", "prompts", "num_envs", "score")
 NOT_OPTIONS = (*SET_APART, "learning_rate")  # each method has a rate of its own
@@ -68,6 +68,9 @@ class Ablate:
     """Values of gae_lambda to try; 1 is the reward-to-go, in which a critic's errors do not bias the gradient."""
     estimators: tuple[str, ...]
     """Advantages to try: reward_to_go (GAE), full_return, vine."""
+    critics: tuple[str, ...]
+    """Critics to try: slow (its head learns at the policy's rate), shared (the default), separate (a transformer of its
+    own)."""
     reward_models: tuple[str, ...]
     """Bundled names, directories or hub names of sequence classifiers to try; without any, the preset's."""
     score: ScoreChoice = None

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenmdp.agents.ppo import PPOConfig
 from tokenmdp.credit import CREDIT_METHODS
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.environments import credit_of
@@ -108,6 +109,27 @@ def parse_length(text: str) -> Length:
     return Length(least, most)
 
 
+CRITICS = ("slow", "shared", "separate")
+
+
+def critic_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `PPOConfig` that make a critic.
+
+    slow: a head at the policy's rate, as in the first edition (but with a gradient norm of its own); shared: at its own
+    rate; separate: with a transformer of its own.
+
+    >>> critic_config("slow", {"learning_rate": 1e-4})
+    {'vf_learning_rate': 0.0001, 'value_model': 'shared'}
+
+    Raises:
+        StudyError: there is no such critic.
+    """
+    if name not in CRITICS:
+        raise StudyError(f"--critics {name!r} is none of {', '.join(CRITICS)}")
+    rate = config["learning_rate"] if name == "slow" else config.get("vf_learning_rate", PPOConfig.vf_learning_rate)
+    return {"vf_learning_rate": rate, "value_model": "separate" if name == "separate" else "shared"}
+
+
 def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
     """The plan's cells, the first seed of everything before the second, so that a study stopped early is balanced.
 
@@ -129,13 +151,14 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
     methods = _with_betas([parse_method(method) for method in plan.methods], plan.credit_betas)
     lengths = [(text, parse_length(text)) for text in plan.lengths]
     cells: dict[str, Cell] = {}
-    for seed, (text, length), model, kl_coef, gae_lambda, estimator, tried, method in product(
+    for seed, (text, length), model, kl_coef, gae_lambda, estimator, critic, tried, method in product(
         plan.seeds,
         lengths,
         plan.reward_models or (plan.base.reward_model,),
         plan.kl_coefs or (None,),
         plan.gae_lambdas or (None,),
         plan.estimators or (None,),
+        plan.critics or (None,),
         plan.tried_rates or (None,),
         methods,
     ):
@@ -148,11 +171,14 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
             config["gae_lambda"] = gae_lambda
         if estimator is not None:
             config["estimator"] = estimator
+        if critic is not None:
+            config |= critic_config(critic, config)
         label = [f"{text} tokens"]
         label += [f"reward model {model_name(model)}"] * (len(plan.reward_models) > 1)
         label += [] if kl_coef is None else [f"kl_coef={kl_coef:g}"]
         label += [] if gae_lambda is None else [f"gae_lambda={gae_lambda:g}"]
         label += [] if estimator is None else [f"estimator={estimator}"]
+        label += [] if critic is None else [f"critic={critic}"]
         label += [] if tried is None else [f"learning_rate={tried:g}"]
         settings = replace(
             plan.base,

@@ -56,6 +56,7 @@ class Plan:
     reward_models: tuple[str, ...] = ()  # none: base's
     gae_lambdas: tuple[float, ...] = ()  # none: base's
     estimators: tuple[str, ...] = ()  # of advantages; none: base's
+    critics: tuple[str, ...] = ()  # names of `tokenmdp.study.grid.CRITICS`; none: base's
     tried_rates: tuple[float, ...] = ()  # every method with each of these; none: its own
     gold: str | None = "imdb-gold"
     eval_every: int = 25
