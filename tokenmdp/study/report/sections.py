@@ -195,8 +195,8 @@ def _gold(study: Study) -> Section:
             f"{change_answer(groups, 'gold', 'the second score', since=2 / 3)} {seeds_of(groups)}; second reward "
             f"model: {model_name(str(gold))}. Left and middle: KL and score on held-out prompts from the first "
             "evaluation after the start to the last, means over runs; bar at the end: 95% interval of the mean score. "
-            f"Where the left score rises and the middle one falls with more KL, the policy over-optimises. {bands_of(groups)}"
-            + caption_remarks(remarks)
+            "Where the left score rises and the middle one falls with more KL, the policy over-optimises. "
+            f"{bands_of(groups)}{caption_remarks(remarks)}"
         )
         title = f"grid {grid}, {setting}: both scores against the root of the KL"
         section.pictures.append(Picture(f"gold-{slug(grid)}", figure, title, caption))
