@@ -35,7 +35,8 @@ from tokenmdp.files import make_directory, write_text
 from tokenmdp.intervals import mean_interval
 from tokenmdp.models.tokens import distinct_n
 from tokenmdp.preferences import Preference, pairs_of
-from tokenmdp.report.drawing import COLOURS, MARKERS, dress, new_figure, write_figure
+from tokenmdp.report.colours import COLOURS, MARKERS
+from tokenmdp.report.drawing import dress, new_figure, write_figure
 from tokenmdp.reward_models import EnsembleRewardModel, load_reward_model
 from tokenmdp.reward_models.ensemble import write_ensemble
 from tokenmdp.runs.comparisons import Comparing, ask_model

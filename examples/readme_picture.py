@@ -22,7 +22,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from tokenmdp.evaluation.policies import load_evaluation
-from tokenmdp.report.curves import COLOURS, band, read_metrics, smooth
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.curves import band, read_metrics, smooth
 from tokenmdp.report.heatmap import credit_scale, printable, tint
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.directory import RunDirectory

@@ -31,7 +31,8 @@ from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.preference_losses import UTILITIES
 from tokenmdp.preferences import Annotator, Ranking, model_scores, read_preferences, write_records
-from tokenmdp.report.drawing import COLOURS, dress, new_figure, write_figure
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.drawing import dress, new_figure, write_figure
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.rollouts.groups import sample_groups
 from tokenmdp.runs.directory import claim

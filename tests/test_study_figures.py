@@ -10,20 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_doubles import Course, grid_cells, make_cell, make_result, paper_like, synthetic_study
 
-from tokenmdp.report.drawing import (
-    COLOURS,
-    DARK_COLOURS,
-    DARK_ORDERED,
-    ORDERED,
-    inline,
-    looks,
-    new_figure,
-    spread_apart,
-)
+from tokenmdp.intervals import Estimate
+from tokenmdp.report.colours import COLOURS, DARK_COLOURS, DARK_ORDERED, ORDERED, looks
+from tokenmdp.report.drawing import inline, new_figure, relative, spread_apart
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting, family
+from tokenmdp.study.report.answers import change_answer, growth_answer, leads_answer, quality_answer, trend_answer
 from tokenmdp.study.report.figures import diagnostics, learning_curves
-from tokenmdp.study.report.tradeoffs import score_against_kl
+from tokenmdp.study.report.lines import draw_band
+from tokenmdp.study.report.tradeoffs import gold_against_kl, score_against_kl
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,8 @@ def test_the_arrow_says_the_share_of_the_steps(full):
     assert f"sparse's maximum {highest:.2f} at update 60" in texts
     assert f"ABC is there after {step / 60:.0%} of the steps, update {step}" in texts
     assert remarks == [
-        "The arrows say after what share of sparse's steps another method stands where sparse's mean curve is highest"
+        "The arrows say after what share of sparse's steps another method stands where sparse's mean curve is highest; "
+        "below 6 seeds they have no interval"
     ]
     assert "fewer than the curves" in learning_curves(groups | {"sparse": groups["sparse"][:1]})[1][1]
     assert learning_curves({"attention": groups["attention"]})[1] == []  # nothing to compare with, so no arrows
@@ -77,7 +73,8 @@ def test_a_mean_a_little_outside_of_the_picture_widens_it():
     courses = [Course(kl=kl, noise=0, spread=0) for kl in (10, 10, 15)]
     figure, remarks = learning_curves({"sparse": list(map(make_result, cells, courses))})
     assert remarks == []
-    assert figure.axes[1].get_ylim()[1] > max(line.get_ydata().max() for line in figure.axes[1].lines)
+    mean = max(figure.axes[1].lines, key=lambda line: line.get_linewidth())
+    assert figure.axes[1].get_ylim()[1] > mean.get_ydata().max()
 
 
 def test_a_collapse_downwards_is_said_too():
@@ -96,20 +93,123 @@ def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
     }
     cell = settings["8-16 tokens, kl_coef=0.2"]["sparse"][0].cell
     settings["8-16 tokens, kl_coef=0.2"]["sparse"][0] = make_result(cell, Course(collapse=0.5))
-    figure, remarks = score_against_kl(settings)
+    figure, remarks, leads = score_against_kl(settings)
     assert figure.axes[0].get_xlim()[1] < 60
     assert remarks[0] == "Points outside of the picture, drawn out by single seeds: 1"
-    assert all("1 collapsed run left out" in remark for remark in remarks[1:])
-    assert len(remarks) == 4
+    with_sparse = [remark for remark in remarks if " \N{MINUS SIGN} sparse at equal KL" in remark]
+    assert len(with_sparse) == 3
+    assert all("1 collapsed run left out" in remark for remark in with_sparse)
+    assert "RED \N{MINUS SIGN} ABC" in leads
+    assert len(leads) + sum("0 of 3 seeds" in remark for remark in remarks) == 6  # pairs of four methods
 
 
-def test_two_seeds_are_drawn_one_by_one_and_three_as_a_band(full):
-    groups = by_setting(full, "imdb")["8-16 tokens"]
-    for seeds, bands, lines in ((1, 0, 1), (2, 0, 3), (3, 1, 1)):
-        figure, _ = learning_curves({"red": groups["red"][:seeds]})
-        upper = figure.axes[0]
-        drawn = [line for line in upper.lines if line.get_clip_on()]  # others lead to a name
-        assert (len(upper.collections), len(drawn)) == (bands, lines)
+def test_few_runs_are_drawn_one_by_one_and_three_have_a_band():
+    look, values = looks(["red"])["red"], np.random.default_rng(0).normal(size=(11, 40))
+    for seeds, bands, lines in ((1, 0, 1), (2, 0, 2), (3, 1, 2), (10, 1, 2), (11, 1, 1)):
+        axes = new_figure(2, 1).subplots()
+        mean = draw_band(axes, np.arange(40.0), values[:seeds], look)
+        assert (len(axes.collections), len(axes.lines)) == (bands, lines)
+        assert axes.lines[-1].get_ydata() == pytest.approx(mean)
+        if lines == 2:
+            drawn = axes.lines[0].get_ydata()
+            parts = np.array_split(values[seeds - 1], 15)
+            assert np.isnan(drawn).sum() == seeds  # one path of as many pieces
+            assert drawn[-16:-1] == pytest.approx([part.mean() for part in parts])
+            assert axes.lines[0].get_linewidth() < axes.lines[1].get_linewidth() / 3
+
+
+def test_a_run_that_broke_has_a_cross_at_its_end():
+    cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
+    courses = [Course(), Course(collapse=0.5), Course()]
+    upper = learning_curves({"sparse": list(map(make_result, cells, courses))})[0].axes[0]
+    (cross,) = [line for line in upper.lines if line.get_marker() == "X"]
+    assert cross.get_xdata() == [40]
+    assert upper.get_ylim()[0] <= cross.get_ydata()[0] < 2
+
+
+def test_an_arrow_has_the_interval_of_its_share():
+    """Some resamples of the seeds never get to sparse's maximum: the interval has no upper end and reaches the edge."""
+    ends = {"sparse": [9, 9, 9, 9, 9, 9], "attention": [14, 14, 14, 14, 2, 2], "red": [20] * 6}
+    groups = {
+        method: [make_result(make_cell(method, seed, updates=60), Course(end=end, noise=0, spread=0, half=10))
+                 for seed, end in enumerate(own)] for method, own in ends.items()
+    }  # fmt: skip
+    figure, remarks = learning_curves(groups)
+    upper = figure.axes[0]
+    assert "brackets: 95% bootstrap intervals" in " ".join(remarks)
+    texts = " ".join(text.get_text() for text in upper.texts)
+    (low,) = re.findall(r"ABC is there after \d+% \[(\d+)%, never\] of the steps", texts)
+    bars = [line for line in upper.lines if line.get_linewidth() == 6]
+    assert len(bars) == texts.count("is there after")
+    assert max(bar.get_xdata()[1] for bar in bars) == upper.get_xlim()[1]
+    assert min(bar.get_xdata()[0] for bar in bars) < 60 * int(low) / 100 + 1
+
+
+def test_the_gold_score_is_drawn_against_the_root_of_the_kl(full):
+    groups = {"red": by_setting(full, "imdb")["8-16 tokens"]["red"]}
+    figure, remarks = gold_against_kl(groups)
+    thick = [max((line for line in axes.lines if line.get_clip_on()), key=lambda line: line.get_linewidth())
+             for axes in figure.axes]  # fmt: skip
+    columns = {key: np.array([run.evaluations[key] for run in groups["red"]]) for key in ("kl", "score", "gold")}
+    root, score, gold = np.sqrt(columns["kl"]).mean(0), columns["score"].mean(0), columns["gold"].mean(0)
+    updates = groups["red"][0].evaluations["update"]
+    expected = ((root[1:], score[1:]), (root[1:], gold[1:]), (updates, gold))
+    for line, (x, y) in zip(thick, expected, strict=True):
+        assert line.get_xdata() == pytest.approx(x)
+        assert line.get_ydata() == pytest.approx(y)
+    assert remarks == []
+
+
+def runs(method, ends, **changes):
+    return [make_result(make_cell(method, seed, updates=40, **changes), Course(end=end, noise=0, spread=0))
+            for seed, end in enumerate(ends)]  # fmt: skip
+
+
+def test_captions_say_what_the_intervals_say():
+    groups = {"sparse": runs("sparse", [9, 9, 9]), "red": runs("red", [12, 12.1, 12.2]),
+              "uniform": runs("uniform", [5, 5.1, 5]), "attention": runs("attention", [6, 9, 13])}  # fmt: skip
+    said = leads_answer(groups, "Score")
+    assert re.fullmatch(
+        r"Score, less sparse's with the same seed: higher with RED \+[^;]*; lower with uniform \N{MINUS SIGN}[^;]*; "
+        r"not decided \(the interval includes 0\) ABC \+0.\d\d \[\N{MINUS SIGN}[^;]*\]\.", said,
+    )  # fmt: skip
+    few = {method: results[:2] for method, results in groups.items()}
+    assert "higher with" not in leads_answer(few, "Score")
+    assert "too few seeds" in leads_answer(few, "Score")
+    assert leads_answer({"red": groups["red"]}, "Score").startswith("Score: RED +")
+    assert change_answer(groups, "score", "the score").startswith("Change of the score from update 0 to 40: rises with")
+    assert "not decided" in change_answer({"red": groups["red"]}, "update", "nothing", since=1.0)
+
+
+def test_captions_of_a_sweep_say_whether_it_rises():
+    swept = {
+        f"{beta}": runs("attention", [7 + 2 * beta + 0.01 * seed * beta for seed in range(3)], credit_beta=beta)
+        for beta in (0.0, 0.5, 1.0)
+    }
+    assert re.search(r"per seed: rises, slope( without the value 0)? \+[^,]*, [^,]*, slope", trend_answer(swept))
+    flat = {name: runs("attention", [9, 8 + 2 * beta, 9 - beta], credit_beta=beta)
+            for name, beta in (("a", 0.5), ("b", 1.0))}  # fmt: skip
+    assert "per seed: not decided (the interval includes 0) slope" in trend_answer(flat)
+    assert "without" not in trend_answer(flat)
+
+
+def test_captions_on_lengths_and_reward_models_follow_the_numbers():
+    short = {"sparse": runs("sparse", [9, 9, 9]), "red": runs("red", [10, 10, 10.1])}
+    long = {"sparse": runs("sparse", [9, 9, 9]), "red": runs("red", [12, 12, 12.1])}
+    assert "from short to long: grows with RED +" in growth_answer({"short": short, "long": long}, "short", "long")
+    assert "shrinks with RED" in growth_answer({"short": short, "long": long}, "long", "short")
+    quality = {"one": {"red": Estimate(0.5, 0.4, 0.6)}, "two": {"red": Estimate(0.1, 0.0, 0.2)}}
+    assert "it does not fall in this order" in quality_answer({"one": short, "two": long}, quality)
+    assert "it falls in this order" in quality_answer({"one": long, "two": short}, quality)
+
+
+@given(st.lists(st.tuples(st.integers(-9999, 9999), st.integers(-9999, 9999)), min_size=2, max_size=9))
+def test_relative_paths_lead_to_the_same_places(points):
+    pairs = [f"{x / 10:g} {y / 10:g}" for x, y in points]
+    path = relative("M" + "L".join(pairs))
+    steps = re.findall(r"-?(?:\d+\.?\d*|\.\d+)", path)
+    moved = np.cumsum(np.array(steps, dtype=float).reshape(-1, 2), axis=0)
+    assert moved == pytest.approx(np.array(points) / 10)
 
 
 def test_diagnostics_have_a_panel_for_what_is_recorded_and_say_what_is_zero(full):
@@ -174,7 +274,7 @@ def test_lines_stand_out_from_their_page():
 def test_an_inlined_figure_has_its_own_names_and_theme_colours():
     svg = (
         '<?xml version="1.0"?><svg xmlns="x" viewBox="0 0 1 1" width="1"><metadata>m</metadata><g id="a" '
-        'style="stroke: #c14f00; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
+        f'style="stroke: {COLOURS[2]}; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
     )
     body = inline(svg, "kl", "a &amp; b")
     assert body == (

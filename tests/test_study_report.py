@@ -227,7 +227,7 @@ def test_runs_that_broke_are_named_below_the_curves(tmp_path):
 
     path = synthetic_study(tmp_path, grids=("quick",), seeds=3, updates=40, course=course, quality=())
     text = write_report(load_study(path), tmp_path / "report").read_text(encoding="utf-8")
-    assert "Runs that lost more than half of what they had gained: 1 of 3 of sparse&#x27;s." in text
+    assert "Crosses: runs that lost more than half of what they had gained (1 of 3 of sparse&#x27;s)." in text
 
 
 @figures_not_drawn()

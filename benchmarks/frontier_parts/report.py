@@ -13,7 +13,8 @@ import numpy as np
 from frontier_parts.lines import FIRST, LINES, place
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, mean_interval
-from tokenmdp.report.drawing import COLOURS, dress, error_bars, new_figure, write_figure
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.drawing import dress, error_bars, new_figure, write_figure
 from tokenmdp.study.equal_kl import score_at_kl
 
 LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared

@@ -8,7 +8,8 @@ import numpy as np
 
 from learning_parts.protocol import OURS, TRL
 from learning_parts.tables import Curves
-from tokenmdp.report.curves import COLOURS, band, smooth
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.curves import band, smooth
 from tokenmdp.wording import count
 
 PANELS = {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.drawing import FAINT, dress, error_bars, inline, looks, new_figure, theme_colours, write_figure
+from tokenmdp.report.colours import looks
+from tokenmdp.report.drawing import FAINT, dress, error_bars, inline, new_figure, theme_colours, write_figure
 from tokenmdp.report.page import TABLE_STYLE, document
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenmdp.intervals import Estimate, bootstrap_interval
-from tokenmdp.report.curves import COLOURS
+from tokenmdp.report.colours import COLOURS
 from tokenmdp.report.drawing import dress, error_bars, lay_out, new_figure, write_png
 
 FEWEST = 10  # pairs in a bin that is shown

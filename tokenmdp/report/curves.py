@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tokenmdp.report.colours import COLOURS
 from tokenmdp.report.drawing import write_png
 
 Metrics = Mapping[str, Any]
-
-# Okabe and Ito's palette: the colours stay apart under the common colour-vision deficiencies.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 _LABELS = {
     "score_mean": "mean score of the reward model",

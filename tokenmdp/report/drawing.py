@@ -1,4 +1,4 @@
-"""Shared by the study's figures: a colour per method, direct labels, files, and figures in a page of two themes."""
+"""Shared by all figures: axes, direct labels, files, and figures in a page of two themes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenmdp.files import write_bytes, write_text
+from tokenmdp.report.colours import COLOURS, DARK_COLOURS, DARK_ORDERED, ORDERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,49 +19,6 @@ if TYPE_CHECKING:
     from tokenmdp.intervals import Estimate
 
 PAPER, INK, FAINT, GRID = "#fdfdfc", "#1c1c1e", "#66666b", "#dedee3"
-# Okabe and Ito's hues, darker for the light page and lighter for the dark one: each stands out from its page by at
-# least 4.5:1, as names are written in it. Dashes tell the lines apart without colour.
-COLOURS = ("#5f6670", "#1f78ad", "#c14f00", "#a0487f", "#946500", "#007d59", "#3d4fc4", "#8a5a44")
-DARK_COLOURS = ("#b4bac4", "#6cc1f5", "#ff8a4d", "#e29ac6", "#f0b840", "#2fc79a", "#9aa8ff", "#d0a48f")
-DASHES = ("solid", (0, (5, 1.5)), "solid", (0, (1.2, 1.2)), (0, (4, 1.2, 1.2, 1.2)), (0, (8, 1.5)), "solid", "dotted")
-MARKERS = "osD^vPX*"
-METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")  # keep their colours in every figure
-ORDERED = ("#3b1f5b", "#3b4fa0", "#1f77a4", "#0c7d6e", "#427c1a", "#7d6f00", "#b05600")
-DARK_ORDERED = ("#c9b3ff", "#93a4ff", "#62b8ee", "#45cdb8", "#8fd45f", "#d6c84a", "#ffab5c")
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one line is drawn."""
-
-    colour: str
-    dashes: object
-    marker: str
-
-
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """One look per method: the known ones have their own, others get what is left.
-
-    >>> looks(["red", "mine"])["red"] == looks(["red"])["red"]
-    True
-    """
-    free = [place for place in range(len(COLOURS)) if place >= len(METHODS) or METHODS[place] not in methods]
-    free.sort(key=lambda place: place < len(METHODS))  # the colours of absent known methods come last
-    chosen, taken = {}, 0
-    for method in methods:
-        if method in METHODS:
-            place = METHODS.index(method)
-        else:
-            place = free[taken % len(free)] if free else taken % len(COLOURS)
-            taken += 1
-        chosen[method] = Look(COLOURS[place], DASHES[place], MARKERS[place])
-    return chosen
-
-
-def ordered_colours(count: int) -> list[str]:
-    """``count`` colours for values in order."""
-    last = len(ORDERED) - 1
-    return [ORDERED[round(place * last / max(count - 1, 1))] for place in range(count)]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -146,6 +103,17 @@ def signed(value: float) -> str:
     return "0.00" if text == "+0.00" else text.replace("-", "\N{MINUS SIGN}")
 
 
+def with_interval(estimate: Estimate) -> str:
+    """`signed`, with the interval if there is one.
+
+    >>> from tokenmdp.intervals import Estimate
+    >>> with_interval(Estimate(0.5, 0.25, 0.75)), with_interval(Estimate(0.5, -math.inf, math.inf))
+    ('+0.50 [0.25, 0.75]', '+0.50')
+    """
+    ends = [signed(end).lstrip("+") for end in estimate[1:] if finite(end)]
+    return f"{signed(estimate.value)} [{', '.join(ends)}]" if len(ends) == 2 else signed(estimate.value)
+
+
 def finite(*numbers: float) -> bool:
     """Whether all can be drawn."""
     return all(map(math.isfinite, numbers))
@@ -211,6 +179,24 @@ _NAMES = (
 )  # fmt: skip
 
 
+def relative(path: str) -> str:
+    """The ``d`` of an SVG's path with relative lines, less than half as long: all in whole tenths, so no error adds up.
+
+    >>> relative("M10.5 20L11 19.5L12.2 30zM0 0C1 1 2 2 3 3L4 4")
+    'M10.5 20l.5-.5 1.2 10.5zM0 0C1 1 2 2 3 3l1 1'
+    """
+    found, last, at = "", "", [0, 0]
+    for letter, numbers in re.findall(r"([A-Za-z])([^A-Za-z]*)", path):
+        place = [round(10 * float(number)) for number in numbers.split()][-2:]
+        if letter == "L":
+            steps = [f"{(there - here) / 10:g}" for here, there in zip(at, place, strict=True)]
+            letter, numbers = "l", " ".join(re.sub(r"^(-?)0\.", r"\1.", step) for step in steps).replace(" -", "-")
+        again = letter == last == "l"
+        found += (" " * (numbers[0] != "-") if again else letter) + numbers
+        last, at = letter, place or at
+    return found
+
+
 def inline(svg: str, name: str, description: str) -> str:
     """An SVG of `write_figure` as part of a page: colours by theme, identifiers of its own, a description.
 
@@ -230,6 +216,7 @@ def inline(svg: str, name: str, description: str) -> str:
     group = re.compile(r"<g>\n((?:(?!</?g\b).)*?)</g>\n", re.DOTALL)
     while (shorter := group.sub(r"\1", body)) != body:
         body = shorter  # a group without attributes says nothing
+    body = re.sub(r'\bd="([^"]*)"', lambda match: f'd="{relative(match[1])}"', body)
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)  # level text, said at length
     body = body.replace("xlink:href=", "href=").replace("text-anchor:start;", "")  # the defaults of HTML's SVG
     named = re.compile(r'(\bid="|url\(#|href="#)([^")]*)')

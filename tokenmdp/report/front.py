@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.drawing import COLOURS, dress, error_bars, new_figure, write_figure
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.drawing import dress, error_bars, new_figure, write_figure
 
 
 class Mark(NamedTuple):

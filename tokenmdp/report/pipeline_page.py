@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.drawing import COLOURS, dress, error_bars, inline, new_figure, theme_colours, write_figure
+from tokenmdp.report.colours import COLOURS
+from tokenmdp.report.drawing import dress, error_bars, inline, new_figure, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import TABLE_STYLE, document
 from tokenmdp.report.samples import Sample

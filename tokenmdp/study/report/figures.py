@@ -6,23 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.drawing import (
-    FAINT,
-    INK,
-    PAPER,
-    Look,
-    dress,
-    label_ends,
-    lay_out,
-    looks,
-    new_figure,
-    ordered_colours,
-)
+from tokenmdp.report.colours import Look, looks, ordered_looks
+from tokenmdp.report.drawing import FAINT, INK, PAPER, dress, finite, label_ends, lay_out, new_figure
 from tokenmdp.study.labels import name_of
 from tokenmdp.study.outcomes import BASELINE, Groups, area, curves, length_of, paired, window_for
+from tokenmdp.study.report.answers import lead
 from tokenmdp.study.report.lines import SCORE, draw_curves, draw_estimates, scale_to_points
 from tokenmdp.study.results import CellResult
-from tokenmdp.study.statistics import level, mean_difference, overtaking
+from tokenmdp.study.statistics import FEWEST_RESAMPLED, level, overtaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,9 +68,7 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
         updates, own = curves([pair[0] for pair in pairs])
         _, other = curves([pair[1] for pair in pairs])
         steps = min(own.shape[1], other.shape[1])
-        found[method] = overtaking(
-            own[:, :steps], other[:, :steps], updates[:steps], window=window_for(steps), resamples=1
-        )
+        found[method] = overtaking(own[:, :steps], other[:, :steps], updates[:steps], window=window_for(steps))
     if not found:
         return []
     main = found.get("attention", next(iter(found.values())))  # others may lack a seed, which moves the maximum
@@ -109,12 +98,22 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
         axes.plot([step, step], [found[method].level, lines[method]], color=colour, linewidth=0.9)
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (step, lines[method]), (place, lines[method]), arrowprops=arrow)
-        share = found[method].share.value
-        text = f"{name_of(method)} is there after {share:.0%} of the steps, update {step:.0f}"
+        share = found[method].share
+        between = ""
+        if share.low > 0:  # -inf: no interval
+            between = f" [{share.low:.0%}, {f'{share.high:.0%}' if finite(share.high) else 'never'}]"
+            ends = [min(end * place, axes.get_xlim()[1]) for end in share[1:]]
+            axes.plot(ends, [lines[method]] * 2, color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
+        text = f"{name_of(method)} is there after {share.value:.0%}{between} of the steps, update {step:.0f}"
         _above(axes, (step, place), lines[method], text, colour)
+    intervals = any(finite(found[method].share.low) for _, method in shown)
     remarks = [
         f"The arrows say after what share of {BASELINE}'s steps another method stands where {BASELINE}'s mean curve is "
-        "highest"
+        + (
+            "highest; pale bars and brackets: 95% bootstrap intervals over seeds"
+            if intervals
+            else f"highest; below {FEWEST_RESAMPLED} seeds they have no interval"
+        )
     ] * bool(shown)
     remarks += [
         f"Points and arrows are of the seeds that a method shares with {BASELINE}, fewer than the curves"
@@ -136,21 +135,20 @@ def beta_sweep(groups: Groups) -> tuple[Figure, list[str]]:
     """Curves of one method over its credit_beta, and the mean score over training against it; remarks for a caption."""
     order = sorted(groups, key=lambda method: groups[method][0].cell.settings.credit_beta)
     betas = [groups[method][0].cell.settings.credit_beta for method in order]
-    colours = ordered_colours(len(order))
     figure = new_figure(10.4, 4.1)
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     dress(left, "learning curves", "update", SCORE)
     dress(right, "the whole of training", "credit_beta (0 is sparse credit)", "mean score over training")
     lay_out(figure)
-    styles = {f"{beta:g}": Look(colour, "solid", "o") for beta, colour in zip(betas, colours, strict=True)}
+    styles = {f"{beta:g}": look for beta, look in zip(betas, ordered_looks(len(betas)), strict=True)}
     curved = dict(zip(styles, (groups[method] for method in order), strict=True))
     remarks = [f"credit_beta {remark}" for remark in draw_curves(left, curved, styles, named=False)]
     for name, look in styles.items():
-        left.plot([], [], color=look.colour, linewidth=2.5, label=name)
+        left.plot([], [], color=look.colour, linestyle=look.dashes, linewidth=2.2, label=name)
     legend = left.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", title="credit_beta")
     legend.get_title().set_color(INK)
-    for beta, colour, method in zip(betas, colours, order, strict=True):
-        draw_estimates(right, [beta], [_area(groups[method])], Look(colour, "solid", "o"))
+    for beta, look, method in zip(betas, styles.values(), order, strict=True):
+        draw_estimates(right, [beta], [_area(groups[method])], look)
     right.set_xticks(betas)
     return figure, remarks
 
@@ -203,14 +201,6 @@ def length_study(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
 
 def _area(results: Sequence[CellResult]) -> Estimate:
     return level([area(result) for result in results])
-
-
-def lead(groups: Groups, method: str) -> Estimate | None:
-    """Mean score over training minus that of sparse credit, paired by seed; None without a pair."""
-    pairs = paired(groups[method], groups[BASELINE]) if BASELINE in groups else []
-    if not pairs:
-        return None
-    return mean_difference([area(own) - area(other) for own, other in pairs])
 
 
 def diagnostics(groups: Groups) -> tuple[Figure, list[str]]:

@@ -8,31 +8,43 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokenmdp.intervals import Estimate
+from tokenmdp.report.colours import Look
 from tokenmdp.report.curves import band
-from tokenmdp.report.drawing import INK, Look, finite, label_ends, signed
+from tokenmdp.report.drawing import INK, PAPER, finite, label_ends, with_interval
 from tokenmdp.study.labels import name_of
-from tokenmdp.study.outcomes import Groups, curves, window_for
-from tokenmdp.study.statistics import FEWEST_DECIDING, trailing_mean
+from tokenmdp.study.outcomes import Groups, collapsed, curves, window_for
+from tokenmdp.study.statistics import FEWEST_DECIDING, FEWEST_RESAMPLED, trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST_RUNS = 10  # of a curve that are drawn one by one
+RUN_POINTS = 15  # of each such run, means of as many updates
+BAND = 0.1  # opacity of a band
 SCORE, KL = "score of the reward model", "KL to the reference, nats a response"
 
 
 def draw_band(axes: Axes, places: np.ndarray, values: np.ndarray, look: Look) -> np.ndarray:
-    """The mean over seeds (R, K) -> (K,) as a line, with its 95% t band; of two seeds each as a faint line instead.
+    """The mean over runs (R, K) -> (K,) as a thick line, each of few runs as a thin one, and the mean's 95% t band.
 
-    Two seeds give a band of 12.7 standard errors, which hides every curve and says no more.
+    Two runs have no band: at 12.7 standard errors it would hide every curve and say no more than they do.
     """
     mean, half = band(values)
-    if len(values) < FEWEST_DECIDING:
-        for row in values if len(values) > 1 else ():
-            axes.plot(places, row, color=look.colour, linestyle=look.dashes, linewidth=0.8, alpha=0.4)
-    else:
-        axes.fill_between(places, mean - half, mean + half, color=look.colour, alpha=0.11, linewidth=0)
-    axes.plot(places, mean, color=look.colour, linestyle=look.dashes, linewidth=1.9)
+    if len(values) >= FEWEST_DECIDING:
+        opacity = BAND if len(values) >= FEWEST_RESAMPLED else BAND / 2  # wide bands would hide what they are of
+        axes.fill_between(places, mean - half, mean + half, color=look.colour, alpha=opacity, linewidth=0)
+    if 1 < len(values) <= MOST_RUNS:
+        parts = np.array_split(np.arange(len(places)), min(RUN_POINTS, len(places)))
+        across, heights = (np.stack([row[..., part].mean(-1) for part in parts], -1) for row in (places, values))
+        draw_runs(axes, np.broadcast_to(across, heights.shape), heights, look)
+    axes.plot(places, mean, color=look.colour, linestyle=look.dashes, linewidth=2.2, zorder=2.1)
     return mean
+
+
+def draw_runs(axes: Axes, across: np.ndarray, up: np.ndarray, look: Look) -> None:
+    """Runs (R, K) as thin lines, fainter the more there are. They are one path: nan lifts the pen."""
+    lifted = (np.pad(part, ((0, 0), (0, 1)), constant_values=np.nan).ravel() for part in (across, up))
+    axes.plot(*lifted, color=look.colour, linewidth=0.6, alpha=min(0.5, 3 / len(up)), zorder=1.9)
 
 
 def draw_curves(
@@ -46,15 +58,17 @@ def draw_curves(
 ) -> list[str]:
     """Mean over seeds of a metric, in words the ``noun``, against updates, with bands; ``named`` at the right edge.
 
+    A cross marks the end of a run that lost what it had gained; at the edge, if it ended beyond the picture.
+
     Returns what the picture does not show: mean curves that run out of it, since it is scaled to most seeds.
     """
-    ends, ranges, means, last = {}, [], {}, 1.0
+    ends, finals, ranges, means, last = {}, {}, [], {}, 1.0
     for method, results in groups.items():
         updates, values = curves(results, key)
         window = window_for(len(updates))
         smooth, places = trailing_mean(values, window), updates[window - 1 :]
         means[method] = mean = draw_band(axes, places, smooth, styles[method])
-        last = max(last, updates[-1])
+        finals[method], last = smooth[:, -1], max(last, updates[-1])
         middle = np.median(smooth, axis=0)
         # One collapsed seed moves the mean far away from the others, and early values of the value head are wild.
         ranges += [*middle] if key == "kl" else [*np.quantile(middle, [0.02, 1]), *np.quantile(mean, [0.02, 0.98])]
@@ -66,6 +80,12 @@ def draw_curves(
     low, high = min([low, *near]) - room, max([high, *near]) + room
     axes.set_ylim(low, high)
     axes.set_xlim(0, last)
+    if key == "score_mean":
+        for method, results in groups.items():
+            if any(lost := [collapsed(result) for result in results]):
+                heights = np.clip(finals[method][lost], low, high)
+                axes.plot([last] * len(heights), heights, "X", color=styles[method].colour, markersize=7, clip_on=False,
+                          zorder=5)  # fmt: skip
     if named:
         label_ends(axes, ends)
     remarks = []
@@ -102,8 +122,8 @@ def draw_row(axes: Axes, row: int, estimate: Estimate, look: Look) -> None:
         axes.plot([estimate.low, estimate.high], [row, row], color=look.colour, linewidth=2)
     axes.plot(estimate.value, row, marker=look.marker, color=look.colour, markersize=7)
     axes.annotate(
-        signed(estimate.value), (estimate.value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9,
-        color=INK,
+        with_interval(estimate), (estimate.value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9,
+        color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4, "alpha": 0.85},
     )  # fmt: skip
 
 
@@ -112,7 +132,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.7)
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
 
 
 def scale_to(axes: Axes, means: Sequence[float]) -> None:

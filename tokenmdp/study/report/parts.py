@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
 from tokenmdp.study.directory import Study
-from tokenmdp.study.outcomes import Groups, by_setting, family
+from tokenmdp.study.labels import name_of
+from tokenmdp.study.outcomes import Groups, by_setting, collapsed, family
+from tokenmdp.study.report.lines import MOST_RUNS, RUN_POINTS
 from tokenmdp.study.statistics import FEWEST_DECIDING
 from tokenmdp.study.tuning import SEARCH
 from tokenmdp.wording import count
@@ -25,7 +27,7 @@ class Picture:
     name: str  # of its files
     figure: Figure
     title: str  # what it shows, in one line
-    caption: str
+    caption: str  # begins with what the reader should see
 
 
 @dataclass
@@ -84,17 +86,33 @@ def first_setting(study: Study, *keys: str) -> tuple[str, str, Groups] | None:
 
 
 def seeds_of(groups: Groups) -> str:
-    """Such as ``10 seeds`` or ``2 to 3 seeds``."""
+    """Such as ``n = 10 seeds each`` or ``n = 2 to 3 seeds each``."""
     counts = sorted({len(results) for results in groups.values()})
-    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else count(counts[0], "seed")
+    number = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else count(counts[0], "seed")
+    return f"n = {number} each"
 
 
-def bands_of(groups: Groups) -> str:
-    """A description of what `draw_band` draws around the means of a figure."""
+def lost_runs(settings: Mapping[str, Groups]) -> list[str]:
+    """A remark on the runs that lost what they had gained, which `draw_curves` marks; a setting may have no name."""
+    told = [
+        f"{f'{name}: ' * bool(name)}{lost} of {len(results)} of {name_of(method)}'s"
+        for name, groups in settings.items()
+        for method, results in groups.items()
+        if (lost := sum(map(collapsed, results)))
+    ]
+    return [f"Crosses: runs that lost more than half of what they had gained ({'; '.join(told)})"] if told else []
+
+
+def bands_of(groups: Groups, updates: int = 0) -> str:
+    """A description of what `draw_band` draws for a figure's curves; ``updates`` of each, unless it shows every one."""
     counts = {len(results) for results in groups.values()}
-    parts = ["Bands: 95% t interval of the mean over seeds."] if max(counts) >= FEWEST_DECIDING else []
-    parts += ["Faint lines: the two seeds of a method that has no more."] if 2 in counts else []
-    return " ".join(parts or ["No bands."])
+    averaged = round(updates / RUN_POINTS)
+    parts = ["Thick: the mean"]
+    parts += [f"thin: each run{f', in means of {averaged} updates' * (averaged > 1)}"] * any(
+        1 < number <= MOST_RUNS for number in counts
+    )
+    parts += ["band: 95% t interval of the mean"] * (max(counts) >= FEWEST_DECIDING)
+    return f"{'; '.join(parts)}."
 
 
 def caption_remarks(remarks: Sequence[str]) -> str:

@@ -10,7 +10,17 @@ from tokenmdp.intervals import Estimate
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import model_name, name_of, slug
 from tokenmdp.study.outcomes import REWARD_MODEL, Groups, credit_quality
-from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, families, number_cell, seeds_of
+from tokenmdp.study.report.answers import quality_answer
+from tokenmdp.study.report.parts import (
+    Picture,
+    Section,
+    bands_of,
+    caption_remarks,
+    families,
+    lost_runs,
+    number_cell,
+    seeds_of,
+)
 from tokenmdp.study.report.tradeoffs import faithful_study
 
 AS_MEASURED = (
@@ -32,9 +42,13 @@ def quality_section(study: Study) -> Section:
     )
     for grid, found, every in families(study, REWARD_MODEL, _reward_model):
         models = {_reward_model(groups): groups for groups in found.values()}
-        figure, remarks = faithful_study(models, {model: correlations(study, model, models[model]) for model in models})
+        quality = {model: correlations(study, model, models[model]) for model in models}
+        figure, remarks = faithful_study(models, quality)
+        updates = min(len(result.metrics["update"]) for results in every.values() for result in results)
+        remarks += lost_runs({model_name(model): groups for model, groups in models.items()})
         caption = (
-            f"{seeds_of(every)}. {bands_of(every)} Scores of different reward models have different scales. Right: "
+            f"{quality_answer(models, quality)} {seeds_of(every)}. {bands_of(every, updates)} "
+            "Scores of different reward models have different scales. Right: "
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
             "mean over texts with 95% bootstrap interval. Attention credit has the score's sign on every token, so it "
             "agrees better where signs are left out, as in the second column of the tables below. "

@@ -12,9 +12,16 @@ from tokenmdp.study.outcomes import (
     LENGTH,
     Groups,
     by_setting,
-    collapsed,
+    last_tenth,
     length_of,
     window_for,
+)
+from tokenmdp.study.report.answers import (
+    change_answer,
+    growth_answer,
+    leads_answer,
+    sorted_by_sign,
+    trend_answer,
 )
 from tokenmdp.study.report.figures import beta_sweep, diagnostics, learning_curves, length_study
 from tokenmdp.study.report.parts import (
@@ -25,6 +32,7 @@ from tokenmdp.study.report.parts import (
     compared_grids,
     families,
     first_setting,
+    lost_runs,
     main_grids,
     seeds_of,
 )
@@ -32,7 +40,7 @@ from tokenmdp.study.report.quality import quality_section
 from tokenmdp.study.report.tradeoffs import (
     coefficient,
     diversity,
-    gold_against_proxy,
+    gold_against_kl,
     score_against_kl,
 )
 
@@ -64,10 +72,11 @@ def _curves(study: Study) -> Section:
         settings = by_setting(study, grid)
         for setting, groups in list(settings.items())[:MOST_SETTINGS]:
             figure, remarks = learning_curves(groups)
-            window = window_for(min(len(result.metrics["update"]) for results in groups.values() for result in results))
+            updates = _updates(groups)
             caption = (
-                f"{seeds_of(groups)}; mean over seeds, as a trailing mean over {window} updates. {bands_of(groups)}"
-                + caption_remarks([*remarks, *_lost(groups)])
+                f"{leads_answer(groups, 'Mean score over training')} {seeds_of(groups)}; trailing means over "
+                f"{window_for(updates)} updates. {bands_of(groups, updates)}"
+                + caption_remarks([*remarks, *lost_runs({"": groups})])
             )
             section.pictures.append(
                 Picture(
@@ -83,13 +92,6 @@ def _curves(study: Study) -> Section:
             ].caption += f" The other {len(settings) - MOST_SETTINGS} settings of the grid are in the table below."
         section.grids.append(grid)
     return section
-
-
-def _lost(groups: Groups) -> list[str]:
-    """Which methods have runs that a mean curve hides."""
-    lost = {method: sum(map(collapsed, results)) for method, results in groups.items()}
-    told = [f"{number} of {len(groups[method])} of {name_of(method)}'s" for method, number in lost.items() if number]
-    return [f"Runs that lost more than half of what they had gained: {', '.join(told)}"] if told else []
 
 
 def _beta(study: Study) -> Section:
@@ -111,13 +113,19 @@ def _beta(study: Study) -> Section:
                 continue
             figure, remarks = beta_sweep(swept)
             caption = (
-                f"{seeds_of(swept)}. {bands_of(swept)} Right: mean with its 95% interval.{caption_remarks(remarks)}"
+                f"{trend_answer(swept)} {seeds_of(swept)}. {bands_of(swept, _updates(swept))} Right: mean with its 95% "
+                f"interval.{caption_remarks([*remarks, *lost_runs({'': swept})])}"
             )
             title = f"grid {grid}, {setting}: ABC over credit_beta"
             section.pictures.append(Picture(_name("beta", grid, setting, settings), figure, title, caption))
             if grid not in section.grids:
                 section.grids.append(grid)
     return section
+
+
+def _updates(groups: Groups) -> int:
+    """The length of the shortest run."""
+    return min(len(result.metrics["update"]) for results in groups.values() for result in results)
 
 
 def _name(kind: str, grid: str, setting: str, settings: Collection[str]) -> str:
@@ -134,10 +142,12 @@ def _length(study: Study) -> Section:
     )
     for grid, found, every in families(study, LENGTH, lambda groups: length_of(next(iter(groups.values()))[0].cell)):
         figure, remarks = length_study(found)
+        shortest, *_, longest = sorted(found, key=lambda name: length_of(next(iter(found[name].values()))[0].cell))
         caption = (
-            f"{seeds_of(every)}. {bands_of(every)} Below left: mean with its 95% interval; right: difference to "
-            f"{BASELINE} under the same seeds with its own. A very wide one leaves the picture. Lengths are written "
-            "without their upper end: 8-16 is 8 to 15 tokens." + caption_remarks(remarks)
+            f"{growth_answer(found, shortest, longest)} {seeds_of(every)}. {bands_of(every, _updates(every))} Below "
+            f"left: mean with its 95% interval; right: difference to {BASELINE} under the same seeds with its own. A "
+            "very wide one leaves the picture. Lengths are written without their upper end: 8-16 is 8 to 15 tokens."
+            + caption_remarks([*remarks, *lost_runs(found)])
         )
         section.pictures.append(Picture(f"length-{slug(grid)}", figure, f"grid {grid}: response lengths", caption))
         section.grids.append(grid)
@@ -154,13 +164,15 @@ def _kl(study: Study) -> Section:
     )
     for grid, found, every in families(study, KL_COEF, coefficient):
         last = name_of(list(dict.fromkeys(method for groups in found.values() for method in groups))[-1])
+        figure, remarks, leads = score_against_kl(found)
+        answer = sorted_by_sign(leads, "more with", "less with") if leads else "nothing can be compared"
         caption = (
-            f"{seeds_of(every)}; means over the last tenth of the updates with their 95% intervals. The numbers "
+            f"Score at equal KL: {answer}. {seeds_of(every)}; means over the last tenth of the updates with their 95% "
+            "intervals. The numbers "
             f"beside the points of {last} are the KL coefficients. A point below the front spends more KL than "
             "another for no more score. Right: each seed's points joined by straight lines, the mean difference over "
             "the KL that all seeds of both methods cover, 95% t interval."
         )
-        figure, remarks = score_against_kl(found)
         caption += caption_remarks(remarks)
         section.pictures.append(Picture(f"kl-{slug(grid)}", figure, f"grid {grid}: score against KL", caption))
         section.grids.append(grid)
@@ -175,15 +187,19 @@ def _gold(study: Study) -> Section:
         "second falls, the policy exploits the first.",
         missing="needs a second reward model: --gold",
     )
-    if found := first_setting(study, "gold"):
+    if found := first_setting(study, "gold", "kl"):
         grid, setting, groups = found
         gold = next(iter(groups.values()))[0].cell.gold
+        figure, remarks = gold_against_kl(groups)
         caption = (
-            f"{seeds_of(groups)}; second reward model: {model_name(str(gold))}. Left: lines as named on the "
-            f"right; an arrowhead points on in time. {bands_of(groups)}"
+            f"{change_answer(groups, 'gold', 'the second score', since=2 / 3)} {seeds_of(groups)}; second reward "
+            f"model: {model_name(str(gold))}. Left and middle: KL and score on held-out prompts from the first "
+            "evaluation after the start to the last, means over runs; bar at the end: 95% interval of the mean score. "
+            "Where the left score rises and the middle one falls with more KL, the policy over-optimises. "
+            f"{bands_of(groups)}{caption_remarks(remarks)}"
         )
-        title = f"grid {grid}, {setting}: gold against proxy"
-        section.pictures.append(Picture(f"gold-{slug(grid)}", gold_against_proxy(groups), title, caption))
+        title = f"grid {grid}, {setting}: both scores against the root of the KL"
+        section.pictures.append(Picture(f"gold-{slug(grid)}", figure, title, caption))
     return section
 
 
@@ -198,7 +214,10 @@ def _diversity(study: Study) -> Section:
     if found := first_setting(study, "distinct_2", "self_bleu", "perplexity"):
         grid, setting, groups = found
         samples = next(iter(groups.values()))[0].cell.eval_samples
-        caption = f"{seeds_of(groups)}; {samples} responses to held-out prompts in each evaluation. {bands_of(groups)}"
+        caption = (
+            f"{change_answer(groups, 'distinct_2', 'distinct-2')} {seeds_of(groups)}; {samples} responses to held-out "
+            f"prompts in each evaluation. {bands_of(groups)}"
+        )
         title = f"grid {grid}, {setting}: diversity over training"
         section.pictures.append(Picture(f"diversity-{slug(grid)}", diversity(groups), title, caption))
     return section
@@ -218,9 +237,10 @@ def _diagnostics(study: Study) -> Section:
         grid, setting, groups = found
         figure, remarks = diagnostics(groups)
         caption = (
-            f"{seeds_of(groups)}; trailing means as above. {bands_of(groups)} Attention on the response: the share "
-            "of the row that credit is read from; of ABC-D, whose credit averages columns, it may exceed 1."
-            + caption_remarks(remarks)
+            f"{leads_answer(groups, 'Entropy in the last tenth', lambda result: last_tenth(result, 'entropy'))} "
+            f"{seeds_of(groups)}; trailing means as above. {bands_of(groups, _updates(groups))} "
+            "Attention on the response: the share of the row that credit is read from; of ABC-D, whose credit averages "
+            "columns, it may exceed 1." + caption_remarks(remarks)
         )
         title = f"grid {grid}, {setting}: diagnostics over training"
         section.pictures.append(Picture(f"diagnostics-{slug(grid)}", figure, title, caption))

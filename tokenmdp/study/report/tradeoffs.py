@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.drawing import (
-    FAINT,
-    INK,
-    PAPER,
-    Look,
-    dress,
-    finite,
-    label_ends,
-    lay_out,
-    looks,
-    new_figure,
-)
+from tokenmdp.report.colours import Look, looks
+from tokenmdp.report.drawing import FAINT, INK, PAPER, dress, finite, label_ends, lay_out, new_figure
 from tokenmdp.study.equal_kl import equal_kl, pareto_front
 from tokenmdp.study.labels import model_name, name_of
 from tokenmdp.study.outcomes import BASELINE, Groups, evaluation_curves, last_tenth
 from tokenmdp.study.report.lines import (
     KL,
+    MOST_RUNS,
     SCORE,
     draw_band,
     draw_curves,
+    draw_estimates,
     draw_row,
+    draw_runs,
     name_rows,
     scale_to,
 )
@@ -39,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PAIRED = 4  # methods that are all compared with one another
 GOLD = "score of the second reward model"
 DIVERSITY = {
     "distinct_2": ("distinct-2", "share of token pairs that differ"),
@@ -47,22 +42,22 @@ DIVERSITY = {
 }
 
 
-def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]:
+def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str], dict[str, Estimate]]:
     """Where training ended, at several KL coefficients: score against KL with its Pareto front, and at equal KL.
 
     Args:
         settings: setting (one per KL coefficient) -> method -> seeds.
 
     Returns:
-        The figure, and remarks for its caption.
+        The figure, remarks for its caption, and the leads at equal KL by their names in it.
     """
     order = sorted(settings, key=lambda name: coefficient(settings[name]))
     methods = list(dict.fromkeys(method for name in order for method in settings[name]))
     styles = looks(methods)
     figure = new_figure(10.6, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
-    dress(left, "where training ended, a point a KL coefficient", KL, SCORE)
-    dress(right, f"lead over {BASELINE} at equal KL", "difference in score")
+    dress(left, "where training ended, a point for each KL coefficient", KL, SCORE)
+    dress(right, "lead at equal KL", "difference in score")
     points: list[tuple[float, float]] = []
     for method in methods:
         look, held = styles[method], [name for name in order if method in settings[name]]
@@ -89,8 +84,8 @@ def score_against_kl(settings: Mapping[str, Groups]) -> tuple[Figure, list[str]]
     left.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=4, alpha=0.25, label="Pareto front")
     remarks = _scale_to_most(left, settings, points)
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
-    remarks += _draw_equal_kl(right, [settings[name] for name in order], methods, styles)
-    return figure, remarks
+    more, leads = _draw_equal_kl(right, [settings[name] for name in order], methods, styles)
+    return figure, [*remarks, *more], leads
 
 
 def _scale_to_most(axes: Axes, settings: Mapping[str, Groups], points: Sequence[tuple[float, float]]) -> list[str]:
@@ -121,61 +116,93 @@ def _cross(axes: Axes, across: Estimate, up: Estimate, look: Look) -> None:
 
 def _draw_equal_kl(
     axes: Axes, settings: Sequence[Groups], methods: Sequence[str], styles: Mapping[str, Look]
-) -> list[str]:
-    """A row per method: its lead over the baseline where both spend the same; what is left out, in words."""
-    shown: list[str] = []
+) -> tuple[list[str], dict[str, Estimate]]:
+    """A row for each pair of methods, of many only those with the baseline: the lead where both spend the same KL.
+
+    Returns what is left out, in words, and the leads.
+    """
+    leads: dict[str, Estimate] = {}
     remarks: list[str] = []
-    for method in methods:
-        both = [groups for groups in settings if method in groups and BASELINE in groups]
-        if method == BASELINE or not both:
+    first = sorted(methods, key=lambda method: method != BASELINE)  # the baseline is subtracted
+    for other, own in combinations(first, 2):
+        both = [groups for groups in settings if own in groups and other in groups]
+        if not both or (len(methods) > MOST_PAIRED and other != BASELINE):
             continue
-        found = equal_kl([groups[method] for groups in both], [groups[BASELINE] for groups in both])
-        used, name = len(found.differences), name_of(method)
+        found = equal_kl([groups[own] for groups in both], [groups[other] for groups in both])
+        used, name = len(found.differences), f"{name_of(own)} \N{MINUS SIGN} {name_of(other)}"
         if used:
-            draw_row(axes, len(shown), mean_difference(found.differences), styles[method])
-            shown.append(name)
+            draw_row(axes, len(leads), mean_difference(found.differences), styles[own])
+            leads[name] = mean_difference(found.differences)
         if used < found.seeds or found.collapsed:
             left = f"; {count(found.collapsed, 'collapsed run')} left out" if found.collapsed else ""
             remarks.append(
-                f"{name} against {BASELINE} at equal KL: {used} of {count(found.seeds, 'seed')}, with "
+                f"{name} at equal KL: {used} of {count(found.seeds, 'seed')}, with "
                 f"{found.shared:.0%} of their KL in common{left}"
             )
-    name_rows(axes, shown)
+    name_rows(axes, list(leads))
     axes.axvline(0, color=FAINT, linewidth=1)
-    if not shown:
-        axes.text(0.5, 0.6, f"too little KL in common with {BASELINE}", ha="center", color=FAINT,
-                  transform=axes.transAxes)  # fmt: skip
-    return remarks
+    if not leads:
+        axes.text(0.5, 0.6, "too little KL in common", ha="center", color=FAINT, transform=axes.transAxes)
+    return remarks, leads
 
 
-def gold_against_proxy(groups: Groups) -> Figure:
-    """Both scores over training: one against the other with arrows in time, and the second one against updates."""
+def gold_against_kl(groups: Groups) -> tuple[Figure, list[str]]:
+    """Both scores against the root of the KL, evaluation by evaluation, and the second one against updates.
+
+    The root is the axis of Gao et al., "Scaling laws for reward model overoptimization" (2023). The evaluation before
+    training is left out there, or the way from it would fill the picture.
+
+    Returns:
+        The figure, and remarks for its caption.
+    """
     styles = looks(list(groups))
-    figure = new_figure(10.6, 4.6)
-    left, right = figure.subplots(1, 2)
-    dress(left, "over training, from the dot on", f"{SCORE} (trained on)", GOLD)
-    dress(right, "the second one alone", "update", GOLD)
+    figure = new_figure(12, 4.3)
+    panels = figure.subplots(1, 3)
+    root = "root of the KL to the reference, nats"
+    for axes, title, label, height in zip(
+        panels, ("the score trained on", "the second one", "the second one over time"), (root, root, "update"),
+        (SCORE, GOLD, GOLD), strict=True,
+    ):  # fmt: skip
+        dress(axes, title, label, height)
     lay_out(figure)
-    ends, means = {}, []
+    ends: tuple[dict[str, tuple[float, str]], ...] = ({}, {}, {})
+    means: tuple[list[float], ...] = ([], [], [])
+    middles = []
     for method, results in groups.items():
-        look = styles[method]
-        updates, proxies = evaluation_curves(results, "score")
-        _, golds = evaluation_curves(results, "gold")
-        proxy, gold = proxies.mean(0), golds.mean(0)
-        left.plot(proxy, gold, color=look.colour, linestyle=look.dashes, linewidth=1.8)
-        left.plot(proxy[0], gold[0], marker="o", color=look.colour, markersize=5)
-        for place in {1, len(proxy) - 1}:
-            start, end = (proxy[place - 1], gold[place - 1]), (proxy[place], gold[place])
-            arrow = {"arrowstyle": "-|>", "color": look.colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
-            left.annotate("", end, start, arrowprops=arrow | {"mutation_scale": 14})
-        mean = draw_band(right, updates, golds, look)
-        right.plot(updates, mean, color=look.colour, linestyle="none", marker=look.marker, markersize=3.5)
-        ends[name_of(method)] = (float(mean[-1]), look.colour)
-        means += [*mean]
-        right.set_xlim(0, updates[-1])
-    scale_to(right, means)
-    label_ends(right, ends)
-    return figure
+        updates, kls = evaluation_curves(results, "kl")
+        trained = updates > 0
+        roots = np.sqrt(np.maximum(kls[:, trained], 0))
+        middles += [*np.median(roots, axis=0)]
+        proxies, golds = (evaluation_curves(results, key)[1] for key in ("score", "gold"))
+        drawn = (
+            _draw_path(panels[0], roots, proxies[:, trained], styles[method]),
+            _draw_path(panels[1], roots, golds[:, trained], styles[method]),
+            draw_band(panels[2], updates, golds, styles[method]),
+        )
+        for mean, every, named in zip(drawn, means, ends, strict=True):
+            every += mean.tolist()
+            named[name_of(method)] = (float(mean[-1]), styles[method].colour)
+        panels[2].set_xlim(0, updates[-1])
+    room = 0.15 * (max(middles) - min(middles) or 1)
+    limits = (max(min(middles) - room, 0), max(middles) + 2 * room)  # a collapsed run would squeeze all others
+    for axes, every, named in zip(panels, means, ends, strict=True):
+        scale_to(axes, every)
+        if axes is not panels[2]:
+            axes.set_xlim(limits)
+        label_ends(axes, named)
+    last = [result.evaluations["kl"][-1] for results in groups.values() for result in results]
+    beyond = sum(kl > limits[1] ** 2 for kl in last)
+    return figure, [f"Runs that end beyond the right edge of the first two: {beyond}"] * bool(beyond)
+
+
+def _draw_path(axes: Axes, across: np.ndarray, up: np.ndarray, look: Look) -> np.ndarray:
+    """Each of few runs (R, K) as a thin line, their mean as a thick one with the interval of its last height."""
+    if 1 < len(up) <= MOST_RUNS:
+        draw_runs(axes, across, up, look)
+    end, mean = level(up[:, -1]), up.mean(0)
+    axes.plot(across.mean(0), mean, color=look.colour, linestyle=look.dashes, linewidth=2.2, zorder=2.1)
+    draw_estimates(axes, [float(across[:, -1].mean())], [end], look)
+    return mean
 
 
 def faithful_study(
