@@ -261,7 +261,7 @@ def _values_of(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int) 
 def _by_rows(score: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
     """What ``score`` says of a rollout's response tokens (N, H), some rows of like length at a time."""
     lengths, found = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
-    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(found.device)
+    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable"))
     for rows in sorted_rows.split(rows_per_forward):
         for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
             scored = score(part)
