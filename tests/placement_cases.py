@@ -65,6 +65,7 @@ RUNS = {
     "top-k": Run(config={"top_k": 7, "temperature": 0.8, "target_kl": 10.0}, env={"min_new_tokens": 2}),
     "bfloat16": Run("abc-d", config={"dtype": "bfloat16"}),
     "recomputed": Run("uniform", config={"gradient_checkpointing": True, "ent_coef": 0.1}, env=SHORT),
+    "separate values": Run(config={"value_model": "separate"}, env=SHORT),
     "full return": Run("red", config={"estimator": "full_return", "kl_target": 1.0}),
     "rloo": Run("uniform", config={"responses_per_prompt": 2}, algorithm="rloo", env=SHORT),
     "grpo": Run("uniform", config={"responses_per_prompt": 2}, algorithm="grpo", env=SHORT),
