@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import backend_registration
 
 from tokenmdp.credit import CREDIT_METHODS
 
 TESTS = Path(__file__).parent
 TOKENS, MINIBATCHES = 5, 4  # as placement_runs.py has them
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
+)
 
 
 def in_own_process(directory, *names):

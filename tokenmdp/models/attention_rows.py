@@ -8,7 +8,7 @@ softmax over T numbers per head. After the forward the latest are the last layer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -145,16 +145,10 @@ def _attention(
 
 def _mask(
     *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor,
-    kv_offset: int | torch.Tensor,
-    mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     local_size: int | None = None,
     use_vmap: bool = False,
-    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> torch.Tensor | None:
     """Transformers' sdpa mask, but for two cases.
@@ -164,26 +158,21 @@ def _mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    on_gpu = attention_mask is not None and attention_mask.device.type != "cpu"
-    if allow_is_bidirectional_skip and local_size is None and not use_vmap:
-        if attention_mask is None or (not on_gpu and attention_mask.all()):
-            return None
-        visible = attention_mask.bool()[:, None, None, :]
-        return additive_mask.additive_mask(visible, dtype) if on_gpu else visible
-    if on_gpu:
-        assert attention_mask is not None
-        whole = attention_mask.shape[1] == kv_length and q_offset == kv_length - q_length and kv_offset == 0
-        if mask_function is causal_mask_function and local_size is None and whole:
-            return additive_mask.causal_mask(attention_mask.bool(), q_length, dtype)
-        options["allow_is_causal_skip"] = False
+    plain = local_size is None and not use_vmap
+    if attention_mask is None or attention_mask.device.type == "cpu":
+        if allow_is_bidirectional_skip and plain:
+            return None if attention_mask is None or attention_mask.all() else attention_mask.bool()[:, None, None, :]
+    elif allow_is_bidirectional_skip and plain:
+        return additive_mask.padding_mask(attention_mask.bool(), options["dtype"])
+    else:
+        queries, tokens = options.get("q_length"), options["kv_length"]  # earlier versions give cache_position
+        whole = queries is not None and options["q_offset"] == tokens - queries and attention_mask.shape[1] == tokens
+        if whole and plain and options["mask_function"] is causal_mask_function:
+            return additive_mask.causal_mask(attention_mask.bool(), queries, options["dtype"])
+        allow_is_bidirectional_skip, options["allow_is_causal_skip"] = False, False
     return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,  # type: ignore[arg-type]
-        mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip and not on_gpu,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         local_size=local_size,
         use_vmap=use_vmap,
         **options,

@@ -27,6 +27,11 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
+def padding_mask(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(N, 1, 1, T): every query sees the tokens that are ``kept`` (N, T) bool."""
+    return additive_mask(kept[:, None, None, :], dtype)
+
+
 def causal_mask(kept: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
     """(N, 1, S, T): query s, of the S last of T tokens, sees those that are ``kept`` (N, T) bool and not behind it.
 
