@@ -40,8 +40,9 @@ def play(run: Run, device: torch.device, directory: Path) -> dict[str, Any]:
     plain = make_envs(reward_model(run.reward_model, device), **run.env)
     envs = credited(plain, run.credit, run.options, device)
     agent = make_agent(run, envs, device)
-    at: dict[str, list[int]] = {"act": [], "gradient": [], "step": []}  # waits so far, at the start of each call
-    for owner, name in ((agent.policy, "act"), (agent, "gradient"), (agent.optimizer, "step")):
+    at: dict[str, list[int]] = {"act": [], "gradient": [], "step": [], "evaluate": []}  # waits before each call
+    called = ((agent.policy, "act"), (agent, "gradient"), (agent.optimizer, "step"), (agent.reference, "evaluate"))
+    for owner, name in called:
         setattr(owner, name, noting(getattr(owner, name), at[name]))
     with Watch() as watch:
         agent.learn(UPDATES)
@@ -55,6 +56,7 @@ def play(run: Run, device: torch.device, directory: Path) -> dict[str, Any]:
         "waits": [[kind, place, count] for (kind, place), count in watch.waits.most_common()],
         "waits of a token": np.diff(at["act"]).tolist(),
         "waits of a minibatch": np.subtract(at["step"], at["gradient"][: len(at["step"])]).tolist(),
+        "reference forwards": len(at["evaluate"]),
         "operations": watch.operations,
     }
 

@@ -71,6 +71,11 @@ def test_the_host_waits_once_per_token_and_once_per_minibatch(found):
     assert reads <= TOKENS + 11  # 2 for the orders of the epochs, 9 for the whole update
 
 
+def test_the_reference_reads_all_rows_at_once_on_a_gpu_and_a_minibatch_of_them_on_a_cpu(found):
+    there, here = both(found, "sparse")
+    assert (there["reference forwards"], here["reference forwards"]) == (1, 2)
+
+
 @pytest.mark.long
 def test_every_option_runs_as_on_the_cpu(tmp_path):
     everything = in_own_process(tmp_path, "all")
