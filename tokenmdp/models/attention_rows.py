@@ -165,8 +165,8 @@ def _mask(
     elif allow_is_bidirectional_skip and plain:
         return additive_mask.padding_mask(attention_mask.bool(), options["dtype"])
     else:
-        queries, tokens = options.get("q_length"), options["kv_length"]  # earlier versions give cache_position
-        whole = queries is not None and options["q_offset"] == tokens - queries and attention_mask.shape[1] == tokens
+        queries, tokens = options.get("q_length", 0), options["kv_length"]  # earlier versions give cache_position
+        whole = queries > 0 and options["q_offset"] == tokens - queries and attention_mask.shape[1] == tokens
         if whole and plain and options["mask_function"] is causal_mask_function:
             return additive_mask.causal_mask(attention_mask.bool(), queries, options["dtype"])
         allow_is_bidirectional_skip, options["allow_is_causal_skip"] = False, False
