@@ -26,6 +26,8 @@ from tokenmdp.wording import count
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LOGITS_AT_ONCE = 1 << 28  # of a reference forward on a GPU: 1 GiB in float32
+
 Losses = Callable[[TokenScores, Rollout, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -160,8 +162,14 @@ class Agent(Learner):
 
     @property
     def rows_per_forward(self) -> int:
-        """Rows that the reference scores at a time: as many as a minibatch has."""
-        return math.ceil(self.envs.num_envs / self.config.num_minibatches)
+        """Rows that the reference scores at a time: as many as a minibatch has, and on a GPU all, if they fit.
+
+        There a forward of few rows costs what one of many does.
+        """
+        rows, task = math.ceil(self.envs.num_envs / self.config.num_minibatches), credited_envs(self.envs).task
+        if self.policy.lm.device.type == "cpu":
+            return rows
+        return max(rows, min(self.envs.num_envs, LOGITS_AT_ONCE // (task.max_new_tokens * task.vocab_size)))
 
     def play(self, responses_per_prompt: int = 1, *, seeded: bool = True) -> tuple[Rollout, Metrics]:
         """One episode in every row, scored by the reward model and credited by the wrapper; see `collect`.
@@ -201,17 +209,18 @@ class Agent(Learner):
         cfg, steps = self.config, []
         lengths = row_lengths(rollout)
         counts = rollout.response_mask.sum(-1) if counts is None else counts
+        host_counts = counts.cpu()  # like the rows of a minibatch, which then costs a GPU one transfer
         # Processes wait for each other in every backward, so all must have the same number of them.
         forward_slots = FORWARD_SLOTS if self.processes.size == 1 else math.inf
 
         def parts(rows: torch.Tensor, weight: float) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-            total = counts[rows].sum()
+            total = host_counts[rows].sum()
             for members, old in by_length(rollout, rows, lengths, forward_slots):
                 new = self.learner(old.input_ids, old.attention_mask, old.prompt_slots, old.support)
                 yield weight * counts[members].sum() / total, losses(new, old, members)
 
         for minibatch in self._minibatches(len(rollout.scores)):
-            rows, weight = self.processes.part(minibatch, counts)
+            rows, weight = self.processes.part(minibatch, host_counts)
             steps.append(self.gradient(parts(rows, weight)))
             if cfg.target_kl is not None and steps[-1]["approx_kl"] > cfg.target_kl:
                 break  # before the step: it would go further in the direction that is already too far
@@ -221,7 +230,7 @@ class Agent(Learner):
     def _minibatches(self, num_episodes: int) -> Iterator[torch.Tensor]:
         for _ in range(self.config.update_epochs):
             order = torch.randperm(num_episodes, generator=self.generator, device=self.generator.device)
-            yield from order.tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
+            yield from order.cpu().tensor_split(self.config.num_minibatches)  # chunk(4) makes 3 parts of 5 episodes
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, num_episodes: int) -> float:

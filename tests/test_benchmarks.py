@@ -280,3 +280,27 @@ def test_the_profile_names_operations_with_and_without_the_changes(monkeypatch, 
         outputs.append(capsys.readouterr().out)
     assert all("| aten::" in output for output in outputs)
     assert "aten::exponential_" not in outputs[0]  # the noise of the sampler that was replaced
+
+
+@pytest.mark.long
+def test_the_check_of_a_gpu_finds_everything_on_a_cpu(tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu_check.py", "--out", tmp_path, "--device", "cpu", "--smoke"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = {path.stem: json.loads(path.read_text(), parse_constant=not_json)["found"] for path in tmp_path.iterdir()}
+    assert set(found) == {"machine", "tests", "ours", "plain", "profile"}
+    for phase in ("machine", "ours", "plain", "profile"):
+        assert not [finding for finding in found[phase].values() if isinstance(finding, dict) and "error" in finding]
+    assert found["machine"]["a product"] == 4
+    assert set(found["ours"]) == {"smoke float32 highest", "smoke float32 high", "smoke bfloat16 highest"}
+    assert all(finding["tokens_per_second"] > 0 for finding in (found["ours"] | found["plain"]).values())
+    assert all(finding["kernels"] for finding in found["profile"].values())
+    assert found["tests"]["exit status"] == 0
+
+
+def test_trl_runs_in_a_given_python_or_in_an_environment_that_is_made(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "make_environment", lambda directory: directory / "made")
+    monkeypatch.setattr(command.against_trl, "measure", lambda *arguments: asked.append(arguments[-1]) or [])
+    command.main(["trl", "--smoke", "--trl-python", "other/python"])
+    command.main(["trl", "--smoke", "--trl-venv", "venv"])
+    assert asked == [Path("other/python"), Path("venv/made")]

@@ -109,3 +109,6 @@ def test_a_reward_model_left_on_the_cpu_is_named_once(monkeypatch):
         collecting._warn_of_devices(envs, gpu)
     collecting._warn_of_devices(envs, gpu)
     collecting._warn_of_devices(gym.make_vec(TOY, num_envs=1).unwrapped, gpu)  # a word list is quick anywhere
+    own = gym.make_vec(TOY, num_envs=1, reward_model=ScoreOnly(), autoreset_mode="Disabled", score_when="all_done")
+    with pytest.warns(UserWarning, match=r"model\.to\('cuda'\), tokenizer\)$"):
+        collecting._warn_of_devices(own.unwrapped, gpu)

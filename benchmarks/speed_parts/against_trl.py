@@ -13,14 +13,14 @@ from speed_parts.report import Finding, dtype_name
 from speed_parts.rollout_clock import ClockedAgent
 from speed_parts.shapes import Shape
 from speed_parts.timing import Numbers, Side, alternate, column, rates, ratio_interval
-from speed_parts.trl_process import TRLProcess, as_it_comes, make_environment
+from speed_parts.trl_process import TRLProcess, as_it_comes
 
 DEFAULT_MARKS = {"4x256": 2.5, "gpt2": 2.0}  # in the default dtype where that is bfloat16
 FLOAT32_MARK = 1.4
 CUDA_MARKS = {"4x256": 5.0, "gpt2": 3.0}
 
 
-def measure(shape: Shape, device: torch.device, repetitions: int, directory: Path) -> list[Finding]:
+def measure(shape: Shape, device: torch.device, repetitions: int, python: Path) -> list[Finding]:
     """Both sides have the same model, batch, prompt and response lengths, epochs and minibatches, and free scores.
 
     Ours runs with the allocator settings that the ``tokenmdp`` command applies, TRL once as it comes, without them, and
@@ -44,7 +44,7 @@ def measure(shape: Shape, device: torch.device, repetitions: int, directory: Pat
         "threads": torch.get_num_threads(),
         "device": device.type,
     }
-    python, same = make_environment(directory), dict(os.environ)
+    same = dict(os.environ)
     environments = {"TRL": as_it_comes(same)}
     if environments["TRL"] != same:
         environments["TRL with our allocator settings"] = same

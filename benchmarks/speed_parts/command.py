@@ -12,7 +12,7 @@ from rich.console import Console
 from speed_parts import against_generate, against_trl, arithmetic, changes, credit_cost, overhead, scaling
 from speed_parts.report import Finding, machine, print_table, write_json
 from speed_parts.shapes import SHAPES, Shape
-from speed_parts.trl_process import default_directory
+from speed_parts.trl_process import default_directory, make_environment
 
 # Part -> shapes it measures unless told otherwise, repetitions
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -60,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="JSON file, written after each part")
     parser.add_argument("--trl-venv", type=Path, default=default_directory(), help="made if it is not there")
+    parser.add_argument("--trl-python", type=Path, help="a Python that has TRL 0.11.4, instead of --trl-venv")
     parser.add_argument("--no-reexec", action="store_true", help="keep the system's allocator settings, for both sides")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes once, to see that it runs; trl only if named")
     arguments = parser.parse_args(argv)
@@ -76,7 +77,8 @@ def chosen_shapes(arguments: argparse.Namespace, part: str) -> tuple[str, ...]:
 def run_part(part: str, shape: Shape, device: torch.device, arguments: argparse.Namespace) -> list[Finding]:
     repetitions = arguments.repetitions or (1 if arguments.smoke else PARTS[part][1])
     if part == "trl":
-        return against_trl.measure(shape, device, repetitions, arguments.trl_venv)
+        python = arguments.trl_python or make_environment(arguments.trl_venv)
+        return against_trl.measure(shape, device, repetitions, python)
     if part == "generate":
         return against_generate.measure(shape, device, repetitions)
     if part == "credit":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from speed_parts.shapes import Shape, make_agent, make_envs, make_reward_model
@@ -37,10 +35,11 @@ class ClockedAgent:
     def rollout(self) -> Numbers:
         """`collect` once. ``seconds`` is without the reference forward, which is timed in the same call."""
         agent = self.agent
-        rows = math.ceil(self.shape.episodes / self.shape.num_minibatches)
         self._reset()
         start = now(self.device)
-        rollout, _ = collect(agent.envs, agent.policy, agent.reference, agent.generator, rows_per_forward=rows)
+        rollout, _ = collect(
+            agent.envs, agent.policy, agent.reference, agent.generator, rows_per_forward=agent.rows_per_forward
+        )
         whole = now(self.device) - start
         reference = self.reference_watch.take()
         return {

@@ -22,9 +22,14 @@ Side = Callable[[], Numbers]
 
 def now(device: torch.device) -> float:
     """The clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Stopwatch:

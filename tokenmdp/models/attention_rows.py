@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenmdp.models.kernels import cpu_attention
+from tokenmdp.models.kernels import additive_mask, cpu_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,13 +151,25 @@ def _mask(
     use_vmap: bool = False,
     **options: Any,
 ) -> torch.Tensor | None:
-    """Transformers' sdpa mask, except that plain padding in an encoder stays (N, 1, 1, T) instead of (N, 1, T, T)."""
-    from transformers.masking_utils import sdpa_mask
+    """Transformers' sdpa mask, but for two cases.
 
-    if allow_is_bidirectional_skip and local_size is None and not use_vmap:
-        if attention_mask is None or attention_mask.all():
-            return None
-        return attention_mask.bool()[:, None, None, :]
+    Plain padding in an encoder stays (N, 1, 1, T) instead of (N, 1, T, T). And on a GPU nobody asks whether there is
+    padding, because the host would wait for the answer (`tokenmdp.models.kernels.additive_mask`).
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    plain = local_size is None and not use_vmap
+    if attention_mask is None or attention_mask.device.type == "cpu":
+        if allow_is_bidirectional_skip and plain:
+            return None if attention_mask is None or attention_mask.all() else attention_mask.bool()[:, None, None, :]
+    elif allow_is_bidirectional_skip and plain:
+        return additive_mask.padding_mask(attention_mask.bool(), options["dtype"])
+    else:
+        queries, tokens = options.get("q_length", 0), options["kv_length"]  # earlier versions give cache_position
+        whole = queries > 0 and options["q_offset"] == tokens - queries and attention_mask.shape[1] == tokens
+        if whole and plain and options["mask_function"] is causal_mask_function:
+            return additive_mask.causal_mask(attention_mask.bool(), queries, options["dtype"])
+        allow_is_bidirectional_skip, options["allow_is_causal_skip"] = False, False
     return sdpa_mask(
         attention_mask=attention_mask,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,

@@ -54,7 +54,8 @@ def process_logits(
     if temperature != 1.0:
         logits = logits.float() / temperature
     if too_early > 0:
-        logits[:, :too_early, list(eos_token_ids)] = torch.finfo(logits.dtype).min  # -inf: see NEVER
+        for token in eos_token_ids:  # a list as an index would be sent to the device each time
+            logits[:, :too_early, token] = torch.finfo(logits.dtype).min  # -inf: see NEVER
     if top_k and support is None:
         support = logits.topk(top_k, dim=-1).indices  # (N, T, k)
     return (logits, None) if support is None else (logits.gather(-1, support), support)

@@ -79,7 +79,7 @@ def collect(
         policy: Samples through its KV cache; one transfer to the host per step.
         reference: Scores the same tokens, on the same support. None: nobody does, which saves that forward;
             ``ref_logprobs`` are the policy's own, so that kl is 0.
-        generator: Sampling noise, on the policy's device.
+        generator: Sampling noise, on the policy's device or on the CPU.
         seed: Of the first row (of the first process); default: continue with the environment's random numbers.
         rows_per_forward: Rows a reference forward takes at a time.
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
@@ -151,10 +151,14 @@ def _warn_of_devices(base: TextGenVectorEnv, policy: CausalLMPolicy) -> None:
         return
     if str(model) not in _warned_of_devices:
         _warned_of_devices.add(str(model))
+        remedy = "make the environment with reward_device='cuda'"
+        if scorer.name is None:
+            remedy = "build it with its model on the GPU: HFRewardModel(model.to('cuda'), tokenizer)"
+        if base.score_when != "all_done":
+            remedy += ", and with score_when='all_done' for one call per batch"
         warnings.warn(
             f"the policy is on {policy.lm.device} and the reward model {model} on the CPU, where scoring will take "
-            "most of the time; make the environment with reward_device='cuda', and with score_when='all_done' for "
-            "one call per batch",
+            f"most of the time; {remedy}",
             stacklevel=3,
         )
 
@@ -261,7 +265,7 @@ def _values_of(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int) 
 def _by_rows(score: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
     """What ``score`` says of a rollout's response tokens (N, H), some rows of like length at a time."""
     lengths, found = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
-    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable")).to(found.device)
+    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable"))
     for rows in sorted_rows.split(rows_per_forward):
         for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
             scored = score(part)

@@ -37,7 +37,7 @@ def monte_carlo_values(
         policy: continues the prefixes; for an advantage, the one that sampled the rollout.
         rollout: N episodes.
         num_rollouts: continuations of each prefix, at least 1.
-        generator: sampling noise, on the policy's device.
+        generator: sampling noise, on the policy's device or on the CPU.
         processes: whose rows together are the rollout; each continues those of its own ``envs``.
 
     Returns:

@@ -42,8 +42,10 @@ def uniforms_for(
 
     All at once, so that neither the lengths of the texts nor the rows that are decoded together change what a row draws
     or which numbers come after. (With fewer rows together, log-probabilities may round differently in the last bit.)
+    With a ``generator`` of the CPU a run on a GPU draws what one on the CPU draws.
     """
-    return torch.rand(num_steps, num_rows, dtype=torch.float64, device=device, generator=generator)
+    drawn_on = device if generator is None else generator.device
+    return torch.rand(num_steps, num_rows, dtype=torch.float64, device=drawn_on, generator=generator).to(device)
 
 
 def decode(

@@ -50,13 +50,14 @@ def by_length(
 ) -> Iterator[tuple[torch.Tensor, Rollout]]:
     """The episodes ``rows`` (n,) of a rollout in `length_groups`: which they are, and they alone without padding.
 
-    ``lengths`` are those of `row_lengths`. An infinite ``forward_slots`` makes one group.
+    ``rows`` and ``lengths``, those of `row_lengths`, are on the host, where groups are made; which rows a group has is
+    said on the rollout's device. An infinite ``forward_slots`` makes one group.
     """
-    at = rows.cpu().numpy()
-    for group in length_groups(lengths[at, 0], lengths[at, 1], forward_slots):
-        chosen = at[group]
+    at = rows.numpy()
+    groups = [at[group] for group in length_groups(lengths[at, 0], lengths[at, 1], forward_slots)]
+    sent = torch.from_numpy(np.concatenate(groups)).to(rollout.scores.device)  # all groups at once
+    for chosen, members in zip(groups, sent.split([len(group) for group in groups]), strict=True):
         prompt, response = lengths[chosen].max(0).clip(1).tolist()  # the slot before a response is read in any case
-        members = torch.from_numpy(chosen).to(rows.device)
         yield members, select_rows(rollout, members, prompt, response)
 
 
