@@ -38,7 +38,7 @@ from tokenmdp.study.equal_kl import scores_in_bins
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers import vector
 
-# Episodes per update, lengths, and the protocol: the main job's, or the study's (docs/study.md).
+# Episodes per update, lengths, and the protocol: PPOConfig's defaults, or the study's (docs/study.md).
 STUDY = {"learning_rate": 1e-4, "kl_coef": 0.2, "kl_target": 6.0, "num_minibatches": 1}
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "main": ({"num_envs": 64}, {"learning_rate": 3e-5, "kl_coef": 0.3}),
