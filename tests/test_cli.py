@@ -217,7 +217,7 @@ def test_help_and_a_wrong_command_need_no_torch():
 
 
 def test_help_of_train_shows_every_field_with_the_default_of_the_preset(capsys):
-    for words, kl_coef in ((["--preset", "smoke"], "0.5"), ([], "0.4")):
+    for words, kl_coef in ((["--preset", "smoke"], "0.5"), ([], "0.45")):
         with pytest.raises(SystemExit) as stop:
             cli.main(["train", "ppo", *words, "--help"])
         assert stop.value.code == 0
@@ -358,7 +358,7 @@ def test_train_without_options_is_the_main_job(monkeypatch):
     assert cli.main(["train"]) == 0
     ((settings, out, updates),) = taken
     assert (settings.policy, settings.credit, settings.algorithm, updates) == ("imdb-tiny", "red", "ppo", 40)
-    preset = {"learning_rate": 1e-4, "kl_coef": 0.4, "update_epochs": 1, "num_minibatches": 8}
+    preset = {"learning_rate": 1e-4, "kl_coef": 0.45, "update_epochs": 1, "num_minibatches": 8}
     assert settings.config == preset
     assert str(out) == "runs/quick-red-seed1"
 

@@ -133,7 +133,7 @@ def test_the_page_of_the_command_has_the_options_of_today():
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert tables.page() == tables.PAGE.read_text(encoding="utf-8")
-    assert "| `--kl-coef` | `0.4` | Weight of the KL to the reference" in tables.page()
+    assert "| `--kl-coef` | `0.45` | Weight of the KL to the reference" in tables.page()
 
 
 def test_tianshous_buffer_holds_the_true_rewards():
