@@ -34,7 +34,7 @@ from tokenmdp.agents.learner import without_value_head
 from tokenmdp.divergences import f_over_t, kl_k3, pseudo_reward
 from tokenmdp.models.token_distribution import TokenScores
 from tokenmdp.models.tokens import distinct_n
-from tokenmdp.rollouts.collecting import score_under
+from tokenmdp.rollouts.scoring import score_under
 from tokenmdp.targets import Responses, Target, TargetError, read_target
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require

@@ -71,7 +71,7 @@ class PPOConfig(AgentConfig):
 
 
 class PPO(Agent):
-    """Proximal policy optimization with a value head on the language model; arguments and attributes as `Agent`'s."""
+    """Proximal policy optimization with a value head, or a value model; arguments and attributes as `Agent`'s."""
 
     config_class = PPOConfig
     format = Format("ppo", 2)  # 2: the value head has a learning rate of its own
@@ -174,8 +174,11 @@ def critic_warning(history: list[Metrics], config: PPOConfig) -> str | None:
     if explained >= CRITIC_LEAST or spread < 1e-6:
         return None
     change = "lower" if explained < -CRITIC_LEAST else "raise"
+    rates = f"vf_learning_rate (now {config.vf_learning_rate:g})"
+    if config.value_model == "separate":
+        rates += f" and value_model_learning_rate (now {config.value_model_learning_rate:g})"
     return (
         f"the critic explains {explained:.2f} of the variance of the returns in updates {CRITIC_DUE // 2 + 1} to "
-        f"{CRITIC_DUE}, though scores vary: advantages are hardly better than returns; {change} vf_learning_rate (now "
-        f"{config.vf_learning_rate:g}), or play more episodes per update"
+        f"{CRITIC_DUE}, though scores vary: advantages are hardly better than returns; {change} {rates}, "
+        "or play more episodes per update"
     )

@@ -24,7 +24,7 @@ from frontier_parts.report import report
 
 from tokenmdp.files import write_text
 from tokenmdp.runs.directory import claim
-from tokenmdp.runs.settings import PRESETS
+from tokenmdp.runs.settings import PRESETS, preset_settings
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", type=Path, help="comparisons, for DPO")
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         part, parts = map(int, args.part.split("/"))
         made_of = {
             "data": str(args.data.resolve()), "reward_model": str(Path(args.reward_model).resolve()),
-            "updates": args.updates,
+            "updates": args.updates, "preset": preset_settings("quick", "ppo").config,
         }  # fmt: skip
         claim(args.out / "settings.json", "a frontier", made_of)
         sources = Sources(args.data, args.reward_model, args.out, args.updates)

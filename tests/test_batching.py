@@ -12,7 +12,7 @@ from test_ppo import make_agent, make_envs
 
 from tokenmdp.agents import base
 from tokenmdp.rollouts import collect
-from tokenmdp.rollouts.collecting import score_under
+from tokenmdp.rollouts.scoring import score_under
 from tokenmdp.training.batches import by_length, length_groups, row_lengths, select_rows
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1, max_size=8)

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tokenmdp.agents.ppo import CRITIC_DUE, PPO, PPOConfig, critic_warning
 from tokenmdp.files import CheckpointError
 from tokenmdp.interop.torchrl import actor_critic
+from tokenmdp.rollouts import collect
 from tokenmdp.wrappers import vector
 
 POLICY_RATE = 3e-5
@@ -111,6 +112,26 @@ def test_the_values_of_a_rollout_are_those_of_the_value_model():
     torch.testing.assert_close(rollout.values, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(agent.policy.evaluate(*texts).values * rollout.response_mask, expected)
     assert rollout.values.std() > 0.1
+    assert not collect(agent.envs, agent.policy, None, agent.generator)[0].values.any()  # nobody asked for them
+    with pytest.raises(ValueError, match="no value model; call separate_values"):
+        agent.reference.values(*texts)
+
+
+def test_a_value_model_begins_with_the_values_of_the_head():
+    agent = make_agent()
+    torch.nn.init.normal_(agent.policy.value_head.weight)
+    rollout, _ = agent.play()
+    texts = rollout.input_ids, rollout.attention_mask, rollout.prompt_slots
+    before = agent.policy.evaluate(*texts).values
+    agent.policy.separate_values()
+    torch.testing.assert_close(agent.policy.values(*texts), before)
+
+
+def test_a_directory_keeps_no_value_model_of_an_earlier_save(tmp_path):
+    separate().policy.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "value_model.safetensors").exists()
+    make_agent().policy.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "value_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -146,6 +167,8 @@ def test_a_critic_that_explains_nothing_is_named_once():
     said = critic_warning(records(0.05), config)
     assert "explains 0.05 of the variance" in said
     assert "raise vf_learning_rate (now 0.0001)" in said
+    apart = critic_warning(records(0.05), PPOConfig(value_model="separate"))
+    assert "vf_learning_rate (now 0.003) and value_model_learning_rate (now 0.0001), or play" in apart
     assert "lower vf_learning_rate" in critic_warning(records(-0.4), config)  # it jumps back and forth
     assert critic_warning(records(0.15), config) is None
     assert critic_warning(records(0.05, varies=0.0), config) is None  # nothing to explain

@@ -17,6 +17,7 @@ from tokenmdp.intervals import mean_interval  # noqa: E402
 
 KINDS = (
     "zero", "zero, 3e-3, clipped apart", "zero, 3e-3, warm-up of 3", "random, returns normalised", "own trunk, 1e-4",
+    "separate value model",
 )  # fmt: skip
 
 

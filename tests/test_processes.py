@@ -112,7 +112,7 @@ def test_a_run_of_one_process_goes_on_in_two(directory, alone, title):
 
 @pytest.mark.parametrize(
     ("title", "name"),
-    [("saved by two", "uniform"), ("uniform, saved sharded", "uniform"), ("lora, saved sharded", "lora")],
+    [("saved by two", "uniform"), *((f"{name}, saved sharded", name) for name in gloo_runs.SHARDED)],
 )
 def test_a_run_of_two_processes_goes_on_in_one(directory, alone, title, name):
     agent = gloo_runs.resume(directory / title, name)

@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tokenmdp import wrappers
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.rollouts import collect
-from tokenmdp.rollouts.collecting import credited_envs, score_under
+from tokenmdp.rollouts.collecting import credited_envs
+from tokenmdp.rollouts.scoring import score_under
 from tokenmdp.wrappers import vector
 
 TOY = "tokenmdp:TextGen-Toy-v0"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -51,14 +52,17 @@ def test_two_machines_learn_what_one_learns(machines, tmp_path):
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *launch, "--node-rank", str(place), *train],
                 cwd=tmp_path / name, env=environment | {"GLOO_SOCKET_IFNAME": f"cable{place}"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=(tmp_path / f"{name}.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
             )
         )  # fmt: skip
     try:
-        outputs = [one.communicate(timeout=300)[0] for one in running]
+        for one in running:
+            one.wait(timeout=300)
     finally:
         for one in running:
-            one.kill()
+            if one.poll() is None:
+                os.killpg(one.pid, signal.SIGKILL)  # the launcher and what it has started
+    outputs = [(tmp_path / f"{name}.log").read_text() for name in machines]
     assert [one.returncode for one in running] == [0, 0], "\n".join(outputs)
     assert "2 processes with 16 episodes each" in outputs[0]
     assert not (tmp_path / machines[1] / "run").exists(), "the second machine writes nothing"

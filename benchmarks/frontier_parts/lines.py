@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 from tokenmdp.divergences import Divergence
 
-KL_COEFS, BETAS = (1.0, 0.38, 0.15), (1.0, 0.5, 0.25)
+KL_COEFS, BETAS = (1.0, 0.45, 0.15), (1.0, 0.5, 0.25)
 
 
 class Line(NamedTuple):

@@ -131,15 +131,14 @@ class CausalLMPolicy(nn.Module):
         return policy
 
     def separate_values(self) -> None:
-        """Compute the values by a transformer of their own, which then learns, and leave ``value_head`` alone.
+        """Compute the values by a transformer of their own: a copy of the policy's, with a copy of its value head.
 
-        ``v_t = w . h_t + b`` with the hidden states h of a copy of this policy's transformer and w = b = 0 at first;
-        or of the one that `save_pretrained` wrote where this policy was loaded from. Sampling then gives no values: it
-        would read every token twice; `values` and `evaluate` do.
+        Or by the one that `save_pretrained` wrote where this policy was loaded from. ``value_head`` is then 0 and
+        frozen. While it samples the policy gives values of 0, as it would read every token twice; `values` and
+        `evaluate` give the value model's.
         """
-        width = self.value_head.in_features
         self.value_model = nn.ModuleDict(
-            {"lm": copy.deepcopy(self.lm.base_model).requires_grad_(True), "head": new_head(width, self.lm.device)}
+            {"lm": copy.deepcopy(self.lm.base_model), "head": copy.deepcopy(self.value_head)}
         )
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -187,8 +186,11 @@ class CausalLMPolicy(nn.Module):
         with quiet():
             self.lm.save_pretrained(directory, state_dict=lm)
         save_file(head, Path(directory) / VALUE_HEAD_FILE)
+        place = Path(directory) / VALUE_MODEL_FILE
         if value_model:
-            save_file(value_model, Path(directory) / VALUE_MODEL_FILE)
+            save_file(value_model, place)
+        else:  # of what was saved here before
+            place.unlink(missing_ok=True)
         check_loads(directory)
 
     def parameter_groups(
@@ -218,7 +220,8 @@ class CausalLMPolicy(nn.Module):
         head = self.value_head if self.value_model is None else self.value_model["head"]
         groups = [{"params": body, "lr": learning_rate}, {"params": list(head.parameters()), "lr": vf_learning_rate}]
         if self.value_model is not None:
-            groups.append({"params": list(self.value_model["lm"].parameters()), "lr": value_model_learning_rate})
+            learning = [weight for weight in self.value_model["lm"].parameters() if weight.requires_grad]
+            groups.append({"params": learning, "lr": value_model_learning_rate})
         return groups
 
     @property
@@ -293,7 +296,7 @@ class CausalLMPolicy(nn.Module):
         prompt_slots: int,
         support: torch.Tensor | None = None,
     ) -> TokenScores:
-        """Score the response tokens of finished episodes: one forward for log-probabilities and values.
+        """Score the response tokens of finished episodes: one forward, and one more of the value model if there is one.
 
         Args:
             input_ids: (N, P+H) int64.
@@ -314,13 +317,20 @@ class CausalLMPolicy(nn.Module):
         response = input_ids[:, prompt_slots:]
         column = response if support is None else (support == response[..., None]).int().argmax(-1)
         logprobs, entropy = token_scores(logits, column)
-        own = self.value_model is not None
-        values = self.values(input_ids, attention_mask, prompt_slots) if own else self._values(hidden)
+        if self.value_model is None:
+            values = self._values(hidden)
+        else:  # the class's, as in `forward`
+            values = type(self).values(self, input_ids, attention_mask, prompt_slots)
         return TokenScores(logprobs, values, entropy)
 
     def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_slots: int) -> torch.Tensor:
-        """Values (N, H) of the response tokens by the value model; arguments as those of `evaluate`."""
-        assert self.value_model is not None
+        """Values (N, H) of the response tokens by the value model; arguments as those of `evaluate`.
+
+        Raises:
+            ValueError: there is no value model.
+        """
+        if self.value_model is None:
+            raise ValueError("the policy has no value model; call separate_values() first, or use evaluate().values")
         lm, head = self.value_model["lm"], self.value_model["head"]
         mask = attention_mask.long()
         with forwards(lm, self.compute_dtype, self.gradient_checkpointing):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +17,7 @@ from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.policy_attention import SampledAttention
 from tokenmdp.reward_models import LexiconRewardModel, RetokenizedRewardModel, ScaledRewardModel
 from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uniforms_for
-from tokenmdp.training.batches import by_length, row_lengths
+from tokenmdp.rollouts.scoring import score_under, values_of
 from tokenmdp.training.processes import ALONE, Processes
 from tokenmdp.types import Rollout
 from tokenmdp.wrappers.base import check_above, find_credit_wrapper
@@ -70,6 +69,7 @@ def collect(
     share_ended: float = SHARE_ENDED,
     responses_per_prompt: int = 1,
     credited_rows: int | None = None,
+    valued: bool = False,
     processes: Processes = ALONE,
 ) -> tuple[Rollout, dict[str, float]]:
     """Play one episode in every row and score it under the frozen reference, if there is one.
@@ -81,12 +81,14 @@ def collect(
             ``ref_logprobs`` are the policy's own, so that kl is 0.
         generator: Sampling noise, on the policy's device or on the CPU.
         seed: Of the first row (of the first process); default: continue with the environment's random numbers.
-        rows_per_forward: Rows a reference forward takes at a time.
+        rows_per_forward: Rows a forward of the reference or of a value model takes at a time.
         share_ended: See `tokenmdp.rollouts.decoding.decode`; it changes the time, and numbers by float rounding.
         responses_per_prompt: K; above 1, rows K * j to K * (j + 1) - 1 play the prompt (and the horizon) that the
             first of them drew. It divides the rows of each process.
         credited_rows: How many rows get credit, the first ones (of each process); ``token_rewards`` of the others are
             NaN, all else is the same. Default: all.
+        valued: Whether a policy with a value model values the tokens by it, which is a forward of its own; else the
+            ``values`` of such a policy are 0.
         processes: Whose rows together are the rollout; each passes its own ``envs`` and the same ``generator`` and
             ``seed``.
 
@@ -114,8 +116,8 @@ def collect(
         rollout, last_infos = _play(envs, policy, observation, uniforms, share_ended, credited_rows)
     if reference is not None:
         rollout = rollout._replace(ref_logprobs=score_under(reference, rollout, rows_per_forward))
-    if policy.value_model is not None:
-        rollout = rollout._replace(values=_values_of(policy, rollout, rows_per_forward))
+    if valued and policy.value_model is not None:
+        rollout = rollout._replace(values=values_of(policy, rollout, rows_per_forward))
     with processes.raise_together():
         _check_finite(rollout, credited_rows, rows.start)
     report = {
@@ -243,36 +245,6 @@ def _attention_attached(
         base.policy_attention = before
 
 
-@torch.no_grad()
-def score_under(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int = 64) -> torch.Tensor:
-    """Log-probabilities (N, H) of a rollout's response tokens under another policy, 0 outside the response."""
-
-    def logprobs(part: Rollout) -> torch.Tensor:
-        return policy.evaluate(part.input_ids, part.attention_mask, part.prompt_slots, part.support).logprobs
-
-    return _by_rows(logprobs, rollout, rows_per_forward)
-
-
-def _values_of(policy: CausalLMPolicy, rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
-    """Values (N, H) of a rollout's response tokens by the policy's value model, 0 outside the response."""
-
-    def values(part: Rollout) -> torch.Tensor:
-        return policy.values(part.input_ids, part.attention_mask, part.prompt_slots)
-
-    return _by_rows(values, rollout, rows_per_forward)
-
-
-def _by_rows(score: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows_per_forward: int) -> torch.Tensor:
-    """What ``score`` says of a rollout's response tokens (N, H), some rows of like length at a time."""
-    lengths, found = row_lengths(rollout), torch.zeros_like(rollout.logprobs)
-    sorted_rows = torch.from_numpy(lengths.sum(1).argsort(kind="stable"))
-    for rows in sorted_rows.split(rows_per_forward):
-        for members, part in by_length(rollout, rows, lengths, forward_slots=math.inf):
-            scored = score(part)
-            found[members, : scored.shape[1]] = scored * part.response_mask
-    return found
-
-
 def _check_finite(rollout: Rollout, credited_rows: int | None, first_row: int) -> None:
     """Refuse numbers that are NaN or infinite: a NaN among the weights still samples, and every mean looks fine.
 
@@ -294,7 +266,7 @@ def _check_finite(rollout: Rollout, credited_rows: int | None, first_row: int) -
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
                 f"{first_row + int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last "
-                "checkpoint and lower learning_rate or vf_learning_rate, or set dtype='float32'"
+                "checkpoint and lower the learning rates, or set dtype='float32'"
             )
 
 

@@ -76,7 +76,11 @@ class PolicyRun:
         agent_config(self.settings, updates)
         credit_of(self.settings)
         judge, paying = self.settings.judge, self.settings.reward_model
-        if judge is not None and resolve("reward_model", judge) == resolve("reward_model", paying):
+        if (
+            judge is not None
+            and not processes.rank
+            and resolve("reward_model", judge) == resolve("reward_model", paying)
+        ):
             warnings.warn(
                 f"the judge {judge} is the reward model itself, so its score says nothing that the first "
                 "one does not; choose another --judge",

@@ -23,6 +23,8 @@ from tokenmdp.study.presets import LEARNING_RATE, Plan
 from tokenmdp.study.results import Cell, CellResult, StudyError
 from tokenmdp.wording import count
 
+CRITICS = ("slow", "shared", "separate")  # see `critic_config`
+
 CELL_BYTES = 22_000  # of a finished cell's file, on average over the first edition's
 
 
@@ -107,9 +109,6 @@ def parse_length(text: str) -> Length:
             f"--lengths {text!r} is neither a range of tokens such as 8-16, which are 8 to 15, nor one length"
         )
     return Length(least, most)
-
-
-CRITICS = ("slow", "shared", "separate")
 
 
 def critic_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,11 +247,13 @@ def shard_of(cells: list[Cell], shard: str) -> list[Cell]:
 
 
 def load_cost(cell: Cell) -> float:
-    """Tokens that a cell trains on and evaluates, to distribute the remaining time."""
+    """Tokens that a cell trains on, twice with a value model, and evaluates: to distribute the remaining time."""
     settings: RunSettings = cell.settings
     longest = settings.max_new_tokens
     tokens = (longest + (settings.horizon_range or (longest,))[0]) / 2
-    return tokens * (cell.updates * settings.num_envs + cell.updates / cell.eval_every * cell.eval_samples / 4)
+    models = 2 if settings.config.get("value_model") == "separate" else 1
+    evaluated = cell.updates / cell.eval_every * cell.eval_samples / 4
+    return tokens * (models * cell.updates * settings.num_envs + evaluated)
 
 
 def expected_cost(waiting: list[Cell], finished: list[CellResult], jobs: int) -> str:
