@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("| algorithm | an update | seconds | texts that the reward model reads |\n|---|---|---:|---:|")
     episodes = f"{EPISODES} episodes, "
     played("PPO, red credit", f"{episodes}16 steps", PPO, PPOConfig(**COMMON), updates, "red")
+    config = PPOConfig(**COMMON, value_model="separate")
+    played("PPO, red credit, separate value model", f"{episodes}16 steps", PPO, config, updates, "red")
     played("RLOO", f"{episodes}16 steps", RLOO, RLOOConfig(**COMMON), updates)
     config = GRPOConfig(**COMMON, estimator="reward_to_go", divide_by_sd=False)
     played("GRPO, reward to go, red", f"{episodes}16 steps", GRPO, config, updates, "red")
