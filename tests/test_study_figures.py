@@ -18,6 +18,7 @@ from tokenmdp.study.outcomes import by_setting, family
 from tokenmdp.study.report.answers import change_answer, growth_answer, leads_answer, quality_answer, trend_answer
 from tokenmdp.study.report.figures import diagnostics, learning_curves
 from tokenmdp.study.report.lines import draw_band
+from tokenmdp.study.report.parts import bands_of
 from tokenmdp.study.report.tradeoffs import gold_against_kl, score_against_kl
 
 
@@ -103,6 +104,15 @@ def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
     assert len(leads) + sum("0 of 3 seeds" in remark for remark in remarks) == 6  # pairs of four methods
 
 
+def test_many_methods_without_a_baseline_are_not_compared_and_that_is_said(full):
+    methods = ("uniform", "attention", "red", "mine", "yours")
+    settings = by_setting(full, "kl")
+    five = {setting: dict.fromkeys(methods, groups["red"]) for setting, groups in settings.items()}
+    figure, remarks, leads = score_against_kl(five)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no pairs to compare"]
+    assert (remarks, leads) == (["Of more than 4 methods only pairs with sparse are compared"], {})
+
+
 def test_few_runs_are_drawn_one_by_one_and_three_have_a_band():
     look, values = looks(["red"])["red"], np.random.default_rng(0).normal(size=(11, 40))
     for seeds, bands, lines in ((1, 0, 1), (2, 0, 2), (3, 1, 2), (10, 1, 2), (11, 1, 1)):
@@ -119,9 +129,11 @@ def test_few_runs_are_drawn_one_by_one_and_three_have_a_band():
 
 
 def test_a_run_that_broke_has_a_cross_at_its_end():
+    """Also beside longer runs of another method."""
     cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
     courses = [Course(), Course(collapse=0.5), Course()]
-    upper = learning_curves({"sparse": list(map(make_result, cells, courses))})[0].axes[0]
+    groups = {"sparse": list(map(make_result, cells, courses))}
+    upper = learning_curves(groups | {"red": [make_result(make_cell("red", updates=60), Course())]})[0].axes[0]
     (cross,) = [line for line in upper.lines if line.get_marker() == "X"]
     assert cross.get_xdata() == [40]
     assert upper.get_ylim()[0] <= cross.get_ydata()[0] < 2
@@ -178,7 +190,20 @@ def test_captions_say_what_the_intervals_say():
     assert "too few seeds" in leads_answer(few, "Score")
     assert leads_answer({"red": groups["red"]}, "Score").startswith("Score: RED +")
     assert change_answer(groups, "score", "the score").startswith("Change of the score from update 0 to 40: rises with")
-    assert "not decided" in change_answer({"red": groups["red"]}, "update", "nothing", since=1.0)
+    two = {
+        method: [
+            replace(run, evaluations={key: column[::20] for key, column in run.evaluations.items()}) for run in own
+        ]
+        for method, own in groups.items()
+    }  # at updates 0 and 40
+    assert change_answer(two, "score", "it", since=2 / 3) == change_answer(groups, "score", "it")
+    short = {"red": groups["red"], "sparse": [make_result(make_cell("sparse", 1, updates=20), Course())]}
+    assert change_answer(short, "score", "it", since=2 / 3).startswith("Change of it from update 14 to 20: ")
+    alone = [
+        replace(run, evaluations={key: column[:1] for key, column in run.evaluations.items()}) for run in two["red"]
+    ]
+    assert change_answer(two | {"red": alone}, "score", "it") == ""
+    assert "each run, in means of 2 updates" in bands_of(groups, 40)  # 36 trailing means in 15 parts
 
 
 def test_captions_of_a_sweep_say_whether_it_rises():
@@ -201,6 +226,8 @@ def test_captions_on_lengths_and_reward_models_follow_the_numbers():
     quality = {"one": {"red": Estimate(0.5, 0.4, 0.6)}, "two": {"red": Estimate(0.1, 0.0, 0.2)}}
     assert "it does not fall in this order" in quality_answer({"one": short, "two": long}, quality)
     assert "it falls in this order" in quality_answer({"one": long, "two": short}, quality)
+    assert "is not decided" in quality_answer({"one": long, "two": long}, quality)
+    assert "is not decided" in quality_answer({"one": long, "two": short}, quality | {"two": quality["one"]})
 
 
 @given(st.lists(st.tuples(st.integers(-9999, 9999), st.integers(-9999, 9999)), min_size=2, max_size=9))
