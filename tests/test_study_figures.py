@@ -177,6 +177,11 @@ def runs(method, ends, **changes):
             for seed, end in enumerate(ends)]  # fmt: skip
 
 
+def evaluated(results, kept):
+    """With some of their evaluations."""
+    return [replace(run, evaluations={key: column[kept] for key, column in run.evaluations.items()}) for run in results]
+
+
 def test_captions_say_what_the_intervals_say():
     groups = {"sparse": runs("sparse", [9, 9, 9]), "red": runs("red", [12, 12.1, 12.2]),
               "uniform": runs("uniform", [5, 5.1, 5]), "attention": runs("attention", [6, 9, 13])}  # fmt: skip
@@ -190,19 +195,11 @@ def test_captions_say_what_the_intervals_say():
     assert "too few seeds" in leads_answer(few, "Score")
     assert leads_answer({"red": groups["red"]}, "Score").startswith("Score: RED +")
     assert change_answer(groups, "score", "the score").startswith("Change of the score from update 0 to 40: rises with")
-    two = {
-        method: [
-            replace(run, evaluations={key: column[::20] for key, column in run.evaluations.items()}) for run in own
-        ]
-        for method, own in groups.items()
-    }  # at updates 0 and 40
+    two = {method: evaluated(own, slice(None, None, 20)) for method, own in groups.items()}  # at updates 0 and 40
     assert change_answer(two, "score", "it", since=2 / 3) == change_answer(groups, "score", "it")
     short = {"red": groups["red"], "sparse": [make_result(make_cell("sparse", 1, updates=20), Course())]}
     assert change_answer(short, "score", "it", since=2 / 3).startswith("Change of it from update 14 to 20: ")
-    alone = [
-        replace(run, evaluations={key: column[:1] for key, column in run.evaluations.items()}) for run in two["red"]
-    ]
-    assert change_answer(two | {"red": alone}, "score", "it") == ""
+    assert change_answer(two | {"red": evaluated(two["red"], slice(1))}, "score", "it") == ""
     assert "each run, in means of 2 updates" in bands_of(groups, 40)  # 36 trailing means in 15 parts
 
 
@@ -301,11 +298,13 @@ def test_lines_stand_out_from_their_page():
 def test_an_inlined_figure_has_its_own_names_and_theme_colours():
     svg = (
         '<?xml version="1.0"?><svg xmlns="x" viewBox="0 0 1 1" width="1"><metadata>m</metadata><g id="a" '
-        f'style="stroke: {COLOURS[2]}; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
+        f'style="stroke: {COLOURS[2]}; fill: #fdfdfc" clip-path="url(#b)"><path id="c" d="M0 0L1 1" '
+        'style="stroke: #111"/><use xlink:href="#c" x="1" style="fill: #222; stroke: #111"/></g></svg>'
     )
     body = inline(svg, "kl", "a &amp; b")
     assert body == (
         '<svg viewBox="0 0 1 1" role="img" aria-label="a &amp; b"><g style="stroke:var(--f-s2);fill:'
-        'var(--f-page)" clip-path="url(#kl-0)"><use href="#kl-1"/></g></svg>'
+        'var(--f-page)" clip-path="url(#kl-0)"><path id="kl-1" d="M0 0l1 1" style="stroke:#111"/>'
+        '<use href="#kl-1" x="1" style="fill:#222"/></g></svg>'
     )
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
