@@ -86,7 +86,7 @@ def credit(device: torch.device) -> dict[str, Any]:
 
 
 def mistakes(device: torch.device) -> list[str]:
-    """What is said of operations that CUDA refuses, and that a CPU does."""
+    """What is said of operations on tensors of both devices."""
     here, there = torch.arange(3), torch.arange(3).to(device)
     weights = torch.ones(3, 2).to(device)
     wrong: list[Callable[[], Any]] = [

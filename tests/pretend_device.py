@@ -1,9 +1,9 @@
 """A second device that the CPU plays: where tensors of two devices meet it raises, and it counts waits and operations.
 
-Its tensors hold numbers on the CPU, say that they are elsewhere, and refuse what CUDA refuses: an operation on them and
-on tensors of the CPU, scalars and indices apart. So a run on it shows whether everything is where it should be, with
-the numbers of a CPU. What the host would wait for is counted by place: a number or a tensor that is read, a tensor that
-is sent, an operation whose result's size depends on its input.
+Its tensors hold numbers on the CPU, say that they are elsewhere, and refuse operations on them and on tensors of the
+CPU, scalars and indices apart; nothing else that CUDA refuses. So a run on it shows whether everything is where it
+should be, with the numbers of a CPU. What the host would wait for is counted by place: a number or a tensor that is
+read, a tensor that is sent, an operation whose result's size depends on its input.
 
 Importing this registers the device with PyTorch and replaces `torch.Generator` and the fused attention for good: only
 in a process of its own. (FakeTensorMode cannot do this in a build without CUDA: its backward stops.)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +30,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from speed_parts import command, peak_memory, timing, trl_process  # noqa: E402
 from speed_parts.arithmetic import forward_flops, update_flops  # noqa: E402
+from speed_parts.device_profile import own_time  # noqa: E402
 from speed_parts.report import Finding  # noqa: E402
 from speed_parts.rollout_clock import ClockedAgent  # noqa: E402
 from speed_parts.shapes import SHAPES, make_agent, make_envs, make_policy, make_reward_model  # noqa: E402
@@ -280,6 +283,17 @@ def test_the_profile_names_operations_with_and_without_the_changes(monkeypatch, 
         outputs.append(capsys.readouterr().out)
     assert all("| aten::" in output for output in outputs)
     assert "aten::exponential_" not in outputs[0]  # the noise of the sampler that was replaced
+
+
+def test_the_time_on_a_gpu_is_that_of_its_kernels():
+    rows = [
+        SimpleNamespace(key=key, device_type=device, is_user_annotation=named, self_device_time_total=1.0)
+        for key, device, named in (
+            ("cutlass_80_simt_sgemm", DeviceType.CUDA, False), ("aten::mm", DeviceType.CPU, False),
+            ("Optimizer.step#Adam.step", DeviceType.CUDA, True), ("Memcpy DtoH", DeviceType.CUDA, False),
+        )
+    ]  # fmt: skip
+    assert [own_time(row, "cuda") for row in rows] == [1, 0, 0, 1]
 
 
 @pytest.mark.long

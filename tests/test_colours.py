@@ -108,3 +108,8 @@ def test_values_in_order_that_are_close_in_colour_have_other_dashes(theme):
         for one, other in combinations(drawn, 2):
             apart = distance(own[one.colour], own[other.colour])
             assert apart >= (BOUND if one.dashes == other.dashes else BOUND / 2), (one, other)
+
+
+def test_more_values_than_colours_differ_in_dashes_and_markers():
+    for one, other in combinations(ordered_looks(24), 2):
+        assert one.colour != other.colour or (one.dashes != other.dashes and one.marker != other.marker)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from doubles import TOY, ScoreOnly
 from gymnasium.error import InvalidAction
+from placement_cases import make_envs, reward_model
 
 import tokenmdp.rollouts.collecting as collecting
 from tokenmdp.agents.ppo import PPO, PPOConfig
@@ -110,5 +111,8 @@ def test_a_reward_model_left_on_the_cpu_is_named_once(monkeypatch):
     collecting._warn_of_devices(envs, gpu)
     collecting._warn_of_devices(gym.make_vec(TOY, num_envs=1).unwrapped, gpu)  # a word list is quick anywhere
     own = gym.make_vec(TOY, num_envs=1, reward_model=ScoreOnly(), autoreset_mode="Disabled", score_when="all_done")
-    with pytest.warns(UserWarning, match=r"model\.to\('cuda'\), tokenizer\)$"):
+    with pytest.warns(UserWarning, match=r"; move its model to the GPU$"):
         collecting._warn_of_devices(own.unwrapped, gpu)
+    classifier = make_envs(reward_model("gpt2", torch.device("cpu")))
+    with pytest.warns(UserWarning, match=r"model\.to\('cuda'\), tokenizer\)$"):
+        collecting._warn_of_devices(classifier.unwrapped, gpu)

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from placement_cases import CONFIG, TOKENS
 from torch.utils import backend_registration
 
 from tokenmdp.credit import CREDIT_METHODS
 
 TESTS = Path(__file__).parent
-TOKENS, MINIBATCHES = 5, 4  # as placement_runs.py has them
+EPOCHS = CONFIG["update_epochs"]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
@@ -44,7 +45,7 @@ def assert_same_run(found, name):
     assert there["score"] == pytest.approx(here["score"], abs=tolerance), name
 
 
-def test_the_device_refuses_what_cuda_refuses(found):
+def test_the_device_refuses_tensors_of_two_devices(found):
     assert len(found["mistakes"]) == 4
     assert found["mistakes"][0].startswith("add of tensors on two devices: (3,) on cpu, (3,) on pretend:0")
 
@@ -64,11 +65,11 @@ def test_every_credit_method_is_where_its_models_are(found):
 def test_the_host_waits_once_per_token_and_once_per_minibatch(found):
     there, _ = both(found, "sparse")
     assert there["waits of a token"] == [1] * (TOKENS - 1)
-    assert there["waits of a minibatch"] == [1] * MINIBATCHES
+    assert there["waits of a minibatch"] == [1] * EPOCHS * CONFIG["num_minibatches"]
     in_models = [(place, count) for _, place, count in there["waits"] if place.startswith("models/")]
     assert in_models == []
     reads = sum(count for kind, place, count in there["waits"] if kind in ("read", "item", "tolist"))
-    assert reads <= TOKENS + 11  # 2 for the orders of the epochs, 9 for the whole update
+    assert reads <= TOKENS + EPOCHS + 9  # an order for each epoch; 9 for the whole update
 
 
 def test_the_reference_reads_all_rows_at_once_on_a_gpu_and_a_minibatch_of_them_on_a_cpu(found):

@@ -18,6 +18,7 @@ from tokenmdp.study.outcomes import by_setting, family
 from tokenmdp.study.report.answers import change_answer, growth_answer, leads_answer, quality_answer, trend_answer
 from tokenmdp.study.report.figures import diagnostics, learning_curves
 from tokenmdp.study.report.lines import draw_band
+from tokenmdp.study.report.parts import bands_of
 from tokenmdp.study.report.tradeoffs import gold_against_kl, score_against_kl
 
 
@@ -103,6 +104,15 @@ def test_a_collapsed_seed_does_not_squeeze_the_points_of_the_others(full):
     assert len(leads) + sum("0 of 3 seeds" in remark for remark in remarks) == 6  # pairs of four methods
 
 
+def test_many_methods_without_a_baseline_are_not_compared_and_that_is_said(full):
+    methods = ("uniform", "attention", "red", "mine", "yours")
+    settings = by_setting(full, "kl")
+    five = {setting: dict.fromkeys(methods, groups["red"]) for setting, groups in settings.items()}
+    figure, remarks, leads = score_against_kl(five)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no pairs to compare"]
+    assert (remarks, leads) == (["Of more than 4 methods only pairs with sparse are compared"], {})
+
+
 def test_few_runs_are_drawn_one_by_one_and_three_have_a_band():
     look, values = looks(["red"])["red"], np.random.default_rng(0).normal(size=(11, 40))
     for seeds, bands, lines in ((1, 0, 1), (2, 0, 2), (3, 1, 2), (10, 1, 2), (11, 1, 1)):
@@ -119,9 +129,11 @@ def test_few_runs_are_drawn_one_by_one_and_three_have_a_band():
 
 
 def test_a_run_that_broke_has_a_cross_at_its_end():
+    """Also beside longer runs of another method."""
     cells = [make_cell("sparse", seed, updates=40) for seed in (1, 2, 3)]
     courses = [Course(), Course(collapse=0.5), Course()]
-    upper = learning_curves({"sparse": list(map(make_result, cells, courses))})[0].axes[0]
+    groups = {"sparse": list(map(make_result, cells, courses))}
+    upper = learning_curves(groups | {"red": [make_result(make_cell("red", updates=60), Course())]})[0].axes[0]
     (cross,) = [line for line in upper.lines if line.get_marker() == "X"]
     assert cross.get_xdata() == [40]
     assert upper.get_ylim()[0] <= cross.get_ydata()[0] < 2
@@ -165,6 +177,11 @@ def runs(method, ends, **changes):
             for seed, end in enumerate(ends)]  # fmt: skip
 
 
+def evaluated(results, kept):
+    """With some of their evaluations."""
+    return [replace(run, evaluations={key: column[kept] for key, column in run.evaluations.items()}) for run in results]
+
+
 def test_captions_say_what_the_intervals_say():
     groups = {"sparse": runs("sparse", [9, 9, 9]), "red": runs("red", [12, 12.1, 12.2]),
               "uniform": runs("uniform", [5, 5.1, 5]), "attention": runs("attention", [6, 9, 13])}  # fmt: skip
@@ -178,7 +195,12 @@ def test_captions_say_what_the_intervals_say():
     assert "too few seeds" in leads_answer(few, "Score")
     assert leads_answer({"red": groups["red"]}, "Score").startswith("Score: RED +")
     assert change_answer(groups, "score", "the score").startswith("Change of the score from update 0 to 40: rises with")
-    assert "not decided" in change_answer({"red": groups["red"]}, "update", "nothing", since=1.0)
+    two = {method: evaluated(own, slice(None, None, 20)) for method, own in groups.items()}  # at updates 0 and 40
+    assert change_answer(two, "score", "it", since=2 / 3) == change_answer(groups, "score", "it")
+    short = {"red": groups["red"], "sparse": [make_result(make_cell("sparse", 1, updates=20), Course())]}
+    assert change_answer(short, "score", "it", since=2 / 3).startswith("Change of it from update 14 to 20: ")
+    assert change_answer(two | {"red": evaluated(two["red"], slice(1))}, "score", "it") == ""
+    assert "each run, in means of 2 updates" in bands_of(groups, 40)  # 36 trailing means in 15 parts
 
 
 def test_captions_of_a_sweep_say_whether_it_rises():
@@ -201,6 +223,8 @@ def test_captions_on_lengths_and_reward_models_follow_the_numbers():
     quality = {"one": {"red": Estimate(0.5, 0.4, 0.6)}, "two": {"red": Estimate(0.1, 0.0, 0.2)}}
     assert "it does not fall in this order" in quality_answer({"one": short, "two": long}, quality)
     assert "it falls in this order" in quality_answer({"one": long, "two": short}, quality)
+    assert "is not decided" in quality_answer({"one": long, "two": long}, quality)
+    assert "is not decided" in quality_answer({"one": long, "two": short}, quality | {"two": quality["one"]})
 
 
 @given(st.lists(st.tuples(st.integers(-9999, 9999), st.integers(-9999, 9999)), min_size=2, max_size=9))
@@ -274,11 +298,13 @@ def test_lines_stand_out_from_their_page():
 def test_an_inlined_figure_has_its_own_names_and_theme_colours():
     svg = (
         '<?xml version="1.0"?><svg xmlns="x" viewBox="0 0 1 1" width="1"><metadata>m</metadata><g id="a" '
-        f'style="stroke: {COLOURS[2]}; fill: #fdfdfc" clip-path="url(#b)"><use xlink:href="#c"/></g></svg>'
+        f'style="stroke: {COLOURS[2]}; fill: #fdfdfc" clip-path="url(#b)"><path id="c" d="M0 0L1 1" '
+        'style="stroke: #111"/><use xlink:href="#c" x="1" style="fill: #222; stroke: #111"/></g></svg>'
     )
     body = inline(svg, "kl", "a &amp; b")
     assert body == (
         '<svg viewBox="0 0 1 1" role="img" aria-label="a &amp; b"><g style="stroke:var(--f-s2);fill:'
-        'var(--f-page)" clip-path="url(#kl-0)"><use href="#kl-1"/></g></svg>'
+        'var(--f-page)" clip-path="url(#kl-0)"><path id="kl-1" d="M0 0l1 1" style="stroke:#111"/>'
+        '<use href="#kl-1" x="1" style="fill:#222"/></g></svg>'
     )
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]

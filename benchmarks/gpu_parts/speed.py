@@ -13,7 +13,7 @@ from gpu_parts.phase import PRECISIONS, Phase
 
 
 def ours(phase: Phase) -> None:
-    """`PPO.learn(1)`, and its rollout's share as milliseconds per token step."""
+    """`PPO.learn(1)`, and its rollout, the reference and the reward model included, as milliseconds per token."""
     for shape in phase.shapes:
         for dtype, products in PRECISIONS:
             phase.attempt(
@@ -38,8 +38,8 @@ def _ours(phase: Phase, shape: Shape, dtype: str, products: str) -> dict[str, An
 def plain(phase: Phase) -> None:
     """A loop with TRL 0.11's steps, in float32 with either kind of product.
 
-    `generate`, the logits of policy and reference over whole texts, minibatches, Adam; no adaptive coefficient, no
-    statistics. What it leaves out makes it faster than TRL.
+    `generate`, the logits of policy and reference over whole texts, minibatches, Adam; no adaptive coefficient, of
+    the statistics only the loss, read once per minibatch. What it leaves out makes it faster than TRL.
     """
     for shape in phase.shapes:
         for products in ("highest", "high"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from speed_parts.timing import wait_for
@@ -22,8 +23,11 @@ def profiled(work: Callable[[], Any], device: str) -> profile:
 
 
 def own_time(operation: Any, device: str) -> float:
-    """Microseconds of one row of ``key_averages()``: on a GPU those of kernels, which alone spend time there."""
+    """Microseconds of one row of ``key_averages()``: on a GPU those of kernels and copies, as PyTorch sums them.
+
+    The times of operations, and of annotations such as ``Optimizer.step``, are those of their kernels once more.
+    """
     if device == "cpu":
         return operation.self_cpu_time_total
-    is_kernel = not operation.key.startswith(("aten::", "cuda", "cu"))
-    return operation.self_device_time_total if is_kernel else 0.0
+    on_device = operation.device_type is not DeviceType.CPU and not operation.is_user_annotation
+    return operation.self_device_time_total if on_device else 0.0

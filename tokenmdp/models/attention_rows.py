@@ -154,7 +154,9 @@ def _mask(
     """Transformers' sdpa mask, but for two cases.
 
     Plain padding in an encoder stays (N, 1, 1, T) instead of (N, 1, T, T). And on a GPU nobody asks whether there is
-    padding, because the host would wait for the answer (`tokenmdp.models.kernels.additive_mask`).
+    padding, because the host would wait for the answer (`tokenmdp.models.kernels.additive_mask`). So a mask is always
+    passed there: FlashAttention, which takes none, is never used, models with grouped queries repeat their keys and
+    values, and (N, 1, S, T) is held. Whether that is quicker has not been measured on a GPU.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 

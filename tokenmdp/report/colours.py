@@ -1,4 +1,4 @@
-"""The palette of every figure: colours, dashes and markers of lines, told apart by colour-blind readers too.
+"""The palette of figures: colours, dashes and markers of lines, told apart by colour-blind readers too.
 
 Each colour stands out from its page by at least 4.5:1, as names are written in it. All pairs of `COLOURS` are at least
 12 apart (CIEDE2000), also as seen without red, green or blue cones; so are those of `ORDERED` with the same dashes.
@@ -51,7 +51,14 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
 
 
 def ordered_looks(count: int) -> list[Look]:
-    """Looks of ``count`` values in order, dark to light; neighbours among all of `ORDERED` differ in dashes too."""
+    """Looks of ``count`` values in order, dark to light; neighbours among all of `ORDERED` differ in dashes too.
+
+    More values than there are colours share them; those of one colour differ in dashes and markers.
+    """
     last = len(ORDERED) - 1
     places = [round(place * last / max(count - 1, 1)) for place in range(count)]
+    if count > len(ORDERED):
+        return [
+            Look(ORDERED[place], DASHES[n % len(DASHES)], MARKERS[n % len(MARKERS)]) for n, place in enumerate(places)
+        ]
     return [Look(ORDERED[place], DASHES[0] if place % 2 else "solid", MARKERS[place]) for place in places]

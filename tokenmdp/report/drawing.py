@@ -219,6 +219,8 @@ def inline(svg: str, name: str, description: str) -> str:
     body = re.sub(r'\bd="([^"]*)"', lambda match: f'd="{relative(match[1])}"', body)
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)  # level text, said at length
     body = body.replace("xlink:href=", "href=").replace("text-anchor:start;", "")  # the defaults of HTML's SVG
+    marks = "|".join(re.findall(r'<path id="(\w+)"[^>]* style="stroke', body))  # their uses need no stroke of their own
+    body = re.sub(rf'(<use href="#(?:{marks})"[^>]* style="fill[^"]*?);stroke[^"]*', r"\1", body)
     named = re.compile(r'(\bid="|url\(#|href="#)([^")]*)')
     names = {id: f"{name}-{place}" for place, id in enumerate(dict.fromkeys(id for _, id in named.findall(body)))}
     body = named.sub(lambda match: match[1] + names[match[2]], body)

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenmdp.envs.vector import TextGenVectorEnv
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.policy_attention import SampledAttention
-from tokenmdp.reward_models import LexiconRewardModel, RetokenizedRewardModel, ScaledRewardModel
+from tokenmdp.reward_models import HFRewardModel, LexiconRewardModel, RetokenizedRewardModel, ScaledRewardModel
 from tokenmdp.rollouts.decoding import SHARE_ENDED, RecordAttention, decode, uniforms_for
 from tokenmdp.rollouts.scoring import score_under, values_of
 from tokenmdp.training.processes import ALONE, Processes
@@ -155,7 +155,9 @@ def _warn_of_devices(base: TextGenVectorEnv, policy: CausalLMPolicy) -> None:
         _warned_of_devices.add(str(model))
         remedy = "make the environment with reward_device='cuda'"
         if scorer.name is None:
-            remedy = "build it with its model on the GPU: HFRewardModel(model.to('cuda'), tokenizer)"
+            remedy = "move its model to the GPU"
+            if isinstance(scorer, HFRewardModel):
+                remedy += ": HFRewardModel(model.to('cuda'), tokenizer)"
         if base.score_when != "all_done":
             remedy += ", and with score_when='all_done' for one call per batch"
         warnings.warn(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +16,11 @@ from tokenmdp.study.results import CellResult
 from tokenmdp.study.statistics import level, mean_difference
 
 UNDECIDED, TOO_FEW = "not decided (the interval includes 0)", "not decided (too few seeds for an interval)"
+ORDERS = {
+    1: "it falls in this order",
+    0: "whether it falls in this order is not decided by the intervals",
+    -1: "it does not fall in this order",
+}
 
 
 def sorted_by_sign(estimates: Mapping[str, Estimate], above: str, below: str) -> str:
@@ -73,18 +80,35 @@ def growth_answer(settings: Mapping[str, Groups], shortest: str, longest: str) -
 
 
 def change_answer(groups: Groups, key: str, what: str, since: float = 0.0) -> str:
-    """How a column of the evaluations, in words ``what``, changes by run from the share ``since`` of training on."""
-    changes = {}
-    for method, results in groups.items():
-        updates, values = evaluation_curves(results, key)
-        place = int(np.abs(updates - since * updates[-1]).argmin())
-        changes[name_of(method)] = mean_difference(values[:, -1] - values[:, place])
+    """How a column of the evaluations, in words ``what``, changes by run from the share ``since`` of training on.
+
+    It takes evaluations that all methods have made; with fewer than two of them it is empty.
+    """
+    columns = {name_of(method): evaluation_curves(results, key) for method, results in groups.items()}
+    shared = functools.reduce(np.intersect1d, (updates for updates, _ in columns.values()))
+    if len(shared) < 2:
+        return ""
+    *earlier, last = shared
+    first = min(earlier, key=lambda update: abs(update - since * last))
+    changes = {
+        name: mean_difference(np.diff(values[:, np.isin(updates, (first, last))])[:, 0])
+        for name, (updates, values) in columns.items()
+    }
     said = sorted_by_sign(changes, "rises with", "falls with")
-    return f"Change of {what} from update {updates[place]:g} to {updates[-1]:g}: {said}."
+    return f"Change of {what} from update {first:g} to {last:g}: {said}."
+
+
+def above(one: Estimate, other: Estimate) -> int:
+    """1 if the interval of ``one`` lies above that of ``other``, -1 if below, 0 if they overlap."""
+    return (one.low > other.high) - (one.high < other.low)
 
 
 def quality_answer(models: Mapping[str, Groups], correlations: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """One method's lead over the baseline on each reward model, in the order of its credit quality there."""
+    """One method's lead over the baseline on each reward model, in the order of its credit quality there.
+
+    The lead falls if all intervals of neighbours, of the correlation and of the lead, are apart in this order; it does
+    not if somewhere those of the lead are apart the other way.
+    """
     for method in ("attention", *next(iter(models.values()))):
         found = {
             model: (Estimate(*correlations[model][method]), gain)
@@ -93,12 +117,11 @@ def quality_answer(models: Mapping[str, Groups], correlations: Mapping[str, Mapp
         }
         rows = sorted(found.items(), key=lambda item: -item[1][0].value)
         if method != BASELINE and len(rows) > 1:
-            gains = [gain.value for _, (_, gain) in rows]
-            order = "falls" if gains == sorted(gains, reverse=True) else "does not fall"
+            steps = [above(one[0], other[0]) * above(one[1], other[1]) for (_, one), (_, other) in pairwise(rows)]
             listed = ", ".join(
                 f"{with_interval(gain)} on {model_name(model)} ({with_interval(quality)})"
                 for model, (quality, gain) in rows
             )
             lead_of = f"{name_of(method)}'s lead over {BASELINE}, by correlation (in parentheses), the highest first"
-            return f"{lead_of}: {listed}; it {order} in this order."
+            return f"{lead_of}: {listed}; {ORDERS[min(steps)]}."
     return ""

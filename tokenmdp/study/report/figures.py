@@ -26,7 +26,7 @@ DIAGNOSTICS = {  # metric -> its panel's title, its unit, what a sentence calls 
     "entropy": ("entropy of the policy", "nats per token", "entropy"),
     "clip_fraction": ("tokens whose ratio was clipped", "share", "share of clipped tokens"),
     "explained_variance": (
-        "returns explained by the value head",
+        "returns explained by the critic",
         "1 is all of their variance",
         "explained variance of the returns",
     ),
@@ -100,9 +100,9 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
         axes.annotate("", (step, lines[method]), (place, lines[method]), arrowprops=arrow)
         share = found[method].share
         between = ""
-        if share.low > 0:  # -inf: no interval
+        if finite(share.low):
             between = f" [{share.low:.0%}, {f'{share.high:.0%}' if finite(share.high) else 'never'}]"
-            ends = [min(end * place, axes.get_xlim()[1]) for end in share[1:]]
+            ends = [min(end * found[method].baseline_step, axes.get_xlim()[1]) for end in share[1:]]
             axes.plot(ends, [lines[method]] * 2, color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
         text = f"{name_of(method)} is there after {share.value:.0%}{between} of the steps, update {step:.0f}"
         _above(axes, (step, place), lines[method], text, colour)
@@ -110,7 +110,7 @@ def _draw_overtaking(axes: Axes, groups: Groups, styles: Mapping[str, Look]) -> 
     remarks = [
         f"The arrows say after what share of {BASELINE}'s steps another method stands where {BASELINE}'s mean curve is "
         + (
-            "highest; pale bars and brackets: 95% bootstrap intervals over seeds"
+            "highest; pale bars and brackets: 95% bootstrap intervals of that share over seeds"
             if intervals
             else f"highest; below {FEWEST_RESAMPLED} seeds they have no interval"
         )

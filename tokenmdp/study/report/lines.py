@@ -58,7 +58,7 @@ def draw_curves(
 ) -> list[str]:
     """Mean over seeds of a metric, in words the ``noun``, against updates, with bands; ``named`` at the right edge.
 
-    A cross marks the end of a run that lost what it had gained; at the edge, if it ended beyond the picture.
+    A cross marks the end of a run that lost what it had gained; at the upper or lower edge, if it ended beyond.
 
     Returns what the picture does not show: mean curves that run out of it, since it is scaled to most seeds.
     """
@@ -68,9 +68,9 @@ def draw_curves(
         window = window_for(len(updates))
         smooth, places = trailing_mean(values, window), updates[window - 1 :]
         means[method] = mean = draw_band(axes, places, smooth, styles[method])
-        finals[method], last = smooth[:, -1], max(last, updates[-1])
+        finals[method], last = (updates[-1], smooth[:, -1]), max(last, updates[-1])
         middle = np.median(smooth, axis=0)
-        # One collapsed seed moves the mean far away from the others, and early values of the value head are wild.
+        # One collapsed seed moves the mean far away from the others, and early values of a critic are wild.
         ranges += [*middle] if key == "kl" else [*np.quantile(middle, [0.02, 1]), *np.quantile(mean, [0.02, 0.98])]
         ends[name_of(method)] = (float(mean[-1]), styles[method].colour)
     low, high = min(ranges), max(ranges)
@@ -83,8 +83,9 @@ def draw_curves(
     if key == "score_mean":
         for method, results in groups.items():
             if any(lost := [collapsed(result) for result in results]):
-                heights = np.clip(finals[method][lost], low, high)
-                axes.plot([last] * len(heights), heights, "X", color=styles[method].colour, markersize=7, clip_on=False,
+                end, heights = finals[method]
+                heights = np.clip(heights[lost], low, high)
+                axes.plot([end] * len(heights), heights, "X", color=styles[method].colour, markersize=7, clip_on=False,
                           zorder=5)  # fmt: skip
     if named:
         label_ends(axes, ends)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import name_of
-from tokenmdp.study.outcomes import Groups, by_setting, collapsed, family
+from tokenmdp.study.outcomes import Groups, by_setting, collapsed, family, window_for
 from tokenmdp.study.report.lines import MOST_RUNS, RUN_POINTS
 from tokenmdp.study.statistics import FEWEST_DECIDING
 from tokenmdp.study.tuning import SEARCH
@@ -28,6 +28,9 @@ class Picture:
     figure: Figure
     title: str  # what it shows, in one line
     caption: str  # begins with what the reader should see
+
+    def __post_init__(self) -> None:
+        self.caption = self.caption.lstrip()  # its first sentence may be empty
 
 
 @dataclass
@@ -106,7 +109,7 @@ def lost_runs(settings: Mapping[str, Groups]) -> list[str]:
 def bands_of(groups: Groups, updates: int = 0) -> str:
     """A description of what `draw_band` draws for a figure's curves; ``updates`` of each, unless it shows every one."""
     counts = {len(results) for results in groups.values()}
-    averaged = round(updates / RUN_POINTS)
+    averaged = round((updates - window_for(updates) + 1) / RUN_POINTS)
     parts = ["Thick: the mean"]
     parts += [f"thin: each run{f', in means of {averaged} updates' * (averaged > 1)}"] * any(
         1 < number <= MOST_RUNS for number in counts

@@ -171,7 +171,7 @@ def _kl(study: Study) -> Section:
             "intervals. The numbers "
             f"beside the points of {last} are the KL coefficients. A point below the front spends more KL than "
             "another for no more score. Right: each seed's points joined by straight lines, the mean difference over "
-            "the KL that all seeds of both methods cover, 95% t interval."
+            "the KL that all seeds of both methods cover, 95% t interval, not corrected for the number of pairs."
         )
         caption += caption_remarks(remarks)
         section.pictures.append(Picture(f"kl-{slug(grid)}", figure, f"grid {grid}: score against KL", caption))
@@ -228,7 +228,7 @@ def _diagnostics(study: Study) -> Section:
         "diagnostics",
         "Where would a difference come from?",
         "Training from inside. A policy whose entropy falls early explores no longer; much clipping says that the "
-        "learning rate is high for the method; returns that the value head does not explain leave noisy advantages, "
+        "learning rate is high for the method; returns that the critic does not explain leave noisy advantages, "
         "but methods differ in that by themselves, since sparse's return is the same at every token; attention that is "
         "spread evenly makes ABC all but uniform, and with none on the response it is uniform.",
         missing="no run has finished",

@@ -142,7 +142,10 @@ def _draw_equal_kl(
     name_rows(axes, list(leads))
     axes.axvline(0, color=FAINT, linewidth=1)
     if not leads:
-        axes.text(0.5, 0.6, "too little KL in common", ha="center", color=FAINT, transform=axes.transAxes)
+        why = "too little KL in common" if remarks else "no pairs to compare"
+        axes.text(0.5, 0.6, why, ha="center", color=FAINT, transform=axes.transAxes)
+    if len(methods) > MOST_PAIRED:
+        remarks.append(f"Of more than {MOST_PAIRED} methods only pairs with {BASELINE} are compared")
     return remarks, leads
 
 
