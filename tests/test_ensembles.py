@@ -116,7 +116,7 @@ def test_the_command_trains_an_ensemble_that_is_asked_where_it_disagrees(policy,
     assert isinstance(ensemble, EnsembleRewardModel)
     assert ensemble.penalty == 0.5
     ppo = ["train", "ppo", "--policy", str(policy / "policy"), "--prompts", str(policy / "prompts.txt"), "--updates",
-           "1", "--max-new-tokens", "4", "--num-envs", "4", "--eval-samples", "2", "--no-reexec"]  # fmt: skip
+           "1", "--max-new-tokens", "4", "--num-envs", "8", "--eval-samples", "2", "--no-reexec"]  # fmt: skip
     assert cli.main([*ppo, "--reward-model", "rm", "--out", "ppo"]) == 0
     assert cli.main([*ppo, "--reward-model", "rm", "--max-new-tokens", "999", "--out", "long"]) == 2
     assert "999" in capsys.readouterr().err  # more positions than its members have

@@ -137,7 +137,7 @@ def test_one_update_of_the_agent():
 
 
 def test_the_main_command_trains_and_reports(tmp_path, capsys):
-    arguments = ["train", "--updates", "1", "--num-envs", "4", "--eval-samples", "4", "--max-new-tokens", "4"]
+    arguments = ["train", "--updates", "1", "--num-envs", "8", "--eval-samples", "4", "--max-new-tokens", "4"]
     assert cli.main([*arguments, "--no-reexec", "--out", str(tmp_path / "run")]) == 0
     assert "4 responses to held-out prompts" in capsys.readouterr().out
     assert (tmp_path / "run" / "report" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

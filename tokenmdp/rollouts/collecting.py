@@ -268,7 +268,7 @@ def _check_finite(rollout: Rollout, credited_rows: int | None, first_row: int) -
             raise FloatingPointError(
                 f"{name} are NaN or infinite in {int(rows.sum())} of {len(rows)} episodes, first in row "
                 f"{first_row + int(rows.nonzero()[0])}; look for NaN in the weights; in training load the last "
-                "checkpoint and lower the learning rates, or set dtype='float32'"
+                "checkpoint and lower learning_rate and the critic's rates, or set dtype='float32'"
             )
 
 
