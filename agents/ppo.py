@@ -66,7 +66,7 @@ class PPOConfig(AgentConfig):
         if self.value_model == "separate" and self.lora_rank:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, which saves memory, and value_model='separate' trains all weights of "
-                "a second transformer; leave out one of them"
+                "a second transformer; leave out one of them (in the command, --lora-rank or --value-model)"
             )
 
 

@@ -321,6 +321,8 @@ def test_critics_are_an_axis():
         "8-16 tokens, critic=shared": (3e-3, "shared"),
         "8-16 tokens, critic=separate": (3e-3, "separate"),
     }
+    with pytest.raises(StudyError, match=r"critic=shared and .*critic=slow are the same run: .* learn at 0\.003"):
+        expand(plan_for(*options, "slow", "shared", "--learning-rate", "0.003"))
     with pytest.raises(StudyError, match="--critics 'random' is none of slow, shared, separate"):
         expand(plan_for(*options, "random"))
 

@@ -194,7 +194,13 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
         cell = Cell(
             method.label, seed, ", ".join(label), settings, plan.updates, plan.gold, plan.eval_every, plan.eval_samples
         )
-        cells.setdefault(cell.id, cell)
+        other = cells.setdefault(cell.id, cell)
+        if plan.critics and other.setting != cell.setting:
+            raise StudyError(
+                f"{cell.setting} and {other.setting} are the same run: both heads learn at "
+                f"{config['vf_learning_rate']:g}; leave out one critic, or choose another --learning-rate or "
+                "--vf-learning-rate"
+            )
     names: dict[tuple[str, str, int], Cell] = {}
     for cell in cells.values():
         other = names.setdefault((cell.setting, cell.method, cell.seed), cell)
