@@ -131,18 +131,14 @@ class CausalLMPolicy(nn.Module):
         return policy
 
     def separate_values(self) -> None:
-        """Compute the values by a transformer of their own: a copy of the policy's, with a copy of its value head.
+        """Compute the values by a transformer of their own: a copy of the policy's, with its value head.
 
-        Or by the one that `save_pretrained` wrote where this policy was loaded from. ``value_head`` is then 0 and
-        frozen. While it samples the policy gives values of 0, as it would read every token twice; `values` and
+        Or by the one that `save_pretrained` wrote where this policy was loaded from. ``value_head`` is then a new one,
+        0 and frozen. While it samples the policy gives values of 0, as it would read every token twice; `values` and
         `evaluate` give the value model's.
         """
-        self.value_model = nn.ModuleDict(
-            {"lm": copy.deepcopy(self.lm.base_model), "head": copy.deepcopy(self.value_head)}
-        )
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.value_head.requires_grad_(False)
+        self.value_model = nn.ModuleDict({"lm": copy.deepcopy(self.lm.base_model), "head": self.value_head})
+        self.value_head = new_head(self.value_head.in_features, self.lm.device).requires_grad_(False)
         if self._directory is not None:
             load_part(self.value_model, self._directory / VALUE_MODEL_FILE, "value model")
 

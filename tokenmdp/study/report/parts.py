@@ -95,6 +95,11 @@ def seeds_of(groups: Groups) -> str:
     return f"n = {number} each"
 
 
+def updates_of(groups: Groups) -> int:
+    """The length of the shortest run."""
+    return min(len(result.metrics["update"]) for results in groups.values() for result in results)
+
+
 def lost_runs(settings: Mapping[str, Groups]) -> list[str]:
     """A remark on the runs that lost what they had gained, which `draw_curves` marks; a setting may have no name."""
     told = [

@@ -20,6 +20,7 @@ from tokenmdp.study.report.parts import (
     lost_runs,
     number_cell,
     seeds_of,
+    updates_of,
 )
 from tokenmdp.study.report.tradeoffs import faithful_study
 
@@ -44,10 +45,9 @@ def quality_section(study: Study) -> Section:
         models = {_reward_model(groups): groups for groups in found.values()}
         quality = {model: correlations(study, model, models[model]) for model in models}
         figure, remarks = faithful_study(models, quality)
-        updates = min(len(result.metrics["update"]) for results in every.values() for result in results)
         remarks += lost_runs({model_name(model): groups for model, groups in models.items()})
         caption = (
-            f"{quality_answer(models, quality)} {seeds_of(every)}. {bands_of(every, updates)} "
+            f"{quality_answer(models, quality)} {seeds_of(every)}. {bands_of(every, updates_of(every))} "
             "Scores of different reward models have different scales. Right: "
             "Spearman's rank correlation of each token's credit with the drop in score when the token is left out, "
             "mean over texts with 95% bootstrap interval. Attention credit has the score's sign on every token, so it "

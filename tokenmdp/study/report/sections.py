@@ -10,7 +10,6 @@ from tokenmdp.study.outcomes import (
     BASELINE,
     KL_COEF,
     LENGTH,
-    Groups,
     by_setting,
     last_tenth,
     length_of,
@@ -35,6 +34,7 @@ from tokenmdp.study.report.parts import (
     lost_runs,
     main_grids,
     seeds_of,
+    updates_of,
 )
 from tokenmdp.study.report.quality import quality_section
 from tokenmdp.study.report.tradeoffs import (
@@ -72,7 +72,7 @@ def _curves(study: Study) -> Section:
         settings = by_setting(study, grid)
         for setting, groups in list(settings.items())[:MOST_SETTINGS]:
             figure, remarks = learning_curves(groups)
-            updates = _updates(groups)
+            updates = updates_of(groups)
             caption = (
                 f"{leads_answer(groups, 'Mean score over training')} {seeds_of(groups)}; trailing means over "
                 f"{window_for(updates)} updates. {bands_of(groups, updates)}"
@@ -113,19 +113,14 @@ def _beta(study: Study) -> Section:
                 continue
             figure, remarks = beta_sweep(swept)
             caption = (
-                f"{trend_answer(swept)} {seeds_of(swept)}. {bands_of(swept, _updates(swept))} Right: mean with its 95% "
-                f"interval.{caption_remarks([*remarks, *lost_runs({'': swept})])}"
+                f"{trend_answer(swept)} {seeds_of(swept)}. {bands_of(swept, updates_of(swept))} Right: mean with its "
+                f"95% interval.{caption_remarks([*remarks, *lost_runs({'': swept})])}"
             )
             title = f"grid {grid}, {setting}: ABC over credit_beta"
             section.pictures.append(Picture(_name("beta", grid, setting, settings), figure, title, caption))
             if grid not in section.grids:
                 section.grids.append(grid)
     return section
-
-
-def _updates(groups: Groups) -> int:
-    """The length of the shortest run."""
-    return min(len(result.metrics["update"]) for results in groups.values() for result in results)
 
 
 def _name(kind: str, grid: str, setting: str, settings: Collection[str]) -> str:
@@ -144,7 +139,7 @@ def _length(study: Study) -> Section:
         figure, remarks = length_study(found)
         shortest, *_, longest = sorted(found, key=lambda name: length_of(next(iter(found[name].values()))[0].cell))
         caption = (
-            f"{growth_answer(found, shortest, longest)} {seeds_of(every)}. {bands_of(every, _updates(every))} Below "
+            f"{growth_answer(found, shortest, longest)} {seeds_of(every)}. {bands_of(every, updates_of(every))} Below "
             f"left: mean with its 95% interval; right: difference to {BASELINE} under the same seeds with its own. A "
             "very wide one leaves the picture. Lengths are written without their upper end: 8-16 is 8 to 15 tokens."
             + caption_remarks([*remarks, *lost_runs(found)])
@@ -238,7 +233,7 @@ def _diagnostics(study: Study) -> Section:
         figure, remarks = diagnostics(groups)
         caption = (
             f"{leads_answer(groups, 'Entropy in the last tenth', lambda result: last_tenth(result, 'entropy'))} "
-            f"{seeds_of(groups)}; trailing means as above. {bands_of(groups, _updates(groups))} "
+            f"{seeds_of(groups)}; trailing means as above. {bands_of(groups, updates_of(groups))} "
             "Attention on the response: the share of the row that credit is read from; of ABC-D, whose credit averages "
             "columns, it may exceed 1." + caption_remarks(remarks)
         )

@@ -131,8 +131,9 @@ def _draw_equal_kl(
         found = equal_kl([groups[own] for groups in both], [groups[other] for groups in both])
         used, name = len(found.differences), f"{name_of(own)} \N{MINUS SIGN} {name_of(other)}"
         if used:
-            draw_row(axes, len(leads), mean_difference(found.differences), styles[own])
-            leads[name] = mean_difference(found.differences)
+            lead = mean_difference(found.differences)
+            draw_row(axes, len(leads), lead, styles[own])
+            leads[name] = lead
         if used < found.seeds or found.collapsed:
             left = f"; {count(found.collapsed, 'collapsed run')} left out" if found.collapsed else ""
             remarks.append(
