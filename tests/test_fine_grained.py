@@ -128,9 +128,13 @@ def test_a_segment_is_answered_for_after_the_whole_text():
     """The model reads what a ranking of segments shows it, and answers for a segment by what comes behind it, too."""
     good, bad = TOY.encode("was great ."), TOY.encode("but so dull <eos>")
     record = segment_ranking(TOY, tuple(TOY.encode("the film")), [[good, bad]], [[True, False]])
+    assert record.responses[0] == "was great . but so dull <eos> was great ."  # its end is there already
     asked = HashRewardModel()
     paid = rewards(FineReward(asked, "sentence", context="whole"), episode=of_words(TEXTS[0], horizon=8))
     assert asked.asked[0][0] == [[*record.prompt_ids, *ids] for ids in record.responses_ids]
+    asked = HashRewardModel()
+    rewards(FineReward(asked, "sentence", context="whole"), episode=of_words(TEXTS[1], horizon=8))
+    assert TOY.decode(asked.asked[0][0][0]) == "it was bad . <eos> bad ."
     assert paid[0].bool().tolist() == [False, False, True, False, False, False, True, False]
     words = toy_lexicon()
     paid = rewards(FineReward(words, "sentence", context="whole"), model=words, episode=of_words(TEXTS[0], horizon=8))

@@ -210,13 +210,16 @@ class FineGrainedCredit:
 def read_before(episode: Episode, tokenizer: Any) -> Episode:
     """The response again, after a prompt that holds it: prompt + response + end of text, as `segment_ranking` has it.
 
+    A response that ends with an end-of-text token gets no second one.
+
     Raises:
         MissingResource: no tokenizer says which token ends a text.
     """
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise MissingResource("the context 'whole' needs a tokenizer with an end-of-text token; pass one")
-    one = torch.ones_like(episode.input_ids[:, :1])
-    mask = torch.cat([episode.attention_mask.bool(), one.bool(), episode.response_mask.bool()], -1)
-    response = episode.input_ids[:, episode.prompt_slots :]
-    ids = torch.cat([episode.input_ids, tokenizer.eos_token_id * one, response], -1)
+    end = torch.full_like(episode.input_ids[:, :1], tokenizer.eos_token_id)
+    response, read = episode.input_ids[:, episode.prompt_slots :], episode.response_mask.bool()
+    unended = ~((response == end) & read).any(-1, keepdim=True)
+    mask = torch.cat([episode.attention_mask.bool(), unended, read], -1)
+    ids = torch.cat([episode.input_ids, end, response], -1)
     return Episode(ids, mask, episode.response_mask)

@@ -22,8 +22,9 @@ def segment_ranking(
 
     Segment j of a response y becomes ``y + end of text + y up to the end of j``, which is how a part of
     `tokenmdp.credit.FineGrainedCredit` with ``context="whole"`` asks: a causal reward model that is trained on these
-    rankings answers at the end of a segment and has read all of y, also what comes behind it. Segments of different
-    responses are compared with each other, so that a bad one does not only lose to its neighbours.
+    rankings answers at the end of a segment and has read all of y, also what comes behind it. A y that ends with an
+    end-of-text token gets no second one. Segments of different responses are compared with each other, so that a bad
+    one does not only lose to its neighbours.
 
     Args:
         tokenizer: of the ids.
@@ -51,7 +52,7 @@ def segment_ranking(
         if len(segments) != len(labels):
             raise BadPreferences(f"{len(segments)} segments and {len(labels)} labels; give one label each")
         whole = tuple(token for segment in segments for token in segment)
-        read = (*whole, end)
+        read = whole if whole[-1:] == (end,) else (*whole, end)
         for segment, label in zip(segments, labels, strict=True):
             read += tuple(segment)
             if label is not None:
