@@ -1,13 +1,13 @@
-"""Reward collapse and its cure. Offline; about ten minutes on two cores.
+"""Reward collapse and its cure. Offline; about half an hour on two cores.
 
 Half of the prompts are closed ("Yes or no? ..."), half are open ("Describe it. ..."). The bundled policy answers each
 eight times, the bundled judge ranks the answers, and two reward models learn the rankings: one with the same utility
 for all prompts, one with a utility for each kind. With one utility the rewards of both kinds spread alike, whatever the
 prompt asks for; with two, each kind gets its own spread.
 
-python examples/reward_collapse.py --out runs/collapse --prompts 256 --epochs 12
+python examples/reward_collapse.py --out runs/collapse --prompts 256 --epochs 36
 
-The same command goes on with an interrupted run, epoch by epoch.
+The same command goes on with an interrupted run from its last measurement.
 
 Source: Song et al., "Reward Collapse in Aligning Large Language Models", 2023.
 """
@@ -42,12 +42,13 @@ KINDS = {"closed": "Yes or no?", "open": "Describe it."}
 RUNS = {"one utility": "log-sigmoid", "prompt-aware": "closed=x,open=-1/x"}
 THEORY = {"one utility": dict.fromkeys(KINDS, "log-sigmoid"), "prompt-aware": {"closed": "x", "open": "-1/x"}}
 HELD_OUT = 64  # prompts
+EVERY = 3  # epochs, from one measurement to the next
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, required=True, help="directory for figure and numbers")
 parser.add_argument("--prompts", type=int, default=256, help="training prompts; half of each kind")
 parser.add_argument("--responses", type=int, default=8, help="to each prompt")
-parser.add_argument("--epochs", type=int, default=12, help="passes over the rankings")
+parser.add_argument("--epochs", type=int, default=36, help="passes over the rankings")
 parser.add_argument("--learning-rate", type=float, default=5e-4)
 parser.add_argument("--seed", type=int, default=1)
 
@@ -65,15 +66,18 @@ def main(arguments: list[str] | None = None) -> None:
         theory = {kind: optimum(utility, args.responses) for kind, utility in THEORY[name].items()}
         result = results.setdefault(name, {"W1": [], "theory": theory})
         learner = start(args, training, utilities, args.out / name.replace(" ", "-"))
-        del result["W1"][learner.num_updates_done // learner.updates_per_epoch :]
-        for epoch in range(len(result["W1"]), args.epochs):
-            learner.learn(learner.updates_per_epoch)
+        done = learner.num_updates_done // learner.updates_per_epoch
+        result["W1"] = [one for one in result["W1"] if one["epoch"] <= done]
+        while done < args.epochs:
+            epochs = min(EVERY, args.epochs - done)
+            learner.learn(epochs * learner.updates_per_epoch)
+            done += epochs
             found = {part: spread(learner, some) for part, some in (("training", training), ("held out", held_out))}
             result["order statistics"] = found
-            result["W1"].append({part: distance(one) for part, one in found.items()})
+            result["W1"].append({"epoch": done} | {part: distance(one) for part, one in found.items()})
             write_text(numbers, json.dumps(results, indent=2) + "\n")
             learner.save(args.out / name.replace(" ", "-"))
-            print(f"{name}: epoch {epoch + 1}, W1 between kinds {show(result['W1'][-1])}", flush=True)
+            print(f"{name}: W1 between kinds, {show(result['W1'][-1])}", flush=True)
         gap = max(np.abs(np.subtract(result["order statistics"]["training"][k], theory[k])).max() for k in KINDS)
         print(f"{name}: order statistics are within {gap:.3f} of theory on training prompts", flush=True)
     draw(results, args.out)
@@ -85,7 +89,7 @@ def start(
 ) -> RewardModelLearner:
     """A reward model to train, or the interrupted one."""
     config = RewardModelConfig(
-        utilities=utilities, epochs=args.epochs, batch_size=8, learning_rate=args.learning_rate, seed=args.seed
+        utilities=utilities, epochs=args.epochs, batch_size=4, learning_rate=args.learning_rate, seed=args.seed
     )
     if checkpoint.exists():
         return RewardModelLearner.load(checkpoint, training)
@@ -157,7 +161,7 @@ def optimum(utility: str, responses: int) -> list[float]:
 
 
 def show(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+    return ", ".join(f"{name} {number:.3g}" for name, number in numbers.items())
 
 
 def draw(results: dict[str, dict], out: Path) -> None:
@@ -179,9 +183,9 @@ def draw(results: dict[str, dict], out: Path) -> None:
         dress(axes, name, "rank of the response", "mean reward")
     panels[0].legend(frameon=False, fontsize=8)
     for colour, (name, result) in zip(COLOURS[2:], results.items(), strict=False):
-        epochs = range(1, 1 + len(result["W1"]))
+        measured = [one["epoch"] for one in result["W1"]]
         for part, style in (("training", "-"), ("held out", ":")):
-            panels[2].plot(epochs, [one[part] for one in result["W1"]], style, color=colour, label=f"{name}, {part}")
+            panels[2].plot(measured, [one[part] for one in result["W1"]], style, color=colour, label=f"{name}, {part}")
     dress(panels[2], "W1 between kinds", "epoch", "mean difference of order statistics")
     panels[2].legend(frameon=False, fontsize=8)
     write_figure(figure, out, "collapse")

@@ -16,6 +16,7 @@ def test_the_optimum_of_x_ties_both_halves():
 @pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(reward_collapse, "HELD_OUT", 4)
+    monkeypatch.setattr(reward_collapse, "EVERY", 1)
 
     def run(name):
         reward_collapse.main(["--out", str(tmp_path / name), "--prompts", "4", "--responses", "3", "--epochs", "2"])
@@ -25,14 +26,14 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     whole = run("whole")
-    assert [len(result["W1"]) for result in whole.values()] == [2, 2]
+    assert [[one["epoch"] for one in result["W1"]] for result in whole.values()] == [[1, 2], [1, 2]]
     assert (tmp_path / "whole" / "collapse.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(reward_collapse, "show", stop)  # after an epoch was saved
+    monkeypatch.setattr(reward_collapse, "show", stop)  # after the model was saved
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run("parts")
     assert run("parts") == whole
     with pytest.raises(
-        RunError, match=r"other settings \(epochs is 2, asked 12; prompts is 4, asked 6; .*choose another"
+        RunError, match=r"other settings \(epochs is 2, asked 36; prompts is 4, asked 6; .*choose another"
     ):
         reward_collapse.main(["--out", str(tmp_path / "whole"), "--prompts", "6"])
