@@ -73,7 +73,7 @@ def one_process(monkeypatch):
 
 
 PARTS = [
-    pytest.param(part, marks=pytest.mark.long) if part == "credit" else part  # starts a process
+    pytest.param(part, marks=pytest.mark.long) if part in ("credit", "growth") else part  # start processes
     for part in command.PARTS
     if part != "trl"
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from speed_parts import against_generate, against_trl, arithmetic, changes, credit_cost, overhead, scaling
+from speed_parts import against_generate, against_trl, arithmetic, changes, credit_cost, growth, overhead, scaling
 from speed_parts.report import Finding, machine, print_table, write_json
 from speed_parts.shapes import SHAPES, Shape
 from speed_parts.trl_process import default_directory, make_environment
@@ -20,6 +20,7 @@ PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "generate": (("4x256", "gpt2"), 8),
     "credit": (("bundled",), 12),
     "horizon": (("4x256",), 4),
+    "growth": (("4x256",), 4),
     "overhead": (("bundled", "4x256", "gpt2"), 5),
     "flops": (("gpt2-64", "gpt2"), 3),
     "changes": (("4x256",), 5),
@@ -86,6 +87,9 @@ def run_part(part: str, shape: Shape, device: torch.device, arguments: argparse.
     if part == "horizon":
         sizes = ((2, 4), (2, 4)) if arguments.smoke else (scaling.HORIZONS, scaling.BATCHES)
         return scaling.measure(shape, device, repetitions, *sizes)
+    if part == "growth":
+        axes = ((64, 128), (2, 3), (2, 4)) if arguments.smoke else ()
+        return growth.measure(shape, device, repetitions, *axes)
     if part == "overhead":
         return overhead.measure(shape, device, repetitions)
     if part == "changes":

@@ -7,6 +7,8 @@ import torch
 from speed_parts.shapes import Shape, make_agent, make_envs, make_reward_model
 from speed_parts.timing import Numbers, Stopwatch, TimedEnvs, TimedReward, now
 from tokenmdp.agents.ppo import PPO
+from tokenmdp.reward_models import RewardModel
+from tokenmdp.reward_models.retokenized import RetokenizedRewardModel
 from tokenmdp.rollouts import collect
 
 
@@ -19,14 +21,24 @@ class ClockedAgent:
         device: where everything runs.
         credit: a name of `tokenmdp.credit.CREDIT_METHODS`.
         real_reward: score with a classifier of the policy's size instead of a free number.
+        aligned: this classifier reads the decoded text, as if it had a tokenizer of its own.
     """
 
     def __init__(
-        self, shape: Shape, dtype: str, device: torch.device, credit: str = "sparse", real_reward: bool = False
+        self,
+        shape: Shape,
+        dtype: str,
+        device: torch.device,
+        credit: str = "sparse",
+        real_reward: bool = False,
+        aligned: bool = False,
     ) -> None:
         self.shape, self.device = shape, device
         self.envs_watch, self.reward_watch, self.reference_watch = (Stopwatch(device) for _ in range(3))
-        reward_model = TimedReward(make_reward_model(shape, str(device)), self.reward_watch) if real_reward else None
+        reward_model: RewardModel | None = make_reward_model(shape, str(device)) if real_reward else None
+        if reward_model is not None:
+            aligned_model = RetokenizedRewardModel(reward_model, reward_model.tokenizer) if aligned else reward_model
+            reward_model = TimedReward(aligned_model, self.reward_watch)
         envs = TimedEnvs(make_envs(shape, reward_model, credit), self.envs_watch)
         self.agent: PPO = make_agent(shape, envs, dtype, str(device))
         reference = self.agent.reference
