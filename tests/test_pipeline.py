@@ -20,6 +20,7 @@ from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.preferences import Annotator, read_records
 from tokenmdp.report import pipeline_page
 from tokenmdp.runs import pipeline
+from tokenmdp.runs.directory import RunError
 from tokenmdp.runs.pipeline import PipelineSettings, elo, rlhf, summary
 
 
@@ -144,6 +145,16 @@ def test_other_settings_and_other_files_are_refused(whole, place, tmp_path):
         run(place, tmp_path)
     with pytest.raises(ValueError, match="trains no policy on preferences"):
         settings(place, algorithm="sft")
+
+
+def test_a_pipeline_of_other_presets_is_refused(place, tmp_path):
+    """Those of an earlier version: every field that the preset decides is on record."""
+    record = pipeline.check(settings(place), tmp_path)
+    assert record["settings"]["config"]["kl_coef"] == 0.45
+    record["settings"]["config"]["kl_coef"] = 0.3
+    (tmp_path / "pipeline.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"other settings \(config.kl_coef is 0.3, asked 0.45\); choose another --out"):
+        pipeline.check(settings(place), tmp_path)
 
 
 def test_elo_is_that_of_the_mean_chance():

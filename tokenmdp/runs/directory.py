@@ -52,11 +52,26 @@ class RunError(RuntimeError):
 
 
 def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise RunError with every setting that differs, if one does; ``what`` begins the message."""
-    different = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
+    """Raise RunError with every setting that differs, if one does; ``what`` begins the message.
+
+    >>> refuse_other_settings("a run", {"seed": 1, "config": {"lr": 0.1}}, {"seed": 1, "config": {"lr": 0.2}})
+    Traceback (most recent call last):
+    tokenmdp.runs.directory.RunError: a run with other settings (config.lr is 0.1, asked 0.2); choose another --out
+    """
+    before, now = dict(_leaves(stored)), dict(_leaves(asked))
+    different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
-        changes = "; ".join(f"{key} is {stored.get(key)!r}, asked {asked.get(key)!r}" for key in different)
+        changes = "; ".join(f"{name} is {before.get(name)!r}, asked {now.get(name)!r}" for name in different)
         raise RunError(f"{what} with other settings ({changes}); choose another --out")
+
+
+def _leaves(settings: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting that holds no others, with the names of those it stands in before a dot."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{inside}{name}.")
+        else:
+            yield inside + name, value
 
 
 def refuse_strangers(record: Path, what: str) -> None:

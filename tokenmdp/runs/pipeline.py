@@ -157,13 +157,17 @@ def train_reward_model(settings: PipelineSettings, start: str, place: Path) -> s
 
 def train_policy(settings: PipelineSettings, name: str, out: Path, source: dict[str, Any]) -> str:
     """Train a policy in a run directory of its own; the directory of its checkpoint."""
-    updates = settings.updates
-    if updates is None and algorithm(name).learns_from == "episodes":
-        updates = PRESETS["quick"].updates
     own = replace(run_settings(settings, name), **source)
     if not finished(out):
-        training.train(own, out, None if name == "sft" else updates, CHECKPOINT_EVERY)
+        training.train(own, out, None if name == "sft" else updates(settings), CHECKPOINT_EVERY)
     return str(RunDirectory(out).checkpoint)
+
+
+def updates(settings: PipelineSettings) -> int | None:
+    """Of the policy in each round; None: one pass over the comparisons."""
+    if settings.updates is None and algorithm(settings.algorithm).learns_from == "episodes":
+        return PRESETS["quick"].updates
+    return settings.updates
 
 
 def run_settings(settings: PipelineSettings, name: str) -> RunSettings:
@@ -219,6 +223,8 @@ def check(settings: PipelineSettings, out: Path) -> dict[str, Any]:
         RunError: other settings, or something else in the directory.
     """
     record = {key: value for key, value in asdict(settings).items() if key not in ("device", "rounds")}
+    # All of them: another version's presets make another pipeline.
+    record |= {"config": run_settings(settings, settings.algorithm).config, "updates": updates(settings)}
     content, path = {"format": FORMAT, "settings": record}, out / RECORD
     refuse_strangers(path, "a pipeline")
     if not path.exists():
