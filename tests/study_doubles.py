@@ -23,6 +23,7 @@ from tokenmdp.report.samples import Sample
 from tokenmdp.runs.credit_options import default_beta
 from tokenmdp.runs.settings import RunSettings
 from tokenmdp.study.directory import declare
+from tokenmdp.study.grid import CRITICS, critic_config
 from tokenmdp.study.report import page
 from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 
@@ -48,6 +49,7 @@ class Course:
     collapse: float = 2.0  # from this share of the run the score falls to 0; above 1 it never does
     collapsed_kl: float = 450.0  # that a collapse adds; a policy that puts all on a few words is far from the reference
     distinct: float = 0.5  # distinct-2 at the end
+    explained: float = 0.7  # of the returns' variance, at the end
 
 
 SPEED = {"sparse": 20.0, "uniform": 24.0, "attention": 9.5, "abc-d": 20.5, "abc-d2": 19.0, "red": 8.5}
@@ -120,6 +122,13 @@ def grid_cells(grid: str, seeds: int, updates: int) -> list[Cell]:
                 setting = f"{SHORT}, reward model {model}"
                 cells += [make_cell(method, seed, setting, updates, reward_model=model) for method in
                           ("sparse", "uniform", "attention", "red")]  # fmt: skip
+        elif grid == "critic":
+            for critic in CRITICS:
+                config = {"learning_rate": 1e-4, "kl_coef": 0.2, "kl_target": None}
+                config |= critic_config(critic, config)
+                setting = f"{SHORT}, critic={critic}"
+                cells += [make_cell(method, seed, setting, updates, config=config) for method in
+                          ("sparse", "attention", "red")]  # fmt: skip
         else:
             raise ValueError(f"no grid {grid!r}")
     return cells
@@ -148,7 +157,7 @@ def make_result(cell: Cell, course: Course) -> CellResult:
         "update": updates, "entropy": 4.3 - 0.05 * metrics["kl"], "kl_coef": kl_coef,
         "learning_rate": np.full(cell.updates, 1e-4), "approx_kl": np.full(cell.updates, 0.01),
         "clip_fraction": np.full(cell.updates, 0.08), "response_length": 11.5 + 0.2 * noise[2],
-        "explained_variance": 0.7 * (1 - 0.5 ** (updates / 15)) + 0.02 * noise[2],
+        "explained_variance": course.explained * (1 - 0.5 ** (updates / 15)) + 0.02 * noise[2],
     }  # fmt: skip
     if settings.credit in ("attention", "abc-d", "abc-d2"):
         metrics |= {

@@ -16,6 +16,7 @@ from tokenmdp.report.drawing import inline, new_figure, relative, spread_apart
 from tokenmdp.study.directory import load_study
 from tokenmdp.study.outcomes import by_setting, family
 from tokenmdp.study.report.answers import change_answer, growth_answer, leads_answer, quality_answer, trend_answer
+from tokenmdp.study.report.critics import critic_section
 from tokenmdp.study.report.figures import diagnostics, learning_curves
 from tokenmdp.study.report.lines import draw_band
 from tokenmdp.study.report.parts import bands_of
@@ -308,3 +309,40 @@ def test_an_inlined_figure_has_its_own_names_and_theme_colours():
         '<use href="#kl-1" x="1" style="fill:#222"/></g></svg>'
     )
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
+
+
+EXPLAINED = {"slow": 0.2, "shared": 0.6, "separate": 0.8}  # by sparse's critics, at the end
+LEADS = {"slow": 2.0, "shared": 0.5, "separate": 0.0}  # of attention, over a whole run
+
+
+def by_critic(cell):
+    """A course whose critic explains so much, and whose score is as far above sparse's."""
+    critic = cell.setting.rpartition("=")[2]
+    lead = {"sparse": 0.0, "attention": LEADS[critic], "red": 1.0}[cell.method]
+    end = 5.0 + lead + 0.01 * cell.seed
+    return Course(start=end, end=end, noise=0, spread=0, explained=EXPLAINED[critic])
+
+
+def test_leads_stand_over_what_the_critic_explains(tmp_path):
+    study = load_study(synthetic_study(tmp_path, grids=("critic",), seeds=3, updates=100, course=by_critic))
+    section = critic_section(study)
+    (picture,) = section.pictures
+    drawn = [line.get_ydata() for line in picture.figure.axes[0].lines if len(line.get_ydata()) == 3]
+    assert any(np.allclose(heights, [2.0, 0.5, 0.0]) for heights in drawn)
+    assert any(np.allclose(heights, [1.0, 1.0, 1.0]) for heights in drawn)
+    caption = picture.caption.replace("\N{MINUS SIGN}", "-")
+    assert "from slow to shared: shrinks with ABC -1.50" in caption
+    assert "from slow to separate: shrinks with ABC -2.00" in caption
+    assert "not decided (the interval includes 0) RED " in caption
+    told = re.search(r"explains: slow (\S+) .*, shared (\S+) .*, separate (\S+)", caption)
+    halfway = 1 - 0.5 ** (50.5 / 15)  # where the median of 100 updates is
+    assert [float(number) for number in told.groups()] == pytest.approx(
+        [EXPLAINED[name] * halfway for name in EXPLAINED], abs=0.02
+    )
+
+
+def test_without_sparse_credit_no_critic_is_compared(tmp_path):
+    path = synthetic_study(tmp_path, grids=("critic",), seeds=2, updates=20, keep=lambda cell: cell.method != "sparse")
+    section = critic_section(load_study(path))
+    assert not section.pictures
+    assert "--critics" in section.missing

@@ -22,6 +22,7 @@ LEAST_GAIN = 5.0  # standard errors of a trailing mean, since the highest of man
 LENGTH = ("horizon_range", "min_new_tokens", "max_new_tokens")  # what a family of lengths differs in
 KL_COEF = ("kl_coef",)
 REWARD_MODEL = ("reward_model",)
+CRITIC = ("vf_learning_rate", "value_model")
 Groups: TypeAlias = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 

@@ -22,6 +22,7 @@ from tokenmdp.study.report.answers import (
     sorted_by_sign,
     trend_answer,
 )
+from tokenmdp.study.report.critics import critic_section
 from tokenmdp.study.report.figures import beta_sweep, diagnostics, learning_curves, length_study
 from tokenmdp.study.report.parts import (
     Picture,
@@ -54,6 +55,7 @@ def sections(study: Study) -> list[Section]:
         _beta(study),
         _length(study),
         _kl(study),
+        critic_section(study),
         _gold(study),
         quality_section(study),
         _diversity(study),

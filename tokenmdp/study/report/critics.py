@@ -1,0 +1,108 @@
+"""The section about the critic: what is left of a method's lead where a critic explains the returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokenmdp.intervals import Estimate
+from tokenmdp.report.colours import looks
+from tokenmdp.report.drawing import FAINT, dress, label_ends, lay_out, new_figure, with_interval
+from tokenmdp.study.directory import Study
+from tokenmdp.study.labels import name_of, slug
+from tokenmdp.study.outcomes import BASELINE, CRITIC, Groups, area
+from tokenmdp.study.report.answers import growth_answer, lead
+from tokenmdp.study.report.lines import draw_estimates, scale_to_points
+from tokenmdp.study.report.parts import Picture, Section, caption_remarks, families, lost_runs, seeds_of
+from tokenmdp.study.statistics import level
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def critic_section(study: Study) -> Section:
+    """Each method's lead over sparse against the variance that sparse's critic explains, for every grid of critics."""
+    section = Section(
+        "critic",
+        "Is it the credit, or the critic?",
+        f"Under {BASELINE} credit the critic alone tells the tokens of a response apart. So the same methods are "
+        "trained with critics that explain the returns to different degrees.",
+        missing=f"needs several critics, each with {BASELINE} credit: --critics",
+    )
+    for grid, found, every in families(study, CRITIC, _critic):
+        settings = {_name(name): groups for name, groups in found.items() if BASELINE in groups}
+        if len(settings) < 2:
+            continue
+        explained = {name: explained_variance(groups) for name, groups in settings.items()}
+        first, *others = sorted(settings, key=lambda name: explained[name].value)
+        told = ", ".join(f"{name} {with_interval(explained[name])}" for name in (first, *others))
+        caption = (
+            f"{' '.join(growth_answer(settings, first, other) for other in others)} Returns of {BASELINE} that its "
+            f"critic explains: {told} (median over updates, mean over runs). {seeds_of(every)}. Left: difference in "
+            f"mean score over training to {BASELINE} with the same critic and seed; right: the mean score over "
+            f"training; each with its 95% interval.{caption_remarks(lost_runs(settings))}"
+        )
+        figure = critic_study(settings, explained)
+        section.pictures.append(Picture(f"critic-{slug(grid)}", figure, f"grid {grid}: lead by critic", caption))
+        section.grids.append(grid)
+    return section
+
+
+def explained_variance(groups: Groups) -> Estimate:
+    """What sparse's critic explains of its returns: each run's median over updates, since the first ones are wild."""
+    return level([float(np.median(result.metrics["explained_variance"])) for result in groups[BASELINE]])
+
+
+def critic_study(settings: Mapping[str, Groups], explained: Mapping[str, Estimate]) -> Figure:
+    """Lead over sparse, and the mean score over training, against the variance that sparse's critic explains."""
+    names = sorted(settings, key=lambda name: explained[name].value)
+    styles = looks(list(dict.fromkeys(method for name in names for method in settings[name])))
+    figure = new_figure(10.4, 4.3)
+    left, right = figure.subplots(1, 2)
+    across = f"variance of {BASELINE}'s returns that its critic explains"
+    dress(left, f"lead over {BASELINE}, same critic and seeds", across, "difference in mean score")
+    dress(right, "the whole of training", across, "mean score over training")
+    lay_out(figure)
+    left.axhline(0, color=styles[BASELINE].colour, linewidth=1.2)
+    ends: tuple[dict[str, tuple[float, str]], ...] = ({}, {})
+    drawn: tuple[list[Estimate], ...] = ([], [])
+    spread = explained[names[-1]].value - explained[names[0]].value
+    for number, (method, look) in enumerate(styles.items()):
+        shift = (number - (len(styles) - 1) / 2) * 0.012 * spread
+        held = [name for name in names if method in settings[name]]
+        leads = {name: lead(settings[name], method) for name in held if method != BASELINE}
+        levels = {name: level([area(result) for result in settings[name][method]]) for name in held}
+        there = {name: found for name, found in leads.items() if found is not None}
+        for axes, estimates, last, every in zip((left, right), (there, levels), ends, drawn, strict=True):
+            draw_estimates(axes, [explained[name].value + shift for name in estimates], list(estimates.values()), look)
+            every += estimates.values()
+            if estimates:
+                last[name_of(method)] = (list(estimates.values())[-1].value, look.colour)
+    for axes, last, every in zip((left, right), ends, drawn, strict=True):
+        scale_to_points(axes, every)
+        axes.margins(x=0.08)
+        for name in names:
+            axes.axvline(explained[name].value, color=FAINT, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
+            last_one = name == names[-1]
+            axes.annotate(
+                name, (explained[name].value, 0), (-2 if last_one else 2, 3), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha="right" if last_one else "left", color=FAINT, fontsize=9,
+            )  # fmt: skip
+        label_ends(axes, last)
+    return figure
+
+
+def _critic(groups: Groups) -> tuple[object, ...]:
+    config = next(iter(groups.values()))[0].cell.settings.config
+    return tuple(config.get(name) for name in CRITIC)
+
+
+def _name(setting: str) -> str:
+    """The critic's name in a setting's.
+
+    >>> _name("8-16 tokens, critic=slow, learning_rate=0.0001")
+    'slow'
+    """
+    return setting.rpartition("critic=")[2].partition(",")[0]
