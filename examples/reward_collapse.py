@@ -1,11 +1,12 @@
 """Reward collapse and its cure. Offline; about half an hour on two cores.
 
 Half of the prompts are closed ("Yes or no? ..."), half are open ("Describe it. ..."). The bundled policy answers each
-eight times, the bundled judge ranks the answers, and two reward models learn the rankings: one with the same utility
-for all prompts, one with a utility for each kind. With one utility the rewards of both kinds spread alike, whatever the
-prompt asks for; with two, each kind gets its own spread.
+eight times, the bundled judge ranks the answers, and a reward model learns the rankings with the same utility for all
+prompts, then goes on with a utility for each kind. With one utility the rewards of both kinds spread alike, whatever
+the prompt asks for; with two, each kind gets its own spread. The second training starts from the first one's model: the
+utility x has no gradient where a reward is near 0 or 1, so that from an untrained model wrong responses stay there.
 
-python examples/reward_collapse.py --out runs/collapse --prompts 256 --epochs 36
+python examples/reward_collapse.py --out runs/collapse --prompts 256 --epochs 18
 
 The same command goes on with an interrupted run from its last measurement.
 
@@ -48,7 +49,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, required=True, help="directory for figure and numbers")
 parser.add_argument("--prompts", type=int, default=256, help="training prompts; half of each kind")
 parser.add_argument("--responses", type=int, default=8, help="to each prompt")
-parser.add_argument("--epochs", type=int, default=36, help="passes over the rankings")
+parser.add_argument("--epochs", type=int, default=18, help="passes over the rankings, with each choice of utilities")
 parser.add_argument("--learning-rate", type=float, default=5e-4)
 parser.add_argument("--seed", type=int, default=1)
 
@@ -62,30 +63,33 @@ def main(arguments: list[str] | None = None) -> None:
     rankings = [one for one in read_preferences(data, load_tokenizer("imdb-tiny")) if isinstance(one, Ranking)]
     held_out, training = rankings[:HELD_OUT], rankings[HELD_OUT:]
     results: dict[str, dict] = json.loads(numbers.read_text()) if numbers.exists() else {}
+    start, before = "imdb-tiny", 0
     for name, utilities in RUNS.items():
         theory = {kind: optimum(utility, args.responses) for kind, utility in THEORY[name].items()}
         result = results.setdefault(name, {"W1": [], "theory": theory})
-        learner = start(args, training, utilities, args.out / name.replace(" ", "-"))
+        checkpoint = args.out / name.replace(" ", "-")
+        learner = begin(args, training, utilities, start, checkpoint)
         done = learner.num_updates_done // learner.updates_per_epoch
-        result["W1"] = [one for one in result["W1"] if one["epoch"] <= done]
+        result["W1"] = [one for one in result["W1"] if one["epoch"] <= before + done]
         while done < args.epochs:
             epochs = min(EVERY, args.epochs - done)
             learner.learn(epochs * learner.updates_per_epoch)
             done += epochs
             found = {part: spread(learner, some) for part, some in (("training", training), ("held out", held_out))}
             result["order statistics"] = found
-            result["W1"].append({"epoch": done} | {part: distance(one) for part, one in found.items()})
+            result["W1"].append({"epoch": before + done} | {part: distance(one) for part, one in found.items()})
             write_text(numbers, json.dumps(results, indent=2) + "\n")
-            learner.save(args.out / name.replace(" ", "-"))
+            learner.save(checkpoint)
             print(f"{name}: W1 between kinds, {show(result['W1'][-1])}", flush=True)
         gap = max(np.abs(np.subtract(result["order statistics"]["training"][k], theory[k])).max() for k in KINDS)
         print(f"{name}: order statistics are within {gap:.3f} of theory on training prompts", flush=True)
+        start, before = str(checkpoint), before + args.epochs
     draw(results, args.out)
     print(f"figure: {args.out / 'collapse.png'}")
 
 
-def start(
-    args: argparse.Namespace, training: Sequence[Ranking], utilities: str, checkpoint: Path
+def begin(
+    args: argparse.Namespace, training: Sequence[Ranking], utilities: str, start: str, checkpoint: Path
 ) -> RewardModelLearner:
     """A reward model to train, or the interrupted one."""
     config = RewardModelConfig(
@@ -93,7 +97,7 @@ def start(
     )
     if checkpoint.exists():
         return RewardModelLearner.load(checkpoint, training)
-    return RewardModelLearner("imdb-tiny", training, config)
+    return RewardModelLearner(start, training, config)
 
 
 def sample(prompts: int, responses: int, seed: int) -> list[Ranking]:

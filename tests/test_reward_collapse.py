@@ -26,7 +26,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     whole = run("whole")
-    assert [[one["epoch"] for one in result["W1"]] for result in whole.values()] == [[1, 2], [1, 2]]
+    assert [[one["epoch"] for one in result["W1"]] for result in whole.values()] == [[1, 2], [3, 4]]
     assert (tmp_path / "whole" / "collapse.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(reward_collapse, "show", stop)  # after the model was saved
     for _ in range(4):
@@ -34,6 +34,6 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
             run("parts")
     assert run("parts") == whole
     with pytest.raises(
-        RunError, match=r"other settings \(epochs is 2, asked 36; prompts is 4, asked 6; .*choose another"
+        RunError, match=r"other settings \(epochs is 2, asked 18; prompts is 4, asked 6; .*choose another"
     ):
         reward_collapse.main(["--out", str(tmp_path / "whole"), "--prompts", "6"])
