@@ -17,9 +17,10 @@ from tokenmdp.cli import ablate
 from tokenmdp.study import directory, results
 from tokenmdp.study.directory import declare, load_study, quality_file
 from tokenmdp.study.grid import expand, parse_method
+from tokenmdp.study.packing import pack_cells
 from tokenmdp.study.presets import PLANS
 from tokenmdp.study.report import terminal
-from tokenmdp.study.results import CellResult, StudyError, cell_file, pack_cells, read_result, write_result
+from tokenmdp.study.results import CellResult, StudyError, cell_file, read_result, write_result
 
 
 def full_disk(path, text):

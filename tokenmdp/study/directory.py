@@ -1,8 +1,8 @@
 """A study on disk: grids, their cells, and the cells' results.
 
-study.json             the grids: their arguments, their cells and what these are called; all cells as settings
+study.json             the grids: their arguments, their cells and what these are called; cells that are not packed, too
 cells/ID.json          a finished cell
-cells.jsonl.xz         finished cells in one file, if `pack_cells` has made it
+cells.jsonl.xz         finished cells in one file, if `tokenmdp.study.packing.pack_cells` has made it
 cells/ID.progress      how far a running one is
 cells/ID.error.txt     why one crashed
 quality/NAME.json      credit quality of every method on a reward model
@@ -104,7 +104,7 @@ def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mappi
                 "to write its report"
             )
         if place.exists():
-            record = _read_study(place)
+            record = read_record(place)
             if record["version"] != tokenmdp_version():
                 raise StudyError(
                     f"{path} holds results of tokenmdp {record['version']} and this is {tokenmdp_version()}, whose "
@@ -126,7 +126,7 @@ def declare(path: str | Path, grid: str, cells: Sequence[Cell], arguments: Mappi
         except (TypeError, KeyError, AttributeError) as error:
             raise _damaged(place, error) from error
         record["packages"] = package_versions()
-        write_text(place, _study_text(record))
+        write_text(place, study_text(record))
 
 
 def _extended(
@@ -182,7 +182,7 @@ def read_cell(path: str | Path, id: str) -> Cell:
     Raises:
         StudyError: there is no such cell.
     """
-    cells = _read_study(Path(path) / "study.json").get("cells", {})
+    cells = read_record(Path(path) / "study.json").get("cells", {})
     if id not in cells:
         raise StudyError(f"{path} has no cell {id!r}; it has {', '.join(list(cells)[:3]) or 'none'} ...")
     return cell_from_record(cells[id])
@@ -196,9 +196,12 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     place = path / "study.json"
-    record = _read_study(place)
+    record, packed = read_record(place), packed_results(path)
     try:
-        cells = {id: cell_from_record(cell) for id, cell in record["cells"].items()}
+        declared = dict.fromkeys(id for kept in record["grids"].values() for id in kept["cells"])
+        cells = {
+            id: cell_from_record(record["cells"][id]) if id in record["cells"] else packed[id].cell for id in declared
+        }
         grids = {grid: list(kept["cells"]) for grid, kept in record["grids"].items()}
         labels = {
             grid: {id: (label["setting"], label["method"]) for id, label in kept["cells"].items()}
@@ -207,7 +210,6 @@ def load_study(path: str | Path) -> Study:
         commands = {grid: _commands(kept) for grid, kept in record["grids"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(place, error) from error
-    packed = packed_results(path)
     results, errors = {}, {}
     for id in cells:
         if id in packed or cell_file(path, id).exists():
@@ -244,8 +246,8 @@ def quality_file(path: str | Path, reward_model: str) -> Path:
     return Path(path) / "quality" / f"{shown}{added}.json"
 
 
-def _study_text(record: Mapping[str, Any]) -> str:
-    """One line per grid and per cell: readable, and easy to compare."""
+def study_text(record: Mapping[str, Any]) -> str:
+    """The text of ``study.json``: one line per grid and per cell: readable, and easy to compare."""
 
     def lines(entries: Mapping[str, Any]) -> str:
         compact = json.JSONEncoder(separators=(",", ":")).encode
@@ -259,7 +261,12 @@ def _study_text(record: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _read_study(place: Path) -> dict[str, Any]:
+def read_record(place: Path) -> dict[str, Any]:
+    """What a ``study.json`` holds.
+
+    Raises:
+        StudyError: there is none, it is damaged, or of another format.
+    """
     if not place.exists():
         raise StudyError(f"{place.parent} holds no study (no {place.name}); run `tokenmdp ablate --out {place.parent}`")
     record = _read_json(place)

@@ -16,7 +16,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from tokenmdp.files import write_bytes, write_text
+from tokenmdp.files import write_text
 from tokenmdp.report.samples import Sample
 from tokenmdp.runs.settings import RunSettings, settings_from_record, settings_record
 
@@ -134,33 +134,22 @@ def read_result(path: str | Path, id: str) -> CellResult:
 
 
 def packed_results(path: str | Path) -> dict[str, CellResult]:
-    """Id -> finished cell, of those that `pack_cells` has packed in the study at ``path``; none without such a file.
+    """Id -> finished cell, of those that are packed in the study at ``path``; none without such a file.
 
     Raises:
         StudyError: the file is damaged, or of another format.
     """
     place = Path(path) / PACKED
-    results = [_result(line, place) for line in _packed_lines(place)]
+    results = [_result(line, place) for line in packed_lines(place)]
     return {result.cell.id: result for result in results}
 
 
-def pack_cells(path: str | Path) -> Path:
-    """Move the finished cells of the study at ``path`` into one compressed file, about a fifth of their size.
+def packed_lines(place: Path) -> list[str]:
+    """The text of every cell in a packed file; none without one.
 
-    A packed study is reported on like any other, number for number, but no cell can be added to it.
-
-    Returns:
-        The file.
+    Raises:
+        StudyError: it is damaged.
     """
-    place, files = Path(path) / PACKED, sorted((Path(path) / "cells").glob("*.json"))
-    lines = [*_packed_lines(place), *(file.read_text(encoding="utf-8").strip() for file in files)]
-    write_bytes(place, lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME))
-    for file in files:
-        file.unlink()
-    return place
-
-
-def _packed_lines(place: Path) -> list[str]:
     try:
         return lzma.decompress(place.read_bytes()).decode().splitlines() if place.exists() else []
     except (OSError, ValueError, lzma.LZMAError) as error:
