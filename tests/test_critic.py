@@ -14,6 +14,7 @@ from tokenmdp.agents.ppo import CRITIC_DUE, PPO, PPOConfig, critic_warning
 from tokenmdp.files import CheckpointError
 from tokenmdp.interop.torchrl import actor_critic
 from tokenmdp.rollouts import collect
+from tokenmdp.runs.policy_run import describe
 from tokenmdp.wrappers import vector
 
 POLICY_RATE = 3e-5
@@ -151,6 +152,11 @@ def test_a_value_model_resumes_bit_for_bit(gradient_checkpointing, tmp_path):
     (tmp_path / "saved" / "state" / "sha256sums.txt").unlink()  # which names the file first
     with pytest.raises(CheckpointError, match=r"value_model\.safetensors is not this model's value model"):
         PPO(str(tmp_path / "saved"), first.envs, PPOConfig(value_model="separate"))
+
+
+def test_a_run_says_that_it_has_a_second_model():
+    assert "0.03M parameters, values by another 0.03M, in float32" in describe(separate())
+    assert "another" not in describe(make_agent())
 
 
 def test_a_value_model_beside_adapters_is_refused():

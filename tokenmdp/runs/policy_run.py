@@ -215,9 +215,13 @@ def describe(agent: Learner) -> str:
     parameters = sum(weight.numel() for weight in agent.model.lm.parameters())
     learned = sum(weight.numel() for weight in agent.model.lm.parameters() if weight.requires_grad)
     adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
+    values = getattr(agent.model, "value_model", None)
+    separate = (
+        "" if values is None else f", values by another {sum(one.numel() for one in values.parameters()) / 1e6:.2f}M,"
+    )
     precision = str(agent.model.compute_dtype).removeprefix("torch.")
     return (
-        f"{agent.model_name} of {parameters / 1e6:.2f}M parameters{adapters} in {precision} on "
+        f"{agent.model_name} of {parameters / 1e6:.2f}M parameters{adapters}{separate} in {precision} on "
         f"{agent.model.lm.device}; {agent.batch_words()} per update"
     )
 
