@@ -186,12 +186,15 @@ def draw(results: dict[str, dict], out: Path) -> None:
             axes.plot(ranks, result["theory"][kind], "o", mfc="none", color=colour, label=f"{kind}, theory")
         dress(axes, name, "rank of the response", "mean reward")
     panels[0].legend(frameon=False, fontsize=8)
+    before: list[dict[str, float]] = []
     for colour, (name, result) in zip(COLOURS[2:], results.items(), strict=False):
-        measured = [one["epoch"] for one in result["W1"]]
+        measured = [*before, *result["W1"]]  # it goes on from there
+        epochs = [one["epoch"] for one in measured]
         for part, style in (("training", "-"), ("held out", ":")):
-            panels[2].plot(measured, [one[part] for one in result["W1"]], style, color=colour, label=f"{name}, {part}")
+            panels[2].plot(epochs, [one[part] for one in measured], style, color=colour, label=f"{name}, {part}")
+        before = measured[-1:]
     dress(panels[2], "W1 between kinds", "epoch", "mean difference of order statistics")
-    panels[2].legend(frameon=False, fontsize=8)
+    panels[2].legend(frameon=False, fontsize=8, loc="center right")
     write_figure(figure, out, "collapse")
 
 
