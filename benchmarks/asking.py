@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
+from shares import add_part
 
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.agents.reward_model import RewardModelConfig, RewardModelLearner
@@ -77,7 +78,7 @@ parser.add_argument("--updates", type=int, default=45, help="of PPO, divisible b
 parser.add_argument("--every", type=int, default=5, help="updates between two measurements")
 parser.add_argument("--kl-coef", type=float, default=0.1, help="low, so that the reward model can be over-optimised")
 parser.add_argument("--epochs", type=int, default=15, help="of a reward model with 100 comparisons; more have fewer")
-parser.add_argument("--part", default="0/1", help="K/N: every N-th run from the K-th on")
+add_part(parser)
 parser.add_argument("--table", action="store_true", help="only report what is there")
 
 
@@ -88,9 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.table:
         numbers = {name: getattr(args, name) for name in ("updates", "every", "kl_coef", "epochs")}
         claim(args.out / "settings.json", "measurements", numbers)
-        part, parts = map(int, args.part.split("/"))
         todo = [Cell(arm, labels, seed) for seed in range(1, args.seeds + 1) for arm, labels in CELLS]
-        for cell in todo[part::parts]:
+        for cell in todo[args.part]:
             path = args.out / f"{cell.name}.json"
             if not path.exists():
                 start = time.monotonic()

@@ -21,6 +21,7 @@ from pathlib import Path
 from frontier_parts.cells import MemberMissing, Sources, measured
 from frontier_parts.lines import LINES, place
 from frontier_parts.report import report
+from shares import add_part
 
 from tokenmdp.files import write_text
 from tokenmdp.runs.directory import claim
@@ -35,7 +36,7 @@ parser.add_argument(
     "--only", nargs="*", choices=list(LINES), default=list(LINES), metavar="LINE", help=", ".join(LINES)
 )
 parser.add_argument("--updates", type=int, default=PRESETS["quick"].updates, help="of what plays episodes")
-parser.add_argument("--part", default="0/1", help="K/N: every N-th run from the K-th on")
+add_part(parser)
 parser.add_argument("--table", action="store_true", help="only report what is there")
 
 
@@ -44,7 +45,6 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.table:
         if args.data is None or args.reward_model is None:
             parser.error("--data and --reward-model are needed to run anything")
-        part, parts = map(int, args.part.split("/"))
         made_of = {
             "data": str(args.data.resolve()), "reward_model": str(Path(args.reward_model).resolve()),
             "updates": args.updates, "preset": preset_settings("quick", "ppo").config,
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
             for value in LINES[name].values
         ]
         every.sort(key=lambda cell: cell[0] == "soup")  # most of their members are made by then
-        mine = every[part::parts]
+        mine = every[args.part]
         for number, (name, value, seed) in enumerate(mine, start=1):
             path, started = place(args.out, name, value, seed).with_suffix(".json"), time.perf_counter()
             if not path.exists():

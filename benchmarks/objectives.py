@@ -27,12 +27,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
+from shares import add_part
 
 from tokenmdp.agents.dpo import DPO
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.credit import FineGrainedCredit, FineReward
 from tokenmdp.evaluation.policies import gold_scores, played
-from tokenmdp.files import make_directory, write_text
+from tokenmdp.files import make_directory, read_json, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.soup import write_soup
 from tokenmdp.report.colours import COLOURS, MARKERS
@@ -61,7 +62,7 @@ parser.add_argument("--objectives", nargs=2, default=["imdb-gold", "restraint"],
 parser.add_argument("--seeds", type=int, default=5)
 parser.add_argument("--updates", type=int, default=PRESETS["quick"].updates, help="of PPO")
 parser.add_argument("--pairs", type=int, default=4096, help="comparisons by each objective")
-parser.add_argument("--part", default="0/1", help="K/N: every N-th seed from the K-th on")
+add_part(parser, "seed")
 parser.add_argument("--table", action="store_true", help="only report what is there")
 
 
@@ -75,26 +76,28 @@ class Policy(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
-    claim(args.out / "settings.json", "fronts", {"objectives": args.objectives, "updates": args.updates,
-                                                 "pairs": args.pairs})  # fmt: skip
+    settings = args.out / "settings.json"
     if not args.table:
-        part, parts = map(int, args.part.split("/"))
-        for seed in list(range(1, args.seeds + 1))[part::parts]:
+        presets = {name: preset_settings("quick", name).config for name in ("ppo", "dpo")}
+        claim(settings, "fronts", {name: getattr(args, name) for name in ("objectives", "updates", "pairs")} | presets)
+        for seed in range(1, args.seeds + 1)[args.part]:
             for method, weight in [(method, weight) for method, weights in METHODS.items() for weight in weights]:
                 path, begun = record(args.out, method, weight, seed), time.monotonic()
                 if not path.exists():
                     write_text(path, json.dumps(measured(policy(args, method, weight, seed), args)._asdict()) + "\n")
                     print(f"{path.stem}: {time.monotonic() - begun:.0f} s", flush=True)
-    report(args.out, args.objectives)
+    report(args.out, read_json(settings)["objectives"] if settings.exists() else args.objectives)
 
 
 def record(out: Path, method: str, weight: float, seed: int) -> Path:
     """The file with a policy's numbers; beside it, without the suffix, the directory of its weights."""
+    if method == START:
+        return out / "start.json"
     return out / f"seed{seed}" / f"{method.replace(' ', '-')}-{weight:g}.json"
 
 
 def policy(args: argparse.Namespace, method: str, weight: float, seed: int) -> str:
-    """Train or average a policy that is not there; its directory."""
+    """The directory of a policy, trained or averaged first if it is missing."""
     place = record(args.out, method, weight, seed).with_suffix("")
     if method == START:
         return POLICY
@@ -120,13 +123,14 @@ def ppo(args: argparse.Namespace, weight: float, seed: int) -> PPO:
 
 
 def modpo(args: argparse.Namespace, weight: float, seed: int) -> DPO:
-    """DPO on the first one's comparisons less the second one's share of them; with weight 0 on the second one's."""
+    """MODPO on the first objective's comparisons with the second as margin; at weights 1 and 0 DPO on one's alone."""
     settings, labelled = preset_settings("quick", "dpo"), 0 if weight else 1
     file = args.out / f"seed{seed}" / f"pairs-{labelled}.jsonl"
     make_directory(file.parent)
     asked = Comparing(
-        policy=POLICY, out=file, judge=args.objectives[labelled], pairs=args.pairs, seed=seed, max_new_tokens=16
-    )
+        policy=POLICY, out=file, judge=args.objectives[labelled], pairs=args.pairs, seed=seed, max_new_tokens=16,
+        device="cpu",
+    )  # fmt: skip
     records = ask_model(Console(file=io.StringIO()), asked)
     config = {"margin": args.objectives[1], "objective_weight": weight} if 0 < weight < 1 else {}
     agent = DPO(POLICY, records, agent_config(replace(settings, seed=seed, config=settings.config | config), None))
@@ -149,17 +153,24 @@ def measured(policy: str, args: argparse.Namespace) -> Policy:
 
 
 def found(out: Path) -> dict[str, dict[float, dict[int, Policy]]]:
-    """Method -> weight -> seed -> policy, of what is there."""
-    policies: dict[str, dict[float, dict[int, Policy]]] = {}
-    for place in sorted(out.glob("seed*"), key=lambda one: int(one.name.removeprefix("seed"))):
-        for method, weights in METHODS.items():
-            for weight in sorted(weights):
-                seed = int(place.name.removeprefix("seed"))
-                if (path := record(out, method, weight, seed)).exists():
-                    policies.setdefault(method, {}).setdefault(weight, {})[seed] = Policy(
-                        **json.loads(path.read_text())
-                    )
-    return policies
+    """Method -> weight -> seed -> policy, of what is there; the start has one seed."""
+    seeds = sorted(int(place.name.removeprefix("seed")) for place in out.glob("seed*"))
+    every = {
+        method: {
+            weight: {
+                seed: Policy(**read_json(path))
+                for seed in (seeds[:1] if method == START else seeds)
+                if (path := record(out, method, weight, seed)).exists()
+            }
+            for weight in sorted(weights)
+        }
+        for method, weights in METHODS.items()
+    }
+    return {
+        method: there
+        for method, weights in every.items()
+        if (there := {weight: seeds for weight, seeds in weights.items() if seeds})
+    }
 
 
 def above_chord(ends: Sequence[dict[int, Policy]], weight: float, soups: dict[int, Policy], axis: int) -> Estimate:
@@ -196,7 +207,7 @@ def report(out: Path, objectives: Sequence[str]) -> None:
 
 
 def draw(policies: dict[str, dict[float, dict[int, Policy]]], objectives: Sequence[str], out: Path) -> None:
-    """Second objective against the first, a line per method with the ends of its family; a mark's area is the KL."""
+    """Second objective against the first, a line per method with the ends of its family; marks grow with the KL."""
     figure = new_figure(10, 4.6)
     for axes, family in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("PPO", "MODPO"), strict=True):
         ends = {end: seeds for end, seeds in policies.get(family, {}).items() if end in ENDS}

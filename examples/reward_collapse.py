@@ -3,12 +3,13 @@
 Half of the prompts are closed ("Yes or no? ..."), half are open ("Describe it. ..."). The bundled policy answers each
 eight times, the bundled judge ranks the answers, and a reward model learns the rankings with the same utility for all
 prompts, then goes on with a utility for each kind. With one utility the rewards of both kinds spread alike, whatever
-the prompt asks for; with two, each kind gets its own spread. The second training starts from the first one's model: the
-utility x has no gradient where a reward is near 0 or 1, so that from an untrained model wrong responses stay there.
+the prompt asks for; with two, each kind gets its own spread. The second training starts from the first one's model,
+because the gradient of the utility x vanishes where a reward is near 0 or 1: in a model trained from scratch, responses
+on the wrong side stay there.
 
 python examples/reward_collapse.py --out runs/collapse --prompts 256 --epochs 18
 
-The same command goes on with an interrupted run from its last measurement.
+Run the same command again to continue from the last measurement.
 
 Source: Song et al., "Reward Collapse in Aligning Large Language Models", 2023.
 """
@@ -44,6 +45,7 @@ RUNS = {"one utility": "log-sigmoid", "prompt-aware": "closed=x,open=-1/x"}
 THEORY = {"one utility": dict.fromkeys(KINDS, "log-sigmoid"), "prompt-aware": {"closed": "x", "open": "-1/x"}}
 HELD_OUT = 64  # prompts
 EVERY = 3  # epochs, from one measurement to the next
+BATCH_SIZE = 4  # rankings per update
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", type=Path, required=True, help="directory for figure and numbers")
@@ -57,7 +59,8 @@ parser.add_argument("--seed", type=int, default=1)
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     data, numbers = args.out / "rankings.jsonl", args.out / "numbers.json"
-    claim(args.out / "settings.json", "rankings and models", {k: v for k, v in vars(args).items() if k != "out"})
+    made_of = {name: value for name, value in vars(args).items() if name != "out"} | {"batch_size": BATCH_SIZE}
+    claim(args.out / "settings.json", "rankings and models", made_of)
     if not data.exists():
         write_records(data, sample(args.prompts + HELD_OUT, args.responses, args.seed))
     rankings = [one for one in read_preferences(data, load_tokenizer("imdb-tiny")) if isinstance(one, Ranking)]
@@ -93,7 +96,7 @@ def begin(
 ) -> RewardModelLearner:
     """A reward model to train, or the interrupted one."""
     config = RewardModelConfig(
-        utilities=utilities, epochs=args.epochs, batch_size=4, learning_rate=args.learning_rate, seed=args.seed
+        utilities=utilities, epochs=args.epochs, batch_size=BATCH_SIZE, learning_rate=args.learning_rate, seed=args.seed
     )
     if checkpoint.exists():
         return RewardModelLearner.load(checkpoint, training)
@@ -194,7 +197,7 @@ def draw(results: dict[str, dict], out: Path) -> None:
             panels[2].plot(epochs, [one[part] for one in measured], style, color=colour, label=f"{name}, {part}")
         before = measured[-1:]
     dress(panels[2], "W1 between kinds", "epoch", "mean difference of order statistics")
-    panels[2].legend(frameon=False, fontsize=8, loc="center right")
+    panels[2].legend(frameon=False, fontsize=8, loc="lower right")
     write_figure(figure, out, "collapse")
 
 

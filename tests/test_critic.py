@@ -155,8 +155,8 @@ def test_a_value_model_resumes_bit_for_bit(gradient_checkpointing, tmp_path):
 
 
 def test_a_run_says_that_it_has_a_second_model():
-    assert "0.03M parameters, values by another 0.03M, in float32" in describe(separate())
-    assert "another" not in describe(make_agent())
+    assert "0.03M parameters and a value model of 0.03M in float32" in describe(separate())
+    assert "value model" not in describe(make_agent())
 
 
 def test_a_value_model_beside_adapters_is_refused():

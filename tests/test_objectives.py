@@ -39,6 +39,7 @@ def test_a_soup_is_compared_with_the_chord_of_the_same_seed(tmp_path, capsys):
 def test_the_table_of_nothing(tmp_path, capsys):
     objectives.main(["--out", str(tmp_path), "--table"])
     assert "holds no measured policy yet" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

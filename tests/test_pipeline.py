@@ -148,7 +148,7 @@ def test_other_settings_and_other_files_are_refused(whole, place, tmp_path):
 
 
 def test_a_pipeline_of_other_presets_is_refused(place, tmp_path):
-    """Those of an earlier version: every field that the preset decides is on record."""
+    """Those of an earlier version: what the preset sets of the policy's algorithm is on record."""
     record = pipeline.check(settings(place), tmp_path)
     assert record["settings"]["config"]["kl_coef"] == 0.45
     record["settings"]["config"]["kl_coef"] = 0.3

@@ -17,27 +17,29 @@ import rounds  # noqa: E402
 
 def write(out, arm, seed, *policies):
     path = rounds.record(out, arm, seed)
-    path.write_text(json.dumps([rounds.Policy([judge] * 2, [0.0], kl)._asdict() for judge, kl in policies]))
+    every = [rounds.Policy([judge] * 2, [0.0], kl)._asdict() for judge, kl in policies]
+    path.write_text(json.dumps({"comparisons": 30, "policies": every}))
 
 
 @pytest.fixture
 def out(tmp_path):
-    """All at once rises by 1 per root of a nat, a fixed reference by 2; it goes farther."""
+    """A fixed reference ends higher and farther; a round before its last one is farther still and worse."""
     for seed in (1, 2, 3):
         write(tmp_path, "all at once", seed, (seed, 0.0), (seed + 2.0, 4.0))
-        write(tmp_path, "fixed reference", seed, (seed, 0.0), (seed + 2.0, 1.0), (seed + 4.0, 4.0), (seed + 6.0, 9.0))
+        write(tmp_path, "fixed reference", seed, (seed, 0.0), (seed + 2.0, 1.0), (seed + 1.0, 16.0), (seed + 6.0, 9.0))
     return tmp_path
 
 
-def test_runs_are_compared_at_equal_kl_seed_by_seed(out, capsys):
+def test_last_policies_are_compared_at_equal_kl_seed_by_seed(out, capsys):
     rounds.report(out)
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() == printed
-    assert printed.splitlines()[-1].split("|")[2].strip() == "round 3"
-    assert printed.splitlines()[-1].split("|")[-2].strip() == "2.00 [2.00, 2.00]"  # both where the root is 2
+    last = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
+    assert last[:4] == ["fixed reference", "3", "30", "round 3"]
+    assert last[-1] == "2.00 [2.00, 2.00]"  # 4 above the start where the root is 2, and the other one is 2
     chance = 1 / (1 + math.exp(-4))  # of a response that is better by 4
     elo = f"{400 * math.log10(chance / (1 - chance)):+.0f}"
-    assert printed.splitlines()[-1].split("|")[-3].strip() == f"{elo} [{elo}, {elo}]"
+    assert last[-2] == f"{elo} [{elo}, {elo}]"
     assert printed.splitlines()[2].split("|")[-2].strip() == ""
     assert (out / "rounds.png").stat().st_size > 10_000
 
@@ -53,12 +55,12 @@ def test_every_arm_runs_once_and_asks_the_same_number(tmp_path, monkeypatch):
     order = ["--out", str(tmp_path), "--seeds", "1", "--pairs", "48", "--updates", "1", "--eval-samples", "4"]
     rounds.main(order)
     first = rounds.read(tmp_path)
-    assert {arm: [len(run) for run in runs.values()] for arm, runs in first.items()} == {
-        "all at once": [2], "fixed reference": [4], "moved reference": [4]
+    assert {arm: len(runs[1].policies) for arm, runs in first.items()} == {
+        "all at once": 2, "all at once, longer": 2, "fixed reference": 4, "moved reference": 4
     }  # fmt: skip
-    for arm, runs in rounds.ARMS.items():
-        last = rounds.record(tmp_path, arm, 1).with_suffix("") / f"round-{runs['rounds']}" / "comparisons.jsonl"
-        assert len(last.read_text().splitlines()) == 48
+    assert all(40 <= runs[1].comparisons <= 48 for runs in first.values())
+    record = json.loads((rounds.record(tmp_path, rounds.LONGER, 1).with_suffix("") / "pipeline.json").read_text())
+    assert record["settings"]["updates"] == 3
     monkeypatch.setattr(rounds, "rlhf", lambda *_: pytest.fail("run again"))
     rounds.main(order)
     assert rounds.read(tmp_path) == first

@@ -126,7 +126,15 @@ def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
     for file, text in aside:
         file.write_text(text)
     assert repr(load_study(tmp_path)) == repr(before)  # some packed, some in files
+    later[0].write_text("{")
+    with pytest.raises(StudyError, match="delete it and the cell is run again"):
+        pack_cells(tmp_path)
+    later[0].write_text(aside[0][1])
+    assert repr(load_study(tmp_path)) == repr(before)  # nothing was changed
     place = pack_cells(tmp_path)
+    assert pack_cells(tmp_path).read_bytes() == place.read_bytes()
+    unfinished = {cell.id for cell in before.cells.values() if cell.method == "red"}
+    assert json.loads((tmp_path / "study.json").read_text())["cells"].keys() == unfinished
     assert repr(load_study(tmp_path)) == repr(before)
     assert not kept.exists()
     with pytest.raises(StudyError, match="holds packed cells, to which none can be added"):
@@ -135,6 +143,9 @@ def test_a_packed_study_is_the_same_and_is_only_read(tmp_path):
         place.write_bytes(damaged)
         with pytest.raises(StudyError, match="restore a copy"):
             load_study(tmp_path)
+    place.unlink()
+    with pytest.raises(StudyError, match=r"neither in study.json nor in cells.jsonl.xz; restore a copy"):
+        load_study(tmp_path)
 
 
 def test_a_damaged_cell_is_named(tmp_path):

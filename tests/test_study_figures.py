@@ -334,6 +334,7 @@ def test_leads_stand_over_what_the_critic_explains(tmp_path):
     assert "from slow to shared: shrinks with ABC -1.50" in caption
     assert "from slow to separate: shrinks with ABC -2.00" in caption
     assert "not decided (the interval includes 0) RED " in caption
+    assert "Crosses" not in caption
     told = re.search(r"explains: slow (\S+) .*, shared (\S+) .*, separate (\S+)", caption)
     halfway = 1 - 0.5 ** (50.5 / 15)  # where the median of 100 updates is
     assert [float(number) for number in told.groups()] == pytest.approx(

@@ -52,9 +52,12 @@ def _vocabulary(shape: Shape, sizes: Sequence[int], device: torch.device, repeti
 
 
 def _memory(axis: str, shapes: dict[int, Shape], device: torch.device, repetitions: int) -> list[Finding]:
-    """Peak of a fresh process that makes two updates, with a reward model of the policy's size."""
+    """Peak of a fresh process that makes two updates, with a reward model of the policy's size, Python included.
+
+    A minibatch is a quarter of the episodes.
+    """
     processes = {str(size): fresh_process(shape, "attention", device) for size, shape in shapes.items()}
-    records = alternate(processes, max(1, repetitions // 2), warmup=0)
+    records = alternate(processes, max(1, repetitions - 1), warmup=0)
     first, *others = shapes
     return [
         _finding(

@@ -33,6 +33,8 @@ class ClockedAgent:
         real_reward: bool = False,
         aligned: bool = False,
     ) -> None:
+        if aligned and not real_reward:
+            raise ValueError("aligned is about a real reward model; pass real_reward=True, too")
         self.shape, self.device = shape, device
         self.envs_watch, self.reward_watch, self.reference_watch = (Stopwatch(device) for _ in range(3))
         reward_model: RewardModel | None = make_reward_model(shape, str(device)) if real_reward else None

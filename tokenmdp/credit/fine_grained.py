@@ -40,9 +40,9 @@ class FineReward:
     subtracted for the first segment, so its R includes the score of the prompt. This is the default, because the model
     reads whole texts as it was trained to, a negation before the segment counts, and the R of a response sum to the
     model's score of it. With ``context="segment"``, ``R(j) = s(prompt + segment j)``, for models that were trained to
-    judge single sentences. With ``context="whole"``, ``R(j) = s(prompt + y + end of text + y up to the end of j)``: a
-    model that was trained on `tokenmdp.preferences.segment_ranking` answers for segment j when it has read all of y. A
-    causal model needs one forward for all segments of a text.
+    judge single sentences. With ``context="whole"``, ``R(j) = s(prompt + y + end of text + y up to the end of j)``,
+    with no second end where y ends with one: a model that was trained on `tokenmdp.preferences.segment_ranking` answers
+    for segment j when it has read all of y. A causal model needs one forward for all segments of a text.
 
     What is paid is ``w * (R(j) - shift)``, or with ``sign`` ``w * sign(R(j) - shift)``. So ``weight=1/sd, shift=mean``
     is ``(R - mean) / sd``, and ``weight=0.3, sign=True`` pays 0.3 for a segment of the wanted class and -0.3 for
@@ -219,7 +219,8 @@ def read_before(episode: Episode, tokenizer: Any) -> Episode:
         raise MissingResource("the context 'whole' needs a tokenizer with an end-of-text token; pass one")
     end = torch.full_like(episode.input_ids[:, :1], tokenizer.eos_token_id)
     response, read = episode.input_ids[:, episode.prompt_slots :], episode.response_mask.bool()
-    unended = ~((response == end) & read).any(-1, keepdim=True)
+    last = sparse_weights(read).bool()
+    unended = ~((response == end) & last).any(-1, keepdim=True)
     mask = torch.cat([episode.attention_mask.bool(), unended, read], -1)
     ids = torch.cat([episode.input_ids, end, response], -1)
     return Episode(ids, mask, episode.response_mask)

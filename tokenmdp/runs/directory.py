@@ -54,21 +54,24 @@ class RunError(RuntimeError):
 def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise RunError with every setting that differs, if one does; ``what`` begins the message.
 
-    >>> refuse_other_settings("a run", {"seed": 1, "config": {"lr": 0.1}}, {"seed": 1, "config": {"lr": 0.2}})
+    >>> refuse_other_settings("a run", {"config": {}}, {"config": {"lr": 0.2}})
     Traceback (most recent call last):
-    tokenmdp.runs.directory.RunError: a run with other settings (config.lr is 0.1, asked 0.2); choose another --out
+    tokenmdp.runs.directory.RunError: a run with other settings (config.lr is not set, asked 0.2); choose another --out
     """
     before, now = dict(_leaves(stored)), dict(_leaves(asked))
     different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
-        changes = "; ".join(f"{name} is {before.get(name)!r}, asked {now.get(name)!r}" for name in different)
+        shown = {
+            name: [repr(each[name]) if name in each else "not set" for each in (before, now)] for name in different
+        }
+        changes = "; ".join(f"{name} is {was}, asked {asked}" for name, (was, asked) in shown.items())
         raise RunError(f"{what} with other settings ({changes}); choose another --out")
 
 
 def _leaves(settings: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting that holds no others, with the names of those it stands in before a dot."""
+    """Every leaf of nested settings, named by its dotted path."""
     for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _leaves(value, f"{inside}{name}.")
         else:
             yield inside + name, value

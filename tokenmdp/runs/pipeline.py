@@ -164,7 +164,7 @@ def train_policy(settings: PipelineSettings, name: str, out: Path, source: dict[
 
 
 def updates(settings: PipelineSettings) -> int | None:
-    """Of the policy in each round; None: one pass over the comparisons."""
+    """Updates of the policy in each round; None: one pass over the comparisons."""
     if settings.updates is None and algorithm(settings.algorithm).learns_from == "episodes":
         return PRESETS["quick"].updates
     return settings.updates
@@ -223,7 +223,7 @@ def check(settings: PipelineSettings, out: Path) -> dict[str, Any]:
         RunError: other settings, or something else in the directory.
     """
     record = {key: value for key, value in asdict(settings).items() if key not in ("device", "rounds")}
-    # All of them: another version's presets make another pipeline.
+    # With the preset's fields for the policy's algorithm, so that a change of them is refused.
     record |= {"config": run_settings(settings, settings.algorithm).config, "updates": updates(settings)}
     content, path = {"format": FORMAT, "settings": record}, out / RECORD
     refuse_strangers(path, "a pipeline")

@@ -217,7 +217,7 @@ def describe(agent: Learner) -> str:
     adapters = f" ({learned / 1e6:.2f}M of them in adapters, which learn)" if learned < parameters else ""
     values = getattr(agent.model, "value_model", None)
     separate = (
-        "" if values is None else f", values by another {sum(one.numel() for one in values.parameters()) / 1e6:.2f}M,"
+        "" if values is None else f" and a value model of {sum(one.numel() for one in values.parameters()) / 1e6:.2f}M"
     )
     precision = str(agent.model.compute_dtype).removeprefix("torch.")
     return (

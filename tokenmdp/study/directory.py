@@ -1,6 +1,6 @@
 """A study on disk: grids, their cells, and the cells' results.
 
-study.json             the grids: their arguments, their cells and what these are called; cells that are not packed, too
+study.json             the grids (arguments, cells, labels), and the settings of every cell that is not packed
 cells/ID.json          a finished cell
 cells.jsonl.xz         finished cells in one file, if `tokenmdp.study.packing.pack_cells` has made it
 cells/ID.progress      how far a running one is
@@ -199,9 +199,8 @@ def load_study(path: str | Path) -> Study:
     record, packed = read_record(place), packed_results(path)
     try:
         declared = dict.fromkeys(id for kept in record["grids"].values() for id in kept["cells"])
-        cells = {
-            id: cell_from_record(record["cells"][id]) if id in record["cells"] else packed[id].cell for id in declared
-        }
+        cells = {id: cell_from_record(cell) for id, cell in record["cells"].items()}
+        cells = {id: cells[id] if id in cells else packed[id].cell for id in declared if id in cells or id in packed}
         grids = {grid: list(kept["cells"]) for grid, kept in record["grids"].items()}
         labels = {
             grid: {id: (label["setting"], label["method"]) for id, label in kept["cells"].items()}
@@ -210,6 +209,11 @@ def load_study(path: str | Path) -> Study:
         commands = {grid: _commands(kept) for grid, kept in record["grids"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(place, error) from error
+    if lacking := [id for id in declared if id not in cells]:
+        raise StudyError(
+            f"{path} declares the cell {lacking[0]!r}, whose settings are neither in {place.name} nor in {PACKED}; "
+            f"restore a copy of {PACKED}"
+        )
     results, errors = {}, {}
     for id in cells:
         if id in packed or cell_file(path, id).exists():
@@ -247,7 +251,7 @@ def quality_file(path: str | Path, reward_model: str) -> Path:
 
 
 def study_text(record: Mapping[str, Any]) -> str:
-    """The text of ``study.json``: one line per grid and per cell: readable, and easy to compare."""
+    """The text of ``study.json``, one line per grid and per cell, so that it is easy to read and compare."""
 
     def lines(entries: Mapping[str, Any]) -> str:
         compact = json.JSONEncoder(separators=(",", ":")).encode
@@ -287,7 +291,10 @@ def _read_notice(place: Path) -> str:
 
 
 def _damaged(place: Path, what: object) -> StudyError:
-    return StudyError(f"{place} is damaged ({what}); delete it and run the same command again: finished cells stay")
+    remedy = "delete it and run the same command again: finished cells stay"
+    if (place.parent / PACKED).exists():
+        remedy = "restore a copy, as nothing is added to a study with packed cells"
+    return StudyError(f"{place} is damaged ({what}); {remedy}")
 
 
 def _read_json(place: Path) -> dict[str, Any]:

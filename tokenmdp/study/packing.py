@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 from pathlib import Path
 
-from tokenmdp.files import write_bytes, write_text
+from tokenmdp.files import locked, write_bytes, write_text
 from tokenmdp.study.directory import read_record, study_text
-from tokenmdp.study.results import PACKED, packed_lines
+from tokenmdp.study.results import PACKED, packed_lines, result_of
 
 
 def pack_cells(path: str | Path) -> Path:
@@ -19,14 +18,23 @@ def pack_cells(path: str | Path) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        StudyError: there is no study, or a damaged file; nothing was changed.
     """
-    place, files = Path(path) / PACKED, sorted((Path(path) / "cells").glob("*.json"))
-    lines = [*packed_lines(place), *(file.read_text(encoding="utf-8").strip() for file in files)]
-    write_bytes(place, lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME))
-    record = read_record(Path(path) / "study.json")
-    packed = {json.dumps(json.loads(line)["cell"], sort_keys=True) for line in lines}
-    left = {id: cell for id, cell in record["cells"].items() if json.dumps(cell, sort_keys=True) not in packed}
-    write_text(Path(path) / "study.json", study_text(record | {"cells": left}))
-    for file in files:
-        file.unlink()
+    path = Path(path)
+    place = path / PACKED
+    with locked(path):
+        record = read_record(path / "study.json")
+        files = sorted((path / "cells").glob("*.json"))
+        packed = {result_of(line, place).cell.id: line for line in packed_lines(place)}
+        for file in files:
+            line = file.read_text(encoding="utf-8").strip()
+            packed[result_of(line, file).cell.id] = line
+        text = "".join(f"{line}\n" for line in packed.values())
+        write_bytes(place, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+        left = {id: cell for id, cell in record["cells"].items() if id not in packed}
+        write_text(path / "study.json", study_text(record | {"cells": left}))
+        for file in files:
+            file.unlink()
     return place

@@ -128,7 +128,7 @@ def read_result(path: str | Path, id: str) -> CellResult:
     """
     place = cell_file(path, id)
     try:
-        return _result(place.read_text(encoding="utf-8"), place)
+        return result_of(place.read_text(encoding="utf-8"), place)
     except OSError as error:
         raise StudyError(f"{place} holds no finished cell ({error!r}); delete it and the cell is run again") from error
 
@@ -140,7 +140,7 @@ def packed_results(path: str | Path) -> dict[str, CellResult]:
         StudyError: the file is damaged, or of another format.
     """
     place = Path(path) / PACKED
-    results = [_result(line, place) for line in packed_lines(place)]
+    results = [result_of(line, place) for line in packed_lines(place)]
     return {result.cell.id: result for result in results}
 
 
@@ -156,7 +156,12 @@ def packed_lines(place: Path) -> list[str]:
         raise StudyError(f"{place} cannot be read ({error}); restore a copy") from error
 
 
-def _result(text: str, place: Path) -> CellResult:
+def result_of(text: str, place: Path) -> CellResult:
+    """The finished cell whose file ``place`` has this text.
+
+    Raises:
+        StudyError: it is damaged, or of another format.
+    """
     try:
         record = json.loads(text)
         check_format(record, place)

@@ -66,17 +66,19 @@ def trend_answer(groups: Groups) -> str:
     return f"Mean score over training against credit_beta, a straight line per seed: {said}." if slopes else ""
 
 
-def growth_answer(settings: Mapping[str, Groups], shortest: str, longest: str) -> str:
-    """How every method's lead over the baseline changes from one length to another, by the seeds that have both."""
-    first, last, changes = settings[shortest], settings[longest], {}
+def growth_answer(settings: Mapping[str, Groups], near: str, far: str) -> str:
+    """How every method's lead over the baseline changes from one setting to another, by the seeds that have both."""
+    first, last, changes = settings[near], settings[far], {}
     for method in first:
         if method != BASELINE and method in last and BASELINE in first and BASELINE in last:
             rows = paired(first[method], first[BASELINE], last[method], last[BASELINE])
-            values = [area(far) - area(base_far) - area(near) + area(base) for near, base, far, base_far in rows]
+            values = [
+                area(there) - area(base_there) - area(here) + area(base) for here, base, there, base_there in rows
+            ]
             if values:
                 changes[name_of(method)] = mean_difference(values)
     said = sorted_by_sign(changes, "grows with", "shrinks with")
-    return f"Change of the lead over {BASELINE} from {shortest} to {longest}: {said}." if changes else ""
+    return f"Change of the lead over {BASELINE} from {near} to {far}: {said}." if changes else ""
 
 
 def change_answer(groups: Groups, key: str, what: str, since: float = 0.0) -> str:

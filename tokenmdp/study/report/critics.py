@@ -39,10 +39,10 @@ def critic_section(study: Study) -> Section:
         first, *others = sorted(settings, key=lambda name: explained[name].value)
         told = ", ".join(f"{name} {with_interval(explained[name])}" for name in (first, *others))
         caption = (
-            f"{' '.join(growth_answer(settings, first, other) for other in others)} Returns of {BASELINE} that its "
-            f"critic explains: {told} (median over updates, mean over runs). {seeds_of(every)}. Left: difference in "
-            f"mean score over training to {BASELINE} with the same critic and seed; right: the mean score over "
-            f"training; each with its 95% interval.{caption_remarks(lost_runs(settings))}"
+            f"{' '.join(growth_answer(settings, first, other) for other in others)} Variance of {BASELINE}'s "
+            f"returns that its critic explains: {told} (median over updates, mean over runs). {seeds_of(every)}. Left: "
+            f"lead over {BASELINE} (same critic, same seed) in mean score over training; right: mean score over "
+            f"training; each with its 95% interval.{caption_remarks(lost_runs(settings, 'Runs'))}"
         )
         figure = critic_study(settings, explained)
         section.pictures.append(Picture(f"critic-{slug(grid)}", figure, f"grid {grid}: lead by critic", caption))
@@ -51,7 +51,7 @@ def critic_section(study: Study) -> Section:
 
 
 def explained_variance(groups: Groups) -> Estimate:
-    """What sparse's critic explains of its returns: each run's median over updates, since the first ones are wild."""
+    """What sparse's critic explains: the median over each run's updates, because early values are erratic."""
     return level([float(np.median(result.metrics["explained_variance"])) for result in groups[BASELINE]])
 
 

@@ -100,7 +100,7 @@ def updates_of(groups: Groups) -> int:
     return min(len(result.metrics["update"]) for results in groups.values() for result in results)
 
 
-def lost_runs(settings: Mapping[str, Groups]) -> list[str]:
+def lost_runs(settings: Mapping[str, Groups], mark: str = "Crosses: runs") -> list[str]:
     """A remark on the runs that lost what they had gained, which `draw_curves` marks; a setting may have no name."""
     told = [
         f"{f'{name}: ' * bool(name)}{lost} of {len(results)} of {name_of(method)}'s"
@@ -108,7 +108,7 @@ def lost_runs(settings: Mapping[str, Groups]) -> list[str]:
         for method, results in groups.items()
         if (lost := sum(map(collapsed, results)))
     ]
-    return [f"Crosses: runs that lost more than half of what they had gained ({'; '.join(told)})"] if told else []
+    return [f"{mark} that lost more than half of what they had gained ({'; '.join(told)})"] if told else []
 
 
 def bands_of(groups: Groups, updates: int = 0) -> str:
