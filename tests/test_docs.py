@@ -1,5 +1,6 @@
 """The Python blocks of the pages run, links lead somewhere, and recipes give each row its own token's reward."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_relative_links_lead_to_a_file_and_a_heading(page):
         assert path.exists(), f"{page} links to {target}"
         if fragment:
             assert fragment in anchors(path.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+@pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
+def test_what_a_command_line_imports_is_there():
+    found = 0
+    for page in PAGES:
+        for line in re.findall(r'python -c "(.*?)"', (ROOT / page).read_text(encoding="utf-8")):
+            for module, names in re.findall(r"from (tokenmdp[\w.]*) import ([\w, ]+)", line):
+                for name in names.split(","):
+                    assert hasattr(importlib.import_module(module), name.strip()), f"{page}: {line}"
+                    found += 1
+    assert found
 
 
 @pytest.mark.skipif(not IN_A_CHECKOUT, reason="the pages are not beside the tests")
