@@ -1,4 +1,4 @@
-"""A reward model for single sentences, and PPO with and without it. An hour on two cores.
+"""A reward model for single sentences, and PPO with and without it. About an hour on one core.
 
 A sentence of a review is exchanged for one of another review: that one is irrelevant by construction. Two reward models
 learn, from different reviews, to tell such sentences from the others when they have read the whole text. PPO then
@@ -56,7 +56,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--imdb", required=True, help="directory of the IMDb reviews")
 parser.add_argument("--out", type=Path, required=True, help="directory for data, models and numbers")
 parser.add_argument("--reviews", type=int, default=4000, help="for each of both models")
-parser.add_argument("--epochs", type=int, default=1, help="of both models")
+parser.add_argument("--epochs", type=int, default=4, help="of both models")
 parser.add_argument("--test", type=int, default=600, help="test reviews to measure the models on")
 parser.add_argument("--weight", type=float, default=1.0, help="of relevance, in its standard deviations")
 parser.add_argument("--updates", type=int, default=40, help="of PPO")
