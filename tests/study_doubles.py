@@ -28,7 +28,7 @@ from tokenmdp.study.report import page
 from tokenmdp.study.results import Cell, CellResult, cell_file, write_result
 
 METHODS = ("sparse", "uniform", "attention", "abc-d", "abc-d2", "red")
-GRIDS = ("imdb", "beta", "length", "kl", "faithful")
+GRIDS = ("imdb", "beta", "length", "kl", "critic", "faithful")
 LENGTHS = {"8-16 tokens": (8, 15), "20-30 tokens": (20, 29), "40-60 tokens": (40, 59)}
 SHORT = "8-16 tokens"
 TEXT = "this film is a quiet , well acted and moving story that stays with you long after it ends"

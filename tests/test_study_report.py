@@ -23,7 +23,7 @@ from tokenmdp.study.tuning import rates_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DARK, LIGHT = 0, 1  # Chromium's preferredColorScheme
-FIGURES = ("curves", "beta", "length", "kl", "gold", "quality", "diversity", "diagnostics")
+FIGURES = ("curves", "beta", "length", "kl", "critic", "gold", "quality", "diversity", "diagnostics")
 VOID = {"meta", "br", "use", "path", "rect"}
 
 
@@ -143,7 +143,7 @@ def test_the_numbers_are_those_of_the_tables(full, page, outline):
 def test_what_is_not_there_is_left_out_and_said(partial):
     text = (partial.path / "report" / "index.html").read_text(encoding="utf-8")
     words = " ".join(Outline(text).words)
-    assert text.count("Not in this study") == 5  # beta, length, kl, gold, quality
+    assert text.count("Not in this study") == 6  # beta, length, kl, critic, gold, quality
     assert "needs several lengths: --lengths" in words
     assert "MemoryError: 8.0 GiB for the <logits>" in words
     assert "uniform: seed 2" in words
