@@ -16,6 +16,7 @@ Source: Wu et al., "Fine-Grained Human Feedback Gives Better Rewards for Languag
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -66,6 +67,12 @@ parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="of PPO
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
+    if importlib.util.find_spec("datasets") is None:
+        parser.error("reading the reviews needs the extra datasets: pip install 'tokenmdp[datasets]'")
+    if not Path(args.imdb).is_dir():
+        parser.error(
+            f"--imdb {args.imdb} is not a directory; give the one that holds train-*.parquet and test-*.parquet"
+        )
     numbers = {name: value for name, value in vars(args).items() if name not in ("imdb", "out", "seeds")}
     claim(args.out / "settings.json", "models and runs", numbers)
     tokenizer = load_tokenizer("imdb-tiny")

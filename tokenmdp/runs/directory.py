@@ -54,17 +54,16 @@ class RunError(RuntimeError):
 def refuse_other_settings(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise RunError with every setting that differs, if one does; ``what`` begins the message.
 
-    >>> refuse_other_settings("a run", {"config": {}}, {"config": {"lr": 0.2}})
+    >>> refuse_other_settings("a run", {"config": {}}, {"config": {"lr": 2}})
     Traceback (most recent call last):
-    tokenmdp.runs.directory.RunError: a run with other settings (config.lr is not set, asked 0.2); choose another --out
+    tokenmdp.runs.directory.RunError: a run with other settings (config.lr was not given, asked 2); choose another --out
     """
     before, now = dict(_leaves(stored)), dict(_leaves(asked))
     different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
-        shown = {
-            name: [repr(each[name]) if name in each else "not set" for each in (before, now)] for name in different
-        }
-        changes = "; ".join(f"{name} is {was}, asked {asked}" for name, (was, asked) in shown.items())
+        was = {name: f"is {before[name]!r}" if name in before else "was not given" for name in different}
+        wanted = {name: f"asked {now[name]!r}" if name in now else "now it is not given" for name in different}
+        changes = "; ".join(f"{name} {was[name]}, {wanted[name]}" for name in different)
         raise RunError(f"{what} with other settings ({changes}); choose another --out")
 
 
