@@ -28,7 +28,7 @@ class SoupOptions:
     first: tyro.conf.Positional[str]
     """A run directory, or the directory of a model."""
     second: tyro.conf.Positional[str]
-    """The same."""
+    """The other one: a run directory, or the name or directory of a model."""
     weights: str = "0:1:0.25"
     """Of the second one: FIRST:LAST:STEP, or numbers with commas between them."""
     reward_model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -34,7 +34,7 @@ PresetName = Literal["quick", "smoke"]
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a policy against a reward model, then show what changed.
+    """Train a policy, then show what changed.
 
     Run the same command again to go on with an interrupted run.
     """

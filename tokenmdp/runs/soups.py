@@ -55,6 +55,8 @@ def weights_of(text: str) -> list[float]:
     """
     try:
         if ":" in text:
+            if text.count(":") != 2:
+                raise ValueError("a range has three numbers")
             first, last, step = map(float, text.split(":"))
             number = round((last - first) / step)
             if step <= 0 or number < 0:
