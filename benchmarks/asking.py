@@ -18,16 +18,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
-from shares import add_part
+from shares import add_part, make_missing
 
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.agents.reward_model import RewardModelConfig, RewardModelLearner
@@ -91,11 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         claim(args.out / "settings.json", "measurements", numbers)
         todo = [Cell(arm, labels, seed) for seed in range(1, args.seeds + 1) for arm, labels in CELLS]
         for cell in todo[args.part]:
-            path = args.out / f"{cell.name}.json"
-            if not path.exists():
-                start = time.monotonic()
-                write_text(path, json.dumps(run(cell, args)) + "\n")
-                print(f"{cell.name}: {time.monotonic() - start:.0f} s", flush=True)
+            make_missing(args.out / f"{cell.name}.json", partial(run, cell, args))
     report(args.out, args.seeds)
 
 

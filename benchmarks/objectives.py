@@ -18,21 +18,20 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from shares import add_part
+from shares import add_part, make_missing
 
 from tokenmdp.agents.dpo import DPO
 from tokenmdp.agents.ppo import PPO
 from tokenmdp.credit import FineGrainedCredit, FineReward
-from tokenmdp.evaluation.policies import gold_scores, played
+from tokenmdp.evaluation.policies import evaluate
 from tokenmdp.files import make_directory, read_json, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.soup import write_soup
@@ -82,10 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         claim(settings, "fronts", {name: getattr(args, name) for name in ("objectives", "updates", "pairs")} | presets)
         for seed in range(1, args.seeds + 1)[args.part]:
             for method, weight in [(method, weight) for method, weights in METHODS.items() for weight in weights]:
-                path, begun = record(args.out, method, weight, seed), time.monotonic()
-                if not path.exists():
-                    write_text(path, json.dumps(measured(policy(args, method, weight, seed), args)._asdict()) + "\n")
-                    print(f"{path.stem}: {time.monotonic() - begun:.0f} s", flush=True)
+                make_missing(record(args.out, method, weight, seed), partial(measured, args, method, weight, seed))
     report(args.out, read_json(settings)["objectives"] if settings.exists() else args.objectives)
 
 
@@ -138,18 +134,15 @@ def modpo(args: argparse.Namespace, weight: float, seed: int) -> DPO:
     return agent
 
 
-def measured(policy: str, args: argparse.Namespace) -> Policy:
-    """Both scores and the KL of a policy."""
+def measured(args: argparse.Namespace, method: str, weight: float, seed: int) -> dict[str, float]:
+    """The fields of `Policy` of one that is made first if it is missing."""
     settings = replace(preset_settings("quick", "rloo"), reward_model=args.objectives[0])
     envs = evaluation_envs(settings, SAMPLES, split_prompts(settings).held_out)
-    own, start = (load_policy(one, envs, {}, "cpu") for one in (policy, POLICY))
+    own, start = (load_policy(one, envs, {}, "cpu") for one in (policy(args, method, weight, seed), POLICY))
     second = load_reward_model(args.objectives[1])
-    rows = []
-    for rollout in played(envs, own, start, samples=SAMPLES, seed=0, credited=0):
-        kls = (rollout.logprobs - rollout.ref_logprobs).sum(-1)
-        rows += zip(rollout.scores.tolist(), gold_scores(second, rollout).tolist(), kls.tolist(), strict=True)
+    found = evaluate(own, start, envs, samples=SAMPLES, judge=second, shown=0)
     envs.close()
-    return Policy(*np.mean(rows, axis=0).tolist())
+    return Policy(*(float(np.mean(one)) for one in (found.scores, found.gold, found.kls)))._asdict()
 
 
 def found(out: Path) -> dict[str, dict[float, dict[int, Policy]]]:

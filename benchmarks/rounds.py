@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from shares import add_part
+from shares import add_part, make_missing
 
 from tokenmdp.evaluation.policies import Evaluation
 from tokenmdp.files import read_json, write_text
@@ -33,6 +32,7 @@ from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.preferences import read_records
 from tokenmdp.report.colours import COLOURS, MARKERS
 from tokenmdp.report.drawing import dress, error_bars, new_figure, write_figure
+from tokenmdp.report.pipeline_page import whole
 from tokenmdp.runs.directory import claim
 from tokenmdp.runs.pipeline import PipelineSettings, Stage, elo, rlhf
 from tokenmdp.runs.settings import PRESETS
@@ -80,22 +80,24 @@ def main(arguments: list[str] | None = None) -> None:
         made_of = {name: getattr(args, name) for name in ("pairs", "updates", "algorithm", "eval_samples")}
         claim(args.out / "settings.json", "comparisons of pipelines", made_of)
         for arm, seed in [(arm, seed) for seed in range(1, args.seeds + 1) for arm in ARMS][args.part]:
-            path, begun = record(args.out, arm, seed), time.monotonic()
-            if not path.exists():
-                settings = PipelineSettings(
-                    pairs_per_round=args.pairs // ARMS[arm]["rounds"],
-                    updates=args.updates * (ROUNDS if arm == LONGER else 1),
-                    algorithm=args.algorithm,
-                    eval_samples=args.eval_samples,
-                    seed=seed,
-                    **ARMS[arm],
-                )
-                place = path.with_suffix("")
-                policies = [measured(stage)._asdict() for stage in rlhf(settings, place, Console(file=io.StringIO()))]
-                asked = len(read_records(place / f"round-{settings.rounds}" / "comparisons.jsonl"))
-                write_text(path, json.dumps({"comparisons": asked, "policies": policies}) + "\n")
-                print(f"{path.stem}: {time.monotonic() - begun:.0f} s", flush=True)
+            make_missing(record(args.out, arm, seed), partial(played, arm, seed, args))
     report(args.out)
+
+
+def played(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Run` of a pipeline that is played, or gone on with."""
+    settings = PipelineSettings(
+        pairs_per_round=args.pairs // ARMS[arm]["rounds"],
+        updates=args.updates * (ROUNDS if arm == LONGER else 1),
+        algorithm=args.algorithm,
+        eval_samples=args.eval_samples,
+        seed=seed,
+        **ARMS[arm],
+    )
+    place = record(args.out, arm, seed).with_suffix("")
+    policies = [measured(stage)._asdict() for stage in rlhf(settings, place, Console(file=io.StringIO()))]
+    asked = len(read_records(place / f"round-{settings.rounds}" / "comparisons.jsonl"))
+    return {"comparisons": asked, "policies": policies}
 
 
 def record(out: Path, arm: str, seed: int) -> Path:
@@ -183,10 +185,7 @@ def elo_of(runs: Mapping[int, Run], base: Mapping[int, Run]) -> str:
     """Elo of the last policies against the base's, over seeds."""
     pairs = [[each[seed].policies[-1].judge for each in (runs, base)] for seed in sorted(runs.keys() & base.keys())]
     found = [elo(*(Evaluation(scores, [], [], []) for scores in pair)).value for pair in pairs]
-    if not found:
-        return ""
-    value, low, high = mean_interval(found)
-    return f"{value:+.0f}" + (f" [{low:+.0f}, {high:+.0f}]" if math.isfinite(low) else "")
+    return whole(mean_interval(found)) if found else ""
 
 
 def draw(arms: Mapping[str, Mapping[int, Run]], out: Path) -> None:

@@ -17,18 +17,17 @@ number of these says what that rests on. With --part 0/2 and --part 1/2 two proc
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-from shares import add_part
+from shares import add_part, make_missing
 
 from tokenmdp.agents.f_dpg import FDPG
 from tokenmdp.evaluation.policies import played
@@ -98,11 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
         every = [(goal, run, seed) for seed in range(1, args.seeds + 1) for goal in args.goals
                  for run in (PLACE, *GOALS[goal].runs)]  # fmt: skip
         for goal, run, seed in every[args.part]:
-            path, begun = record(args.out, goal, run, seed), time.monotonic()
-            if not path.exists():
-                found = place_of(goal, seed, args.samples) if run == PLACE else trained(goal, run, seed, args.updates)
-                write_text(path, json.dumps(found) + "\n")
-                print(f"{path.stem}: {time.monotonic() - begun:.0f} s", flush=True)
+            place = partial(place_of, goal, seed, args.samples)
+            make = place if run == PLACE else partial(trained, goal, run, seed, args.updates)
+            make_missing(record(args.out, goal, run, seed), make)
     report(args.out)
 
 

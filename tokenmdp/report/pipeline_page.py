@@ -173,4 +173,5 @@ def _links(links: Sequence[tuple[str, str]]) -> str:
 
 def whole(estimate: Estimate) -> str:
     """Elo points need no decimals."""
-    return f"{estimate.value:+.0f} [{estimate.low:+.0f}, {estimate.high:+.0f}]"
+    interval = f" [{estimate.low:+.0f}, {estimate.high:+.0f}]" if math.isfinite(estimate.low) else ""
+    return f"{estimate.value:+.0f}{interval}"
