@@ -22,13 +22,19 @@ def write(out, name, value, seed, judge, kl, **more):
     path.write_text(json.dumps(one | {"seconds": 1.0, "texts_scored": 64} | more))
 
 
+def rising(seconds):
+    """Ten updates, each of so many seconds, of which the n-th reaches n."""
+    return [(seconds * update, float(update)) for update in range(1, 11)]
+
+
 @pytest.fixture
 def out(tmp_path):
     """Scores rise by 1 per root of a nat for PPO, by 2 for RLOO; they start at .5."""
     for seed in (1, 2):
         for value, kl in zip(lines.KL_COEFS, (1.0, 4.0, 9.0), strict=True):
-            write(tmp_path, "PPO, sparse", value, seed, 0.5 + seed / 10 + math.sqrt(kl), kl, start=[0.5])
-            write(tmp_path, "RLOO", value, seed, 0.5 + seed / 10 + 2 * math.sqrt(kl), kl)
+            score = 0.5 + seed / 10 + math.sqrt(kl)
+            write(tmp_path, "PPO, sparse", value, seed, score, kl, start=[0.5], curve=rising(2.0))
+            write(tmp_path, "RLOO", value, seed, score + math.sqrt(kl), kl, curve=rising(1.0))
     return tmp_path
 
 
@@ -48,13 +54,31 @@ def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
     assert report.at(found, "RLOO", 1, start) == [None, None, None]
 
 
+def test_a_slower_run_has_fewer_updates_at_equal_seconds(out):
+    ppo, rloo = report.equal_time(out)[2:]
+    assert ppo.startswith("| PPO, sparse | 20 | 8.00 [8.00, 8.00] | 0.00 [0.00, 0.00] | 3.00 [3.00, 3.00] | -5.00 [")
+    assert rloo == "| RLOO | 10 | 8.00 [8.00, 8.00] |  | 8.00 [8.00, 8.00] |  |"
+
+
+def test_a_curve_is_what_was_maximised():
+    records = [{"seconds": 2.0, "score_mean": 3.0, "kl": 4.0, "kl_coef": 0.5}] * 2
+    assert cells.curve(records, "kl_coef") == [(2.0, 1.0), (4.0, 1.0)]
+    assert cells.curve(records, "target") == [], "f-DPG maximises no reward"
+
+
+def test_lines_without_curves_leave_the_table_empty(tmp_path):
+    write(tmp_path, "DPO", 0.3, 1, 1.5, 2.0, start=[0.5])
+    assert len(report.equal_time(tmp_path)) == 2
+
+
 def test_everything_is_written(out, capsys):
     report.report(out)
     assert (out / "table.md").read_text() == capsys.readouterr().out
     rows = (out / "cells.csv").read_text().splitlines()
     assert len(rows) == 13
     assert rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
-    assert (out / "frontier.png").stat().st_size > 10_000
+    for name in ("frontier", "both_scores"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
 
 
 def test_a_soup_says_which_run_it_needs(tmp_path):

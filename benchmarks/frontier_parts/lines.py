@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 LINES = {
     "PPO, sparse": Line("ppo", "kl_coef", KL_COEFS, credit="sparse"),
-    "PPO, red": Line("ppo", "kl_coef", KL_COEFS, credit="red"),
+    "PPO, red": Line("ppo", "kl_coef", (*KL_COEFS, 0.05, 0.0), credit="red"),
     "PPO, attention": Line("ppo", "kl_coef", KL_COEFS, credit="attention"),
     "RLOO": Line("rloo", "kl_coef", KL_COEFS),
     "GRPO": Line("grpo", "kl_coef", KL_COEFS, {"responses_per_prompt": 4}, "sparse"),
@@ -42,11 +42,13 @@ LINES = {
         for credit in ("sparse", "red", "attention")
     },
     **{f"f-DPG, {name}": Line("f-dpg", "target", BETAS, {"divergence": name}) for name in get_args(Divergence)},
-    "DPO": Line("dpo", "dpo_beta", (0.3, 0.1, 0.03)),
+    "DPO": Line("dpo", "dpo_beta", (0.3, 0.1, 0.03, 0.01, 0.003)),
     "best of n": Line("best-of-n", "n", (2, 4, 16)),
     "soup": Line("soup", "weight", (0.25, 0.5, 0.75)),  # the last line: its member is a cell of the first one
 }
 FIRST = "PPO, sparse"  # the line that others are compared with, and whose strongest policy is in the soups
+FARTHEST = ("PPO, red", "DPO")  # swept beyond the others, to where the reward model may stop telling the truth
+WITHOUT_CREDIT = "RLOO"  # what token credit is compared with, with and without a critic
 
 
 def place(out: Path, name: str, value: float, seed: int) -> Path:

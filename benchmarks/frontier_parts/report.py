@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frontier_parts.lines import FIRST, LINES, place
+from frontier_parts.lines import FARTHEST, FIRST, KL_COEFS, LINES, WITHOUT_CREDIT, place
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, mean_interval
-from tokenmdp.report.colours import COLOURS
-from tokenmdp.report.drawing import dress, error_bars, new_figure, write_figure
+from tokenmdp.report.colours import COLOURS, MARKERS
+from tokenmdp.report.drawing import FAINT, dress, error_bars, new_figure, write_figure
 from tokenmdp.study.equal_kl import score_at_kl
 
 LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
+MIDDLE = KL_COEFS[1]  # the kl_coef at which what maximises one objective is compared
+LAST = 5  # updates that are averaged
 
 
 class Cell(NamedTuple):
@@ -48,10 +50,11 @@ def report(out: Path) -> None:
         ",".join(f'"{field}"' if isinstance(field, str) else f"{field:.5g}" for field in cell) for cell in cells
     ]
     write_text(out / "cells.csv", "\n".join(rows) + "\n")
-    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start)])
+    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start), "", *equal_time(out)])
     write_text(out / "table.md", text + "\n")
     print(text)
     draw(cells, start, out)
+    draw_both_scores(cells, start, out)
 
 
 def read(out: Path) -> tuple[list[Cell], float]:
@@ -124,6 +127,74 @@ def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float 
     return [None if math.isnan(score) else float(score) for score in found]
 
 
+def equal_time(out: Path) -> list[str]:
+    """What is maximised, in the last updates and where the fastest run of the seed ended, less that without credit."""
+    lines = [
+        f"| score - kl_coef KL, kl_coef {MIDDLE:g} | seconds | equal samples | less {WITHOUT_CREDIT} | equal seconds "
+        f"| less {WITHOUT_CREDIT} |",
+        "|---|---|---|---|---|---|",
+    ]
+    curves: dict[str, dict[int, np.ndarray]] = {}
+    for name, line in LINES.items():
+        for seed in SEEDS if line.knob == "kl_coef" else ():
+            path = place(out, name, MIDDLE, seed).with_suffix(".json")
+            if path.exists():
+                curves.setdefault(name, {})[seed] = np.array(json.loads(path.read_text())["curve"])
+    fastest: dict[int, float] = {}
+    for own in curves.values():
+        for seed, curve in own.items():
+            fastest[seed] = min(curve[-1, 0], fastest.get(seed, math.inf))
+    samples = {name: {seed: curve[-LAST:, 1].mean() for seed, curve in own.items()} for name, own in curves.items()}
+    seconds = {
+        name: {seed: curve[curve[:, 0] <= fastest[seed]][-LAST:, 1].mean() for seed, curve in own.items()}
+        for name, own in curves.items()
+    }
+    for name, own in curves.items():
+        took = np.mean([curve[-1, 0] for curve in own.values()])
+        row = [name, f"{took:.0f}"]
+        for every in (samples, seconds):
+            base = every.get(WITHOUT_CREDIT, {})
+            gains = [score - base[seed] for seed, score in every[name].items() if seed in base]
+            row.append(str(mean_interval(list(every[name].values()))))
+            row.append(str(mean_interval(gains)) if gains and name != WITHOUT_CREDIT else "")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def draw_both_scores(cells: Sequence[Cell], start: float, out: Path) -> None:
+    """The judge's score and the reward model's against the root of the KL, of the lines that go farthest.
+
+    Dotted: the judge's score of the policy that all start from. Scores have units of their own; what can be compared is
+    whether one still rises where the other falls.
+    """
+    figure = new_figure(9.5, 4.2)
+    for axes, name in zip(figure.subplots(1, len(FARTHEST), sharex=True, sharey=True), FARTHEST, strict=True):
+        for number, (label, key) in enumerate((("judge", "judge"), ("learned reward model", "reward_model"))):
+            points = along(cells, name, key)
+            if points:
+                axes.errorbar(
+                    [kl for kl, _ in points], [one.value for _, one in points],
+                    yerr=error_bars([one for _, one in points]), capsize=3, marker=MARKERS[number], markersize=5,
+                    color=COLOURS[number], label=label,
+                )  # fmt: skip
+        knob = LINES[name].knob
+        dress(axes, f"{name}, by {knob}", "square root of the KL to the start, nats", "mean score")
+        if axes.has_data():
+            axes.axhline(start, color=FAINT, linewidth=0.8, linestyle=":")
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
+    write_figure(figure, out, "both_scores")
+
+
+def along(cells: Sequence[Cell], name: str, key: str) -> list[tuple[float, Estimate]]:
+    """Root of the mean KL and score of a line's policies, by that root."""
+    points = []
+    for value in LINES[name].values:
+        if some := [cell for cell in cells if (cell.line, cell.value) == (name, value)]:
+            kl = max(0.0, float(np.mean([one.kl for one in some])))
+            points.append((math.sqrt(kl), mean_interval([getattr(one, key) for one in some])))
+    return sorted(points, key=lambda point: point[0])
+
+
 def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
     """Score against the root of the KL: three panels with the same axes, the first line in each of them."""
     panels = {
@@ -137,13 +208,8 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
     every = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for axes, (title, names) in zip(every, panels.items(), strict=True):
         for number, name in enumerate([FIRST, *(one for one in names if one != FIRST)]):
-            points = []
-            for value in LINES[name].values:
-                if some := [cell for cell in cells if (cell.line, cell.value) == (name, value)]:
-                    kl = max(0.0, float(np.mean([one.kl for one in some])))
-                    points.append((math.sqrt(kl), mean_interval([one.judge for one in some])))
+            points = along(cells, name, "judge")
             if points:
-                points.sort(key=lambda point: point[0])
                 points = [(0.0, Estimate(start, start, start)), *points]
                 again, colour = divmod(number, len(COLOURS))
                 axes.errorbar(
