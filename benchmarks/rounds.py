@@ -34,7 +34,8 @@ from tokenmdp.report.colours import COLOURS, MARKERS
 from tokenmdp.report.drawing import dress, error_bars, new_figure, write_figure
 from tokenmdp.report.pipeline_page import whole
 from tokenmdp.runs.directory import claim
-from tokenmdp.runs.pipeline import PipelineSettings, Stage, elo, rlhf
+from tokenmdp.runs.pipeline import PipelineSettings, Stage, rlhf
+from tokenmdp.runs.pipeline_report import elo
 from tokenmdp.runs.settings import PRESETS
 
 ROUNDS = 3

@@ -12,7 +12,8 @@ from tokenmdp.cli.options import CreditName, parse
 from tokenmdp.report.pipeline_page import write_page
 from tokenmdp.runs.display import make_console
 from tokenmdp.runs.environments import resolve_device
-from tokenmdp.runs.pipeline import PipelineSettings, rlhf, stage_table, summary
+from tokenmdp.runs.pipeline import PipelineSettings, rlhf
+from tokenmdp.runs.pipeline_report import stage_table, summary
 from tokenmdp.runs.settings import absolute_name
 
 

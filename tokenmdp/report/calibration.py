@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from tokenmdp.intervals import Estimate, bootstrap_interval
 from tokenmdp.report.colours import COLOURS
 from tokenmdp.report.drawing import dress, error_bars, lay_out, new_figure, write_png
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 FEWEST = 10  # pairs in a bin that is shown
+PREDICTED, OBSERVED = "P(higher-scored response is preferred)", "share of pairs in which it was"
 
 
 class Bin(NamedTuple):
@@ -44,19 +49,24 @@ def bins(gaps: np.ndarray, number: int = 8, error_rate: float = 0.0) -> list[Bin
     return found
 
 
-def plot(gaps: np.ndarray, path: str | Path, error_rate: float = 0.0) -> Path:
-    """Draw `bins` against the diagonal of a calibrated model; the bars are 95% bootstrap intervals."""
-    found = bins(gaps, error_rate=error_rate)
+def plot(found: Sequence[Bin], pairs: int, path: str | Path) -> Path:
+    """Draw the `bins` of so many pairs against the diagonal of a calibrated model, with 95% bootstrap intervals."""
     figure = new_figure(4.8, 4.4)
     axes = figure.subplots()
-    axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")
-    observed = [one.observed.value for one in found]
-    errors = error_bars([one.observed for one in found])
-    predicted = [one.predicted for one in found]
-    axes.errorbar(predicted, observed, yerr=errors, fmt="o", color=COLOURS[0], capsize=2, label="held-out pairs")
-    title = f"{len(gaps)} held-out pairs, {found[0].pairs if found else 0} per bin; 95% intervals"
-    dress(axes, title, "predicted: P(higher-scored response is preferred)", "observed: share of pairs in which it was")
-    axes.set_xlim(0.48, 1.02)
+    draw(axes, found, "held-out pairs", COLOURS[0])
+    title = f"{pairs} held-out pairs, {found[0].pairs if found else 0} per bin; 95% intervals"
+    dress(axes, title, f"predicted: {PREDICTED}", f"observed: {OBSERVED}")
     axes.legend(frameon=False, loc="upper left")
     lay_out(figure)
     return write_png(figure, path)
+
+
+def draw(axes: Axes, found: Sequence[Bin], label: str, colour: str) -> None:
+    """Bins with their intervals, and once in each axes the diagonal of a calibrated model."""
+    if not axes.lines:
+        axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")
+    axes.errorbar(
+        [one.predicted for one in found], [one.observed.value for one in found],
+        yerr=error_bars([one.observed for one in found]), fmt="o", color=colour, capsize=2, label=label,
+    )  # fmt: skip
+    axes.set_xlim(0.48, 1.02)

@@ -15,7 +15,7 @@ from tokenmdp.report.drawing import write_png
 
 Metrics = Mapping[str, Any]
 
-_LABELS = {
+LABELS = {
     "score_mean": "mean score of the reward model",
     "kl": "KL to the reference, nats per sequence",
     "entropy": "entropy, nats per token",
@@ -115,7 +115,7 @@ def plot_learning_curves(
                 axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
             name = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
             axes.plot(updates, mean, color=colour, linewidth=2, label=name)
-        axes.set_ylabel(_LABELS.get(key, key))
+        axes.set_ylabel(LABELS.get(key, key))
         if key == "explained_variance":  # one early update can be far below
             axes.set_ylim(bottom=max(axes.get_ylim()[0], -1), top=1)
         axes.grid(alpha=0.25)

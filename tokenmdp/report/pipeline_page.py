@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.colours import COLOURS
-from tokenmdp.report.drawing import dress, error_bars, inline, new_figure, theme_colours, write_figure
+from tokenmdp.report.calibration import Bin
+from tokenmdp.report.drawing import inline, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import TABLE_STYLE, document
+from tokenmdp.report.pipeline_figures import policies_figure, reward_models_figure, trainings_figure
 from tokenmdp.report.samples import Sample
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Policy(NamedTuple):
@@ -39,6 +37,15 @@ class RewardModel(NamedTuple):
     comparisons: int
     accuracy: Estimate
     ceiling: float | None
+    calibration: Sequence[Bin]
+
+
+class Training(NamedTuple):
+    """How one stage learned."""
+
+    what: str  # "SFT", "reward model", "policy"
+    round: int  # 0: before the first
+    curves: Mapping[str, Sequence[float]]  # metric -> its values, update by update
 
 
 class Pipeline(NamedTuple):
@@ -49,6 +56,7 @@ class Pipeline(NamedTuple):
     samples: int  # per policy
     policies: Sequence[Policy]
     reward_models: Sequence[RewardModel]
+    trainings: Sequence[Training]
 
 
 def write_page(out: str | Path, pipeline: Pipeline) -> Path:
@@ -67,9 +75,15 @@ def write_page(out: str | Path, pipeline: Pipeline) -> Path:
         figures.append((
             "reward_models",
             reward_models_figure(pipeline.reward_models),
-            "Accuracy of each round's reward model on held-out comparisons, with its 95% interval; the line is the "
-            "most that labels as noisy as these allow.",
+            "Left: accuracy of each round's reward model on held-out comparisons, with its 95% interval; the line is "
+            "the most that labels as noisy as these allow. Right: how often the response with the higher score is "
+            "preferred, against how often the reward model says so.",
         ))  # fmt: skip
+    figures.append((
+        "trainings",
+        trainings_figure(pipeline.trainings),
+        "How each stage learned, from its first update to its last; moving averages over a tenth of the updates.",
+    ))  # fmt: skip
     pictures = "".join(
         f"<figure>{inline(write_figure(figure, folder, name), name, escape(caption))}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -94,47 +108,6 @@ def write_page(out: str | Path, pipeline: Pipeline) -> Path:
     path = folder / "index.html"
     write_text(path, page)
     return path
-
-
-def policies_figure(policies: Sequence[Policy]) -> Figure:
-    """Scores against the square root of the KL."""
-    figure = new_figure(7.6, 4.2)
-    axes = figure.subplots()
-    lines = [("judge", COLOURS[0], [(one.kl, one.gold) for one in policies])]
-    lines.append(("reward model", COLOURS[1], [(one.kl, one.proxy) for one in policies if one.proxy is not None]))
-    for label, colour, points in lines:
-        if not points:
-            continue
-        places = [math.sqrt(max(kl.value, 0.0)) for kl, _ in points]
-        values = [score.value for _, score in points]
-        bars = error_bars([score for _, score in points])
-        axes.errorbar(places, values, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
-    for one in policies:
-        axes.annotate(
-            one.name, (math.sqrt(max(one.kl.value, 0.0)), one.gold.value), xytext=(6, -12), textcoords="offset points",
-            fontsize=8.5,
-        )  # fmt: skip
-    dress(axes, "", "square root of the KL to the start, nats", "mean score")
-    axes.legend(frameon=False)
-    return figure
-
-
-def reward_models_figure(models: Sequence[RewardModel]) -> Figure:
-    """Held-out accuracy and ceiling by round."""
-    figure = new_figure(7.6, 3.6)
-    axes = figure.subplots()
-    rounds = [one.round for one in models]
-    values = [one.accuracy.value for one in models]
-    bars = error_bars([one.accuracy for one in models])
-    axes.errorbar(rounds, values, yerr=bars, color=COLOURS[0], marker="o", capsize=3, linewidth=1.5, label="accuracy")
-    known = [(one.round, one.ceiling) for one in models if one.ceiling is not None]
-    if known:
-        axes.plot(*zip(*known, strict=True), color=COLOURS[1], marker="_", markersize=14, label="ceiling")
-    dress(axes, "", "round", "share of held-out comparisons")
-    axes.set_xticks(rounds)
-    axes.margins(x=0.2)
-    axes.legend(frameon=False)
-    return figure
 
 
 def _table(pipeline: Pipeline) -> str:

@@ -14,22 +14,16 @@ Every stage is skipped once it is finished, and an unfinished one goes on where 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from tokenmdp.agents import algorithm
 from tokenmdp.evaluation.policies import Evaluation, evaluate, load_evaluation, save_evaluation
 from tokenmdp.files import locked, make_directory
-from tokenmdp.intervals import Estimate, mean_interval
-from tokenmdp.preferences import Annotator, Preference, given_ratings, read_records, write_records
-from tokenmdp.report import pipeline_page
+from tokenmdp.preferences import Annotator, Preference, given_ratings, write_records
 from tokenmdp.runs import training
 from tokenmdp.runs.comparisons import Comparing, ask_model
 from tokenmdp.runs.credit_options import default_beta
@@ -235,61 +229,3 @@ def check(settings: PipelineSettings, out: Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged ({error}); choose another --out") from error
     refuse_other_settings(f"{out} holds a pipeline", stored, record)
     return content
-
-
-def elo(better: Evaluation, worse: Evaluation) -> Estimate:
-    """``400 log10(P / (1 - P))``, P the mean of sigma(score - score) over prompts answered by both.
-
-    The interval is that of P's mean over prompts, carried over.
-
-    >>> one, other = (Evaluation(scores=[score, score], kls=[], lengths=[], samples=[]) for score in (1.0, 0.0))
-    >>> round(elo(one, other).value)
-    174
-    """
-    gaps = np.subtract(better.scores, worse.scores)
-    chances = mean_interval(1 / (1 + np.exp(-gaps)))
-    return Estimate(*(400 * math.log10(p / (1 - p)) for p in np.clip(chances, 1e-6, 1 - 1e-6)))
-
-
-def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> pipeline_page.Pipeline:
-    """What the page shows of a finished pipeline."""
-    policies, models = [], []
-    for number, stage in enumerate(stages):
-        found, place = stage.evaluation, out / f"round-{number}"
-        gain = elo(found, stages[number - 1].evaluation) if number else None
-        links = [("the run of this policy", f"../{place.name}/policy/report/samples.html")] if number else []
-        if number and (path := RunDirectory(place / "reward-model").report / "summary.json").exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            models.append(reward_model_line(number, record, len(read_records(place / "comparisons.jsonl"))))
-            links.append(("calibration of its reward model", f"../{place.name}/reward-model/report/calibration.png"))
-        proxy = mean_interval(found.gold) if found.gold else None
-        score, kl = mean_interval(found.scores), mean_interval(found.kls)
-        policies.append(pipeline_page.Policy(stage.name, score, kl, proxy, gain, found.samples, links))
-    note = (
-        f"{settings.policy} trained by {settings.algorithm} on comparisons of {settings.judge}, "
-        f"{settings.pairs_per_round} per round, {settings.reference} reference, seed {settings.seed}"
-    )
-    return pipeline_page.Pipeline("RLHF, round by round", note, settings.eval_samples, policies, models)
-
-
-def reward_model_line(number: int, record: dict[str, Any], comparisons: int) -> pipeline_page.RewardModel:
-    """A reward model's line of the page, from the summary of its run."""
-    accuracy = Estimate(**{"low": -math.inf, "high": math.inf, **record["accuracy"]})  # of one pair without interval
-    ceiling = record["ceiling"]["value"] if "ceiling" in record else None
-    return pipeline_page.RewardModel(number, comparisons, accuracy, ceiling)
-
-
-def stage_table(pipeline: pipeline_page.Pipeline) -> Table:
-    """One line per policy."""
-    table = Table(
-        title=f"{pipeline.samples} responses to held-out prompts",
-        caption="mean score of judge and reward model [95% interval]; KL to the start in nats per sequence; Elo "
-        "against the policy before",
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("judge", "KL", "reward model", "Elo"):
-        table.add_column(heading, justify="right")
-    for one in pipeline.policies:
-        gain = "" if one.elo is None else pipeline_page.whole(one.elo)
-        table.add_row(one.name, str(one.gold), str(one.kl), str(one.proxy or ""), gain)
-    return table
