@@ -23,6 +23,7 @@ f-divergence Minimization", ICML 2023 (f-DPG).
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -39,6 +40,8 @@ from tokenmdp.targets import Responses, Target, TargetError, read_target
 from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, Rollout, response_tokens
+
+logger = logging.getLogger(__name__)
 
 MOST_EMPTY = 10  # updates without any response that meets the target, after which a run ends with an error
 LARGEST_LOG = 700.0  # of exp in float64
@@ -276,6 +279,12 @@ class FDPG(Agent):
     def _skip(self, episodes: int) -> Metrics:
         """No response so far has P > 0: count it, take no step."""
         self.skipped_updates += 1
+        if self.skipped_updates == 1:
+            logger.warning(
+                "none of %d responses meets the target %r, so this update takes no step; a run that begins with %d such "
+                "updates ends",
+                episodes, self.config.target, MOST_EMPTY,
+            )  # fmt: skip
         if self.skipped_updates >= MOST_EMPTY and self.num_updates_done + 1 == self.skipped_updates:
             raise TargetError(
                 f"none of {self.skipped_updates * episodes} responses meets the target {self.config.target!r}, so "

@@ -65,10 +65,11 @@ def test_prompts_can_have_a_normaliser_each():
     assert all(math.isfinite(value) for metrics in agent.history for value in metrics.values())
 
 
-def test_updates_that_know_no_z_take_no_step_and_are_counted():
+def test_updates_that_know_no_z_take_no_step_and_are_counted(caplog):
     agent = make_agent(target="word:zebra")
     start = {name: weight.clone() for name, weight in agent.policy.named_parameters()}
     agent.learn(2)
+    assert caplog.text.count("none of 16 responses meets the target 'word:zebra', so this update takes no step") == 1
     assert [metrics["skipped_updates"] for metrics in agent.history] == [1, 2]
     assert agent.history[-1]["minibatches"] == agent.history[-1]["z"] == 0
     assert agent.history[-1]["unknown_z"] == 1
@@ -85,7 +86,7 @@ def test_weights_are_cut_only_if_asked_and_the_share_is_reported():
     free = make_agent(**options).learn(1).history[0]
     cut = make_agent(**options, weight_clip=1.0).learn(1).history[0]
     assert free["clip_fraction"] == 0
-    assert 0.05 < cut["clip_fraction"] < 1
+    assert 0.02 < cut["clip_fraction"] < 1
     assert 0 < free["ess"] < 1
     assert free["approx_kl"] > 0.01
     assert make_agent(**options, target_kl=1e-4).learn(1).history[0]["minibatches"] < 6

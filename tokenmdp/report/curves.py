@@ -20,6 +20,10 @@ LABELS = {
     "kl": "KL to the reference, nats per sequence",
     "entropy": "entropy, nats per token",
     "explained_variance": "explained variance of the returns",
+    "accuracy": "share of pairs in their order",
+    "score_gap": "score of the preferred less the other",
+    "chosen_logratio": "log-ratio of the preferred, nats",
+    "rejected_logratio": "log-ratio of the other, nats",
 }
 
 

@@ -68,7 +68,7 @@ def trainings_figure(trainings: Sequence[Training]) -> Figure:
     """A panel for each metric of each kind of stage, and in it a line for each round."""
     panels = list(dict.fromkeys((one.what, metric) for one in trainings for metric in one.curves))
     rows = math.ceil(len(panels) / PANELS)
-    figure = new_figure(3.6 * min(len(panels), PANELS), 3.0 * rows)
+    figure = new_figure(3.6 * min(len(panels), PANELS), 3.4 * rows)
     every = figure.subplots(rows, min(len(panels), PANELS), squeeze=False).flat
     for axes, (what, metric) in zip(every, panels, strict=False):
         own = [one for one in trainings if one.what == what and metric in one.curves]
