@@ -281,8 +281,8 @@ class FDPG(Agent):
         self.skipped_updates += 1
         if self.skipped_updates == 1:
             logger.warning(
-                "none of %d responses meets the target %r, so this update takes no step; a run that begins with %d such "
-                "updates ends",
+                "none of %d responses meets the target %r, so this update takes no step; a run that begins with %d "
+                "such updates ends",
                 episodes, self.config.target, MOST_EMPTY,
             )  # fmt: skip
         if self.skipped_updates >= MOST_EMPTY and self.num_updates_done + 1 == self.skipped_updates:
