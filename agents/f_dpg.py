@@ -280,11 +280,7 @@ class FDPG(Agent):
         """No response so far has P > 0: count it, take no step."""
         self.skipped_updates += 1
         if self.skipped_updates == 1:
-            logger.warning(
-                "none of %d responses meets the target %r, so this update takes no step; a run that begins with %d "
-                "such updates ends",
-                episodes, self.config.target, MOST_EMPTY,
-            )  # fmt: skip
+            logger.warning("none of %d responses meets the target %r: no step is taken", episodes, self.config.target)
         if self.skipped_updates >= MOST_EMPTY and self.num_updates_done + 1 == self.skipped_updates:
             raise TargetError(
                 f"none of {self.skipped_updates * episodes} responses meets the target {self.config.target!r}, so "
