@@ -42,7 +42,6 @@ from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, Rollout, response_tokens
 
 logger = logging.getLogger(__name__)
-
 MOST_EMPTY = 10  # updates without any response that meets the target, after which a run ends with an error
 LARGEST_LOG = 700.0  # of exp in float64
 
@@ -260,9 +259,8 @@ class FDPG(Agent):
         """How near the policy is to the target, and how much the estimates rest on."""
         found = {name: (shares @ numbers.to(shares)).item() for name, numbers in target.measures(responses).items()}
         found["tv"] = _mean((1 - (-log_t).exp()).clamp(min=0), known, shares)  # in [0, 1]
-        divergences = {"forward_kl": "forward-kl", "js": "js"}
-        if not target.has_zeros:
-            divergences["reverse_kl"] = "reverse-kl"
+        reverse = {} if target.has_zeros else {"reverse_kl": "reverse-kl"}
+        divergences = {"forward_kl": "forward-kl", "js": "js"} | reverse
         for metric, name in divergences.items():
             values = f_over_t(name, log_t)  # type: ignore[arg-type]
             found[metric] = _mean(values, known, shares) / (2 if name == "js" else 1)

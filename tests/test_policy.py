@@ -244,6 +244,7 @@ def test_a_policy_with_another_tokenizer_is_refused(tmp_path):
 
 def test_dtype_auto_falls_back_with_a_word(monkeypatch, caplog):
     cpu = torch.device("cpu")
+    monkeypatch.delenv("TOKENMDP_DTYPE", raising=False)
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -254,5 +255,16 @@ def test_dtype_auto_falls_back_with_a_word(monkeypatch, caplog):
         assert "emulates bfloat16" in caplog.text
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert resolve_dtype("auto", cpu) == torch.bfloat16
+
+
+def test_dtype_auto_is_what_the_environment_says(monkeypatch):
+    cpu = torch.device("cpu")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        monkeypatch.setenv("TOKENMDP_DTYPE", name)
+        assert resolve_dtype("auto", cpu) == dtype
+        assert resolve_dtype("float32", cpu) == torch.float32, "an answer given is not overruled"
+    monkeypatch.setenv("TOKENMDP_DTYPE", "half")
+    with pytest.raises(ValueError, match="TOKENMDP_DTYPE is 'half'; choose"):
+        resolve_dtype("auto", cpu)
     with pytest.raises(ValueError, match="dtype is 'float16'"):
         resolve_dtype("float16", cpu)
