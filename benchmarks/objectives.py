@@ -174,6 +174,16 @@ def above_chord(ends: Sequence[dict[int, Policy]], weight: float, soups: dict[in
     )
 
 
+def above_line(ends: Sequence[dict[int, Policy]], policies: dict[int, Policy]) -> Estimate:
+    """The second objective less that of the chord where the first one is the same, seed by seed."""
+    above = []
+    for seed in sorted(policies.keys() & ends[0].keys() & ends[1].keys()):
+        (low, start), (high, end) = (ends[place][seed][:2] for place in (0, 1))
+        own = policies[seed]
+        above.append(own.second - start - (end - start) * (own.first - low) / (high - low))
+    return mean_interval(above)
+
+
 def report(out: Path, objectives: Sequence[str]) -> None:
     """Write and print ``table.md``, and draw the fronts; intervals are Student's t over the seeds' means."""
     policies = found(out)
@@ -182,16 +192,18 @@ def report(out: Path, objectives: Sequence[str]) -> None:
         return
     lines = [
         f"| | weight | seeds | {objectives[0]} | {objectives[1]} | KL, nats | {objectives[0]}, above the chord "
-        f"| {objectives[1]}, above the chord |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {objectives[1]}, above the chord | {objectives[1]}, above the chord at equal {objectives[0]} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, weights in policies.items():
         for weight, seeds in weights.items():
             means = [str(mean_interval([one[axis] for one in seeds.values()])) for axis in range(3)]
-            chords = ["", ""]
-            if method.endswith("soup"):
-                ends = [policies[method.removesuffix(" soup")][end] for end in ENDS]
-                chords = [str(above_chord(ends, weight, seeds, axis)) for axis in (0, 1)]
+            chords = ["", "", ""]
+            ends = [policies.get(method.removesuffix(" soup"), {}).get(end, {}) for end in ENDS]
+            if weight in BETWEEN and all(ends):
+                if method.endswith("soup"):
+                    chords[:2] = [str(above_chord(ends, weight, seeds, axis)) for axis in (0, 1)]
+                chords[2] = str(above_line(ends, seeds))
             cells = ["" if method == START else f"{weight:g}", str(len(seeds)), *means, *chords]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     write_text(out / "table.md", "\n".join(lines) + "\n")

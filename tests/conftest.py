@@ -1,4 +1,4 @@
-"""One thread per process, single precision; a test that needs a library which is not installed is skipped and says so."""
+"""One thread per process, single precision; tests that need a library which is not installed are skipped and say so."""
 
 import os
 import re

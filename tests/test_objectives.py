@@ -24,15 +24,17 @@ def test_a_soup_is_compared_with_the_chord_of_the_same_seed(tmp_path, capsys):
     for seed, shift in ((1, 0.0), (2, 10.0)):
         write(tmp_path, "PPO", 0.0, seed, 0.0 + shift, 1.0, 2.0)
         write(tmp_path, "PPO", 1.0, seed, 4.0 + shift, -1.0, 2.0)
+        write(tmp_path, "PPO", 0.5, seed, 3.0 + shift, 0.0, 2.0)
         write(tmp_path, "PPO soup", 0.25, seed, 1.5 + shift, 0.5, 1.0)
     objectives.report(tmp_path, ("one", "other"))
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == printed
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|") for line in printed.splitlines()}
     soup = rows["PPO soup", "0.25"]
-    assert [cell.strip() for cell in soup[-3:-1]] == ["0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]"]
+    assert [cell.strip() for cell in soup[-4:-1]] == [f"{gain} [{gain}, {gain}]" for gain in ("0.50", "0.00", "0.25")]
+    assert [cell.strip() for cell in rows["PPO", "0.5"][-4:-1]] == ["", "", "0.50 [0.50, 0.50]"]
     assert soup[3].strip() == "2"
-    assert rows["PPO", "1"][-3:-1] == ["  ", "  "]
+    assert rows["PPO", "1"][-4:-1] == ["  ", "  ", "  "]
     assert (tmp_path / "objectives.png").stat().st_size > 10_000
 
 
