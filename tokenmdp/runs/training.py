@@ -130,7 +130,8 @@ def set_up(
             f"or delete {run.path}"
         ) from error
     total = learner.config.total_updates if updates is None else updates
-    console.print(f"going on after update {learner.num_updates_done} of {total}")
+    if learner.num_updates_done < total:
+        console.print(f"going on after update {learner.num_updates_done} of {total}")
     return learner
 
 
@@ -149,7 +150,8 @@ def learn(run: RunDirectory, agent: Learner, updates: int, checkpoint_every: int
                 console.print(wrong, highlight=False, soft_wrap=True)
             writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
     if done >= updates:
-        console.print(f"all {updates} updates are done; raise --updates to train further")
+        asked = "" if done == updates else f" and {updates} were asked for"
+        console.print(f"all {done} updates are done{asked}; raise --updates to train further")
         return False
     saved, interrupted = done, False
 
