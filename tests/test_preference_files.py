@@ -167,6 +167,7 @@ BAD_ROWS = [
     ("ratings that are texts", RANKED | {"scores": ["x", 2]}, MissingColumns, "scores is .* a list of numbers"),
     ("a rating alone", RANKED | {"scores": 3}, MissingColumns, "scores is 3; it is a list of numbers"),
     ("ranks that are texts", RANKED | {"ranks": ["x", 2]}, MissingColumns, "of another kind"),
+    ("two margins", ROW | IDS | {"margin": [1.0, 2.0]}, MissingColumns, r"margin is \[1.0, 2.0\]; it is one number"),
     ("half a surrogate pair", ROW | {"chosen": "\ud800"}, MissingColumns, "half of a surrogate pair"),
     ("the same beside ids", ROW | IDS | {"prompt": "a\udc00"}, MissingColumns, "half of a surrogate pair"),
     ("a number as text", ROW | {"chosen": 3}, BadPreferences, "list of messages|chat"),

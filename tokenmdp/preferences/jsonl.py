@@ -196,13 +196,20 @@ def _ids(value: Any, where: str, column: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _number(value: Any, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise MissingColumns(f"{column} is {value!r:.80}; it is one number") from error
+
+
 def build_record(row: Mapping[str, Any], texts: Mapping[str, Any], ids: Mapping[str, Any], where: str) -> Any:
     """A record of given texts and ids, with the other columns of its row; errors name the place."""
     check_texts([one for value in texts.values() for one in (value if isinstance(value, list) else [value])], where)
     try:
         facts: dict[str, Any] = {name: row[name] for name in FACTS if row.get(name)}
         if "responses" not in texts:
-            numbers: dict[str, Any] = {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
+            numbers: dict[str, Any] = {name: _number(row[name], name) for name in NUMBERS if row.get(name) is not None}
             return Comparison(**texts, **{f"{name}_ids": value for name, value in ids.items()}, **numbers, **facts)
         whole: dict[str, Any] = {
             "prompt": texts["prompt"],
