@@ -23,7 +23,6 @@ f-divergence Minimization", ICML 2023 (f-DPG).
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -41,7 +40,7 @@ from tokenmdp.training.checkpoint import Format
 from tokenmdp.training.typed import require
 from tokenmdp.types import Episode, Rollout, response_tokens
 
-logger = logging.getLogger(__name__)
+REMEDY = "play more episodes per update (--num-envs), or begin with an easier target"
 MOST_EMPTY = 10  # updates without any response that meets the target, after which a run ends with an error
 LARGEST_LOG = 700.0  # of exp in float64
 
@@ -69,8 +68,7 @@ class FDPGConfig(AgentConfig):
         require(self, "responses_per_prompt weight_clip baseline_updates moment_samples", "positive")
         if self.normaliser == "prompt" and self.responses_per_prompt < 2:
             raise ValueError(
-                "normaliser='prompt' estimates Z from the responses to one prompt, and responses_per_prompt is "
-                f"{self.responses_per_prompt}; set it to at least 2"
+                "normaliser='prompt' needs several responses, and responses_per_prompt is 1; set it to at least 2"
             )
         for part in read_target(self.target).fixed:
             part.check_divergence(self.divergence)
@@ -119,6 +117,11 @@ class FDPG(Agent):
 
     def finish(self, metrics: Metrics) -> None:
         """Nothing: there is no coefficient to adapt."""
+
+    def warning(self) -> str | None:
+        """A warning if no response of the first update met the target."""
+        message = f"no response of the first update meets the target {self.target_name!r}, so it took no step; {REMEDY}"
+        return message if self.num_updates_done == self.skipped_updates == 1 else None
 
     def update(self) -> Metrics:
         """One update; README.md beside this file defines the metrics."""
@@ -229,8 +232,7 @@ class FDPG(Agent):
         self.target.check_divergence(self.config.divergence)
         if self.target_name not in ("", self.target.name):
             raise TargetError(
-                f"this run began with the target {self.target_name!r} and agent.target is {self.target.name!r}; assign "
-                "the one that it began with before learn(), or start a new run"
+                f"this run began with {self.target_name!r}; assign that to agent.target, not {self.target.name!r}"
             )
         self.target_name = self.target.name
         return self.target
@@ -259,8 +261,9 @@ class FDPG(Agent):
         """How near the policy is to the target, and how much the estimates rest on."""
         found = {name: (shares @ numbers.to(shares)).item() for name, numbers in target.measures(responses).items()}
         found["tv"] = _mean((1 - (-log_t).exp()).clamp(min=0), known, shares)  # in [0, 1]
-        reverse = {} if target.has_zeros else {"reverse_kl": "reverse-kl"}
-        divergences = {"forward_kl": "forward-kl", "js": "js"} | reverse
+        divergences = {"forward_kl": "forward-kl", "js": "js"}
+        if not target.has_zeros:
+            divergences["reverse_kl"] = "reverse-kl"
         for metric, name in divergences.items():
             values = f_over_t(name, log_t)  # type: ignore[arg-type]
             found[metric] = _mean(values, known, shares) / (2 if name == "js" else 1)
@@ -277,13 +280,10 @@ class FDPG(Agent):
     def _skip(self, episodes: int) -> Metrics:
         """No response so far has P > 0: count it, take no step."""
         self.skipped_updates += 1
-        if self.skipped_updates == 1:
-            logger.warning("none of %d responses meets the target %r: no step is taken", episodes, self.config.target)
         if self.skipped_updates >= MOST_EMPTY and self.num_updates_done + 1 == self.skipped_updates:
             raise TargetError(
-                f"none of {self.skipped_updates * episodes} responses meets the target {self.config.target!r}, so "
-                "there is nothing to learn from; play more episodes per update (--num-envs), or begin with an easier "
-                "target"
+                f"none of {self.skipped_updates * episodes} responses meets the target {self.target_name!r}, so there "
+                f"is nothing to learn from; {REMEDY}"
             )
         names = ("baseline", "approx_kl", "loss", "clip_fraction", *self.norms, "minibatches")
         return dict.fromkeys(names, 0.0) | {"ess": 1.0, "skipped_updates": self.skipped_updates}

@@ -11,6 +11,9 @@ PPO soup     averages of the weights of the two policies that PPO trained on one
 MODPO        on comparisons by the first one, with the second as margin; at the ends plain DPO on one of them
 MODPO soup   averages of the weights of the policies at these ends
 
+The table says how far each soup is above the chord of its ends' means, objective by objective, and how far each policy
+between two ends is above it in the second objective where the first one is the same.
+
 With --part 0/2 and --part 1/2 two processes share the seeds.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -174,14 +178,18 @@ def above_chord(ends: Sequence[dict[int, Policy]], weight: float, soups: dict[in
     )
 
 
-def above_line(ends: Sequence[dict[int, Policy]], policies: dict[int, Policy]) -> Estimate:
-    """The second objective less that of the chord where the first one is the same, seed by seed."""
+def above_chord_at_equal_first(ends: Sequence[dict[int, Policy]], policies: dict[int, Policy]) -> str:
+    """The second objective less that of the chord where the first one is the same, seed by seed, and how many seeds.
+
+    A seed counts only where the policy's first objective lies between those of the ends.
+    """
     above = []
     for seed in sorted(policies.keys() & ends[0].keys() & ends[1].keys()):
-        (low, start), (high, end) = (ends[place][seed][:2] for place in (0, 1))
-        own = policies[seed]
-        above.append(own.second - start - (end - start) * (own.first - low) / (high - low))
-    return mean_interval(above)
+        (first_0, second_0, _), (first_1, second_1, _) = ends[0][seed], ends[1][seed]
+        share = (policies[seed].first - first_0) / (first_1 - first_0) if first_1 > first_0 else math.nan
+        if 0 <= share <= 1:
+            above.append(policies[seed].second - second_0 - share * (second_1 - second_0))
+    return f"{mean_interval(above)}, n={len(above)}" if above else ""
 
 
 def report(out: Path, objectives: Sequence[str]) -> None:
@@ -203,7 +211,7 @@ def report(out: Path, objectives: Sequence[str]) -> None:
             if weight in BETWEEN and all(ends):
                 if method.endswith("soup"):
                     chords[:2] = [str(above_chord(ends, weight, seeds, axis)) for axis in (0, 1)]
-                chords[2] = str(above_line(ends, seeds))
+                chords[2] = above_chord_at_equal_first(ends, seeds)
             cells = ["" if method == START else f"{weight:g}", str(len(seeds)), *means, *chords]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     write_text(out / "table.md", "\n".join(lines) + "\n")

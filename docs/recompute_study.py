@@ -40,7 +40,7 @@ def within(low, high):
     return lambda score, kl: score[(low <= kl) & (kl < high)].mean()
 
 
-print("method | runs | mean score | less sparse | at 6 to 9 nats | 9 to 12 | 12 to 15")
+print("method | runs | mean score | less sparse | the same at 6 to 9 nats | at 9 to 12 | at 12 to 15")
 for method, found in runs.items():
     row = [method, str(len(found)), f"{np.mean([score.mean() for score, _ in found.values()]):.2f}"]
     if method != "sparse":

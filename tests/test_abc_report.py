@@ -58,6 +58,7 @@ def test_the_main_table_is_recomputed_without_the_library(shipped):
     imported = {line.split()[1] for line in script.read_text().splitlines() if re.match("(import|from) ", line)}
     assert imported == {"json", "lzma", "pathlib", "numpy"}
     printed = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("method | runs | mean score | less sparse | ")
     theirs = {row[0]: row[1:] for row in (line.split(" | ") for line in printed.splitlines()[1:])}
     at_equal_kl = {row[1]: [text.partition(", n=")[0] for text in row[2:-1]] for row in equal_kl_table(shipped, "imdb")}
     rows = method_table(shipped, "imdb")

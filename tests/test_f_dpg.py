@@ -69,7 +69,7 @@ def test_updates_that_know_no_z_take_no_step_and_are_counted(caplog):
     agent = make_agent(target="word:zebra")
     start = {name: weight.clone() for name, weight in agent.policy.named_parameters()}
     agent.learn(2)
-    assert caplog.text.count("none of 16 responses meets the target 'word:zebra': no step is taken") == 1
+    assert caplog.text.count("no response of the first update meets the target 'zebra', so it took no step") == 1
     assert [metrics["skipped_updates"] for metrics in agent.history] == [1, 2]
     assert agent.history[-1]["minibatches"] == agent.history[-1]["z"] == 0
     assert agent.history[-1]["unknown_z"] == 1
@@ -77,7 +77,7 @@ def test_updates_that_know_no_z_take_no_step_and_are_counted(caplog):
     assert all(math.isfinite(value) for metrics in agent.history for value in metrics.values())
     known = make_agent(target="reward:>0").learn(1).history[0]
     assert known.keys() == agent.history[0].keys()
-    with pytest.raises(TargetError, match="none of 160 responses meets the target 'word:zebra'"):
+    with pytest.raises(TargetError, match="none of 160 responses meets the target 'zebra'"):
         agent.learn(8)
 
 
@@ -86,7 +86,7 @@ def test_weights_are_cut_only_if_asked_and_the_share_is_reported():
     free = make_agent(**options).learn(1).history[0]
     cut = make_agent(**options, weight_clip=1.0).learn(1).history[0]
     assert free["clip_fraction"] == 0
-    assert 0.02 < cut["clip_fraction"] < 1
+    assert 0 < cut["clip_fraction"] < 1
     assert 0 < free["ess"] < 1
     assert free["approx_kl"] > 0.01
     assert make_agent(**options, target_kl=1e-4).learn(1).history[0]["minibatches"] < 6
@@ -203,7 +203,7 @@ def test_a_target_of_ones_own_and_adapters(tmp_path):
     assert agent.history[0]["z"] == pytest.approx(agent.history[0]["alignment"], abs=1e-6)
     agent.save(tmp_path / "run")
     resumed = FDPG.load(tmp_path / "run", make_envs())
-    with pytest.raises(TargetError, match=r"began with the target 'long' and agent.target is 'score/1'; assign"):
+    with pytest.raises(TargetError, match="began with 'long'; assign that to agent"):
         resumed.learn(1)
     resumed.target = BinaryTarget(of_texts(lambda texts: [math.nan] * len(texts), "long", True))
     with pytest.raises(TargetError, match="'long' is nan for response 0 of 16"):

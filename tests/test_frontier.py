@@ -22,9 +22,12 @@ def write(out, name, value, seed, judge, kl, **more):
     path.write_text(json.dumps(one | {"seconds": 1.0, "texts_scored": 64} | more))
 
 
-def rising(seconds):
+def log(out, name, seed, seconds):
     """Ten updates, each of so many seconds, of which the n-th reaches n."""
-    return [(seconds * update, float(update)) for update in range(1, 11)]
+    path = lines.place(out, name, report.MIDDLE, seed) / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    records = [{"seconds": seconds, "score_mean": n + 1.0, "kl_coef": 0.5, "kl": 2.0} for n in range(1, 11)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture
@@ -33,18 +36,22 @@ def out(tmp_path):
     for seed in (1, 2):
         for value, kl in zip(lines.KL_COEFS, (1.0, 4.0, 9.0), strict=True):
             score = 0.5 + seed / 10 + math.sqrt(kl)
-            write(tmp_path, "PPO, sparse", value, seed, score, kl, start=[0.5], curve=rising(2.0))
-            write(tmp_path, "RLOO", value, seed, score + math.sqrt(kl), kl, curve=rising(1.0))
+            write(tmp_path, "PPO, sparse", value, seed, score, kl, start=[0.5])
+            write(tmp_path, "RLOO", value, seed, score + math.sqrt(kl), kl)
+            write(tmp_path, "PPO, red", value, seed, score, kl, reward_model=[2 * score])
+    for name, seconds in (("PPO, sparse", 2.0), ("PPO, red", 4.0), ("RLOO", 1.0)):
+        for seed in (1, 2):
+            log(tmp_path, name, seed, seconds)
     return tmp_path
 
 
 def test_lines_are_compared_at_equal_kl_seed_by_seed(out):
     found, start = report.read(out)
-    assert (len(found), start) == (12, 0.5)
+    assert (len(found), start) == (18, 0.5)
     assert report.at(found, "RLOO", 1, start) == pytest.approx([2.6, 0.6 + 2 * math.sqrt(2.5), 0.6 + 2 * math.sqrt(5)])
     table = report.equal_kl(found, start)
     assert table[-1].startswith("| RLOO | 2.65 [2.01, 3.29] | 1.00 [1.00, 1.00] |")
-    assert table[-2].split("|")[3].strip() == "", "a line is not compared with itself"
+    assert table[2].split("|")[3].strip() == "", "a line is not compared with itself"
 
 
 def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
@@ -55,27 +62,33 @@ def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
 
 
 def test_a_slower_run_has_fewer_updates_at_equal_seconds(out):
-    ppo, rloo = report.equal_time(out)[2:]
-    assert ppo.startswith("| PPO, sparse | 20 | 8.00 [8.00, 8.00] | 0.00 [0.00, 0.00] | 3.00 [3.00, 3.00] | -5.00 [")
-    assert rloo == "| RLOO | 10 | 8.00 [8.00, 8.00] |  | 8.00 [8.00, 8.00] |  |"
+    sparse, red, rloo = report.equal_time(out)[2:]
+    same, reached = "8.00 [8.00, 8.00]", "3.00 [3.00, 3.00] | -5.00 [-5.00, -5.00]"
+    assert sparse == f"| PPO, sparse | 2 | 20 | {same} | 0.00 [0.00, 0.00] | {reached} |"
+    assert red == f"| PPO, red | 2 | 40 | {same} | 0.00 [0.00, 0.00] |  |  |", "2 updates are too few"
+    assert rloo == f"| RLOO | 2 | 10 | {same} |  | {same} |  |"
 
 
-def test_a_curve_is_what_was_maximised():
-    records = [{"seconds": 2.0, "score_mean": 3.0, "kl": 4.0, "kl_coef": 0.5}] * 2
-    assert cells.curve(records, "kl_coef") == [(2.0, 1.0), (4.0, 1.0)]
-    assert cells.curve(records, "target") == [], "f-DPG maximises no reward"
+def test_equal_time_needs_the_same_seeds_of_all(out):
+    lines.place(out, "RLOO", report.MIDDLE, 2).with_suffix(".json").unlink()
+    assert [row.split("|")[2].strip() for row in report.equal_time(out)[2:]] == ["1", "1", "1"]
+    lines.place(out, "RLOO", report.MIDDLE, 1).with_suffix(".json").unlink()
+    assert len(report.equal_time(out)) == 2
 
 
-def test_lines_without_curves_leave_the_table_empty(tmp_path):
-    write(tmp_path, "DPO", 0.3, 1, 1.5, 2.0, start=[0.5])
-    assert len(report.equal_time(tmp_path)) == 2
+def test_both_scores_are_drawn_along_the_kl(out):
+    found, _ = report.read(out)
+    for key, factor in (("judge", 1), ("reward_model", 2)):
+        assert [(kl, one.value) for kl, one in report.along(found, "PPO, red", key)] == [
+            (kl, pytest.approx(factor * (0.65 + kl))) for kl in (1.0, 2.0, 3.0)
+        ]
 
 
 def test_everything_is_written(out, capsys):
     report.report(out)
     assert (out / "table.md").read_text() == capsys.readouterr().out
     rows = (out / "cells.csv").read_text().splitlines()
-    assert len(rows) == 13
+    assert len(rows) == 19
     assert rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
     for name in ("frontier", "both_scores"):
         assert (out / f"{name}.png").stat().st_size > 10_000

@@ -31,11 +31,23 @@ def test_a_soup_is_compared_with_the_chord_of_the_same_seed(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == printed
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|") for line in printed.splitlines()}
     soup = rows["PPO soup", "0.25"]
-    assert [cell.strip() for cell in soup[-4:-1]] == [f"{gain} [{gain}, {gain}]" for gain in ("0.50", "0.00", "0.25")]
-    assert [cell.strip() for cell in rows["PPO", "0.5"][-4:-1]] == ["", "", "0.50 [0.50, 0.50]"]
+    assert [cell.strip() for cell in soup[-4:-1]] == [
+        "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]", "0.25 [0.25, 0.25], n=2"
+    ]  # fmt: skip
+    assert [cell.strip() for cell in rows["PPO", "0.5"][-4:-1]] == ["", "", "0.50 [0.50, 0.50], n=2"]
     assert soup[3].strip() == "2"
     assert rows["PPO", "1"][-4:-1] == ["  ", "  ", "  "]
     assert (tmp_path / "objectives.png").stat().st_size > 10_000
+
+
+def test_a_policy_beyond_the_ends_is_on_no_chord():
+    def policies(*firsts):
+        return {seed: objectives.Policy(first, 1.0, 0.0) for seed, first in enumerate(firsts)}
+
+    ends = policies(0.0, 0.0, 0.0), policies(1.0, 1.0, 0.0)
+    beyond = objectives.above_chord_at_equal_first(ends, policies(1.5, 0.5, 0.0))
+    assert beyond == "0.00, n=1", "the first lies beyond, the last has ends that are alike"
+    assert objectives.above_chord_at_equal_first((policies(0.0), policies(1.0)), policies(-0.1)) == ""
 
 
 def test_the_table_of_nothing(tmp_path, capsys):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from forked import exit_code, needs_fork
@@ -17,11 +18,12 @@ from tokenmdp.agents.sft import SFT
 from tokenmdp.evaluation.policies import Evaluation
 from tokenmdp.intervals import Estimate
 from tokenmdp.models.loading import load_tokenizer
-from tokenmdp.preferences import Annotator, read_records
-from tokenmdp.report import calibration, pipeline_page
-from tokenmdp.report.pipeline_figures import reward_models_figure
+from tokenmdp.preferences import Annotator, Comparison, read_records
+from tokenmdp.report import pipeline_page
+from tokenmdp.report.pipeline_figures import learning_curves_figure, reward_models_figure
 from tokenmdp.runs import pipeline
 from tokenmdp.runs.directory import RunError
+from tokenmdp.runs.held_out import report_held_out
 from tokenmdp.runs.pipeline import PipelineSettings, rlhf
 from tokenmdp.runs.pipeline_report import elo, reward_model_line, summary
 
@@ -138,19 +140,40 @@ def test_a_moved_reference_and_dpo(place, tmp_path, monkeypatch):
     assert "held_out" not in record  # all comparisons teach, and earlier pipelines go on
     assert not stages[1].evaluation.gold
     shown = summary(settings(place, algorithm="dpo", reference="moved", start="last"), tmp_path / "dpo", stages)
-    assert [(one.what, one.round, *one.curves) for one in shown.trainings] == [
+    assert shown.policies[1].links[0][0] == "the run of this policy"
+    assert [(one.stage, one.round, *one.metrics) for one in shown.curves] == [
         ("policy", number, "loss", "accuracy") for number in (1, 2)
     ]
     assert pipeline_page.write_page(tmp_path, shown).read_text().count("<svg") == 2
 
 
-def test_a_reward_models_calibration_is_read_from_its_summary():
-    found = {"predicted": 0.7, "observed": {"value": 0.6, "low": 0.5, "high": 0.8}, "pairs": 20}
-    record = {"accuracy": {"value": 0.5}, "calibration": [found]}
-    assert reward_model_line(1, record, 24).calibration == [calibration.Bin(0.7, Estimate(0.6, 0.5, 0.8), 20)]
-    figure = reward_models_figure([reward_model_line(1, record, 24)])
-    right = figure.axes[1]
+class Certain:
+    """Prefers the longer response, by 2."""
+
+    coin_flips = 0.0
+
+    def score_pairs(self, pairs):
+        return torch.tensor([[2.0, 0.0] if len(pair.chosen) > len(pair.rejected) else [0.0, 2.0] for pair in pairs])
+
+
+def test_a_reward_models_calibration_goes_to_the_page(tmp_path):
+    texts = " great", " bad"
+    pairs = [
+        Comparison(
+            prompt="a film", chosen=texts[flipped], rejected=texts[not flipped], prompt_ids=(1,), chosen_ids=(2,),
+            rejected_ids=(3,),
+        )
+        for flipped in (number % 4 == 0 for number in range(80))
+    ]  # fmt: skip
+    record, _ = report_held_out(Certain(), pairs, tmp_path, Console(quiet=True))
+    model = reward_model_line(1, json.loads(json.dumps(record)), 80)
+    assert [one.pairs for one in model.calibration] == [10] * 8
+    assert model.calibration[0].predicted == pytest.approx(1 / (1 + math.exp(-2)))
+    assert 0.7 <= np.mean([one.observed.value for one in model.calibration]) <= 0.8
+    left, right = reward_models_figure([model]).axes
+    assert left.get_title() == right.get_title() == ""
     assert right.get_legend_handles_labels()[1] == ["calibrated", "round 1"]
+    assert len(reward_models_figure([model._replace(calibration=[])]).axes) == 1, "too few held-out pairs"
 
 
 def test_other_settings_and_other_files_are_refused(whole, place, tmp_path):
@@ -181,7 +204,8 @@ def test_elo_is_that_of_the_mean_chance():
 
 
 def test_the_page_shows_every_policy_and_escapes_what_it_shows(whole, place, tmp_path):
-    shown = summary(settings(place), *whole)
+    shown = summary(settings(place, demonstrations=str(place / "texts.jsonl")), *whole)
+    assert shown.policies[1].links == [("texts tinted by credit", "../round-1/policy/report/samples.html")]
     assert [one.comparisons for one in shown.reward_models] == [24, 48]
     odd = shown.policies[0]._replace(name="<b>odd</b>", links=[("a & b", '"x"')])
     page = pipeline_page.write_page(tmp_path, shown._replace(policies=[odd, *shown.policies[1:]])).read_text()
@@ -189,12 +213,18 @@ def test_the_page_shows_every_policy_and_escapes_what_it_shows(whole, place, tmp
     assert "&lt;b&gt;odd&lt;/b&gt;" in page
     assert "a &amp; b" in page
     assert page.count("<svg") == 3
-    assert [(one.what, one.round, *one.curves) for one in shown.trainings] == [
+    assert [(one.stage, one.round, *one.metrics) for one in shown.curves] == [
         ("SFT", 0, "loss"),
-        *((what, number, *curves) for number in (1, 2)
-          for what, curves in (("reward model", ["loss"]), ("policy", ["score_mean", "kl"]))),
+        *((what, number, *metrics) for number in (1, 2)
+          for what, metrics in (("reward model", ["loss"]), ("policy", ["score_mean", "kl"]))),
     ]  # fmt: skip
-    assert {len(values) for one in shown.trainings for values in one.curves.values()} == {1, 2}
+    figure = learning_curves_figure(shown.curves)
+    assert [axes.get_title(loc="left") for axes in figure.axes if axes.axison] == [
+        "SFT",
+        "reward model",
+        *["policy"] * 2,
+    ]
+    assert [len(axes.get_legend_handles_labels()[1]) for axes in figure.axes] == [1, 2, 2, 2, 0, 0]
     assert str(Estimate(*shown.policies[1].gold)) in page
     assert (tmp_path / "report" / "policies.png").exists()
 

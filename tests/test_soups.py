@@ -133,6 +133,6 @@ def test_the_command_evaluates_every_soup_on_every_objective_and_goes_on(place, 
     assert cli.main(soup) == 0
     assert (tmp_path / "soup" / "soup-0.5.json").stat().st_mtime_ns == before
     assert cli.main(["soup", "one", "one/checkpoint", "--out", "twice"]) == 2
-    assert "is both members of the soup; give two policies" in capsys.readouterr().err
+    assert "both members of the soup are" in capsys.readouterr().err
     assert cli.main([*soup, "--samples", "6"]) == 2
     assert "holds soups with other settings (samples is 4, asked 6)" in capsys.readouterr().err

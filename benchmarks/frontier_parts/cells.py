@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,18 +74,7 @@ def measured(sources: Sources, name: str, value: float, seed: int) -> dict[str, 
         load_evaluation(out / "after.json"),
         sum(record["seconds"] for record in records),
         0 if learns_from_data else settings.num_envs * len(records),
-    ) | {"start": load_evaluation(out / "before.json").gold, "curve": curve(records, line.knob)}
-
-
-def curve(records: Sequence[Mapping[str, float]], knob: str) -> list[tuple[float, float]]:
-    """Seconds so far and ``score - kl_coef * KL`` of each update's responses; none where no reward is maximised."""
-    if knob != "kl_coef":
-        return []
-    seconds = itertools.accumulate(record["seconds"] for record in records)
-    return [
-        (time, record["score_mean"] - record["kl_coef"] * record["kl"])
-        for time, record in zip(seconds, records, strict=True)
-    ]
+    ) | {"start": load_evaluation(out / "before.json").gold}
 
 
 def found(evaluation: Evaluation, seconds: float, texts_scored: int) -> dict[str, Any]:

@@ -47,8 +47,8 @@ LINES = {
     "soup": Line("soup", "weight", (0.25, 0.5, 0.75)),  # the last line: its member is a cell of the first one
 }
 FIRST = "PPO, sparse"  # the line that others are compared with, and whose strongest policy is in the soups
-FARTHEST = ("PPO, red", "DPO")  # swept beyond the others, to where the reward model may stop telling the truth
-WITHOUT_CREDIT = "RLOO"  # what token credit is compared with, with and without a critic
+FARTHEST = ("PPO, red", "DPO")  # swept farther, to where the learned reward model's score may be wrong
+EQUAL_TIME_BASELINE = "RLOO"  # neither a critic nor token credit
 
 
 def place(out: Path, name: str, value: float, seed: int) -> Path:

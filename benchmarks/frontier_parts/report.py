@@ -1,4 +1,4 @@
-"""Tables and figure of the frontier, from the cells that are there."""
+"""Tables and figures of the frontier, from the cells that are there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frontier_parts.lines import FARTHEST, FIRST, KL_COEFS, LINES, WITHOUT_CREDIT, place
+from frontier_parts.lines import EQUAL_TIME_BASELINE, FARTHEST, FIRST, KL_COEFS, LINES, place
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.report.colours import COLOURS, MARKERS
+from tokenmdp.report.curves import read_metrics
 from tokenmdp.report.drawing import FAINT, dress, error_bars, new_figure, write_figure
 from tokenmdp.study.equal_kl import score_at_kl
 
 LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
-MIDDLE = KL_COEFS[1]  # the kl_coef at which what maximises one objective is compared
+MIDDLE = KL_COEFS[1]  # the kl_coef at which lines are compared at equal time
 LAST = 5  # updates that are averaged
 
 
@@ -38,7 +39,7 @@ class Cell(NamedTuple):
 
 
 def report(out: Path) -> None:
-    """Write ``cells.csv``, ``table.md`` and the figure, and print the tables.
+    """Write ``cells.csv``, ``table.md`` and the figures, and print the tables.
 
     Intervals are those of Student's t over the seeds' means.
     """
@@ -128,60 +129,72 @@ def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float 
 
 
 def equal_time(out: Path) -> list[str]:
-    """What is maximised, in the last updates and where the fastest run of the seed ended, less that without credit."""
+    """``score - kl_coef * KL``, mean of the last updates: at equal samples, and where the seed's fastest run ended.
+
+    Only seeds that every line shown has, so that a column has one budget; less `EQUAL_TIME_BASELINE` of the same seed.
+    """
     lines = [
-        f"| score - kl_coef KL, kl_coef {MIDDLE:g} | seconds | equal samples | less {WITHOUT_CREDIT} | equal seconds "
-        f"| less {WITHOUT_CREDIT} |",
-        "|---|---|---|---|---|---|",
+        f"| score - kl_coef KL at kl_coef {MIDDLE:g} | seeds | seconds | at equal samples | less {EQUAL_TIME_BASELINE} "
+        f"| at equal seconds | less {EQUAL_TIME_BASELINE} |",
+        "|---|---|---|---|---|---|---|",
     ]
-    curves: dict[str, dict[int, np.ndarray]] = {}
-    for name, line in LINES.items():
-        for seed in SEEDS if line.knob == "kl_coef" else ():
-            path = place(out, name, MIDDLE, seed).with_suffix(".json")
-            if path.exists():
-                curves.setdefault(name, {})[seed] = np.array(json.loads(path.read_text())["curve"])
-    fastest: dict[int, float] = {}
-    for own in curves.values():
-        for seed, curve in own.items():
-            fastest[seed] = min(curve[-1, 0], fastest.get(seed, math.inf))
-    samples = {name: {seed: curve[-LAST:, 1].mean() for seed, curve in own.items()} for name, own in curves.items()}
+    curves = objectives(out)
+    seeds = sorted(set.intersection(*(set(runs) for runs in curves.values()))) if curves else []
+    budgets = {seed: min(runs[seed][-1, 0] for runs in curves.values()) for seed in seeds}
+    samples = {name: {seed: runs[seed][-LAST:, 1] for seed in seeds} for name, runs in curves.items()}
     seconds = {
-        name: {seed: curve[curve[:, 0] <= fastest[seed]][-LAST:, 1].mean() for seed, curve in own.items()}
-        for name, own in curves.items()
+        name: {seed: runs[seed][runs[seed][:, 0] <= budgets[seed]][-LAST:, 1] for seed in seeds}
+        for name, runs in curves.items()
     }
-    for name, own in curves.items():
-        took = np.mean([curve[-1, 0] for curve in own.values()])
-        row = [name, f"{took:.0f}"]
-        for every in (samples, seconds):
-            base = every.get(WITHOUT_CREDIT, {})
-            gains = [score - base[seed] for seed, score in every[name].items() if seed in base]
-            row.append(str(mean_interval(list(every[name].values()))))
-            row.append(str(mean_interval(gains)) if gains and name != WITHOUT_CREDIT else "")
+    for name, runs in curves.items() if seeds else ():
+        row = [name, str(len(seeds)), f"{np.mean([runs[seed][-1, 0] for seed in seeds]):.0f}"]
+        for ends in (samples, seconds):
+            if any(len(ends[one][seed]) < LAST for one in (name, EQUAL_TIME_BASELINE) for seed in seeds):
+                row += ["", ""]
+                continue
+            own, base = ([ends[one][seed].mean() for seed in seeds] for one in (name, EQUAL_TIME_BASELINE))
+            row.append(str(mean_interval(own)))
+            row.append("" if name == EQUAL_TIME_BASELINE else str(mean_interval(np.subtract(own, base))))
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
-def draw_both_scores(cells: Sequence[Cell], start: float, out: Path) -> None:
-    """The judge's score and the reward model's against the root of the KL, of the lines that go farthest.
+def objectives(out: Path) -> dict[str, dict[int, np.ndarray]]:
+    """Line -> seed -> seconds so far and ``score - kl_coef * KL`` of each update, (K, 2), at `MIDDLE`.
 
-    Dotted: the judge's score of the policy that all start from. Scores have units of their own; what can be compared is
-    whether one still rises where the other falls.
+    Both are of the responses that an update learns from. Lines without kl_coef are left out; so are all, if
+    `EQUAL_TIME_BASELINE` is not there.
     """
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name, line in LINES.items():
+        for seed in SEEDS if line.knob == "kl_coef" else ():
+            run = place(out, name, MIDDLE, seed)
+            if run.with_suffix(".json").exists():
+                records = read_metrics(run / "metrics.jsonl")
+                seconds = np.cumsum([one["seconds"] for one in records])
+                scores = [one["score_mean"] - one["kl_coef"] * one["kl"] for one in records]
+                found.setdefault(name, {})[seed] = np.stack([seconds, scores], axis=-1)
+    return found if EQUAL_TIME_BASELINE in found else {}
+
+
+def draw_both_scores(cells: Sequence[Cell], start: float, out: Path) -> None:
+    """The judge's score and the learned reward model's against the root of the KL, of the lines that go farthest."""
     figure = new_figure(9.5, 4.2)
-    for axes, name in zip(figure.subplots(1, len(FARTHEST), sharex=True, sharey=True), FARTHEST, strict=True):
-        for number, (label, key) in enumerate((("judge", "judge"), ("learned reward model", "reward_model"))):
-            points = along(cells, name, key)
-            if points:
+    for axes, (title, key) in zip(
+        figure.subplots(1, 2), (("judge", "judge"), ("the learned reward model", "reward_model")), strict=True
+    ):
+        for number, name in enumerate(FARTHEST):
+            if points := along(cells, name, key):
                 axes.errorbar(
                     [kl for kl, _ in points], [one.value for _, one in points],
                     yerr=error_bars([one for _, one in points]), capsize=3, marker=MARKERS[number], markersize=5,
-                    color=COLOURS[number], label=label,
+                    color=COLOURS[number], label=f"{name}, by {LINES[name].knob}",
                 )  # fmt: skip
-        knob = LINES[name].knob
-        dress(axes, f"{name}, by {knob}", "square root of the KL to the start, nats", "mean score")
+        if axes.has_data() and key == "judge":
+            axes.axhline(start, color=FAINT, linewidth=0.8, linestyle=":", label="start")
+        dress(axes, title, "square root of the KL to the start, nats", "mean score")
         if axes.has_data():
-            axes.axhline(start, color=FAINT, linewidth=0.8, linestyle=":")
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
     write_figure(figure, out, "both_scores")
 
 

@@ -30,7 +30,7 @@ class SoupOptions:
     second: tyro.conf.Positional[str]
     """The other one: a run directory, or the name or directory of a model."""
     weights: str = "0:1:0.25"
-    """Of the second one: FIRST:LAST:STEP, or numbers with commas between them. Outside 0 to 1 it extrapolates."""
+    """Of the second one: FIRST:LAST:STEP, or numbers with commas between them; those outside 0 to 1 extrapolate."""
     reward_model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An objective: bundled name, directory or hub name of a reward model; may be repeated. Default: the runs' own."""
     start: str | None = None

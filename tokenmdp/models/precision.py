@@ -9,7 +9,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-CHOICE = "TOKENMDP_DTYPE"  # what "auto" stands for, if it is set
+DTYPE_VARIABLE = "TOKENMDP_DTYPE"  # what "auto" stands for, if it is set
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -24,8 +24,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     torch.float32
     """
     name = "dtype"
-    if dtype == "auto" and CHOICE in os.environ:
-        name, dtype = CHOICE, os.environ[CHOICE]
+    if dtype == "auto" and DTYPE_VARIABLE in os.environ:
+        name, dtype = DTYPE_VARIABLE, os.environ[DTYPE_VARIABLE]
     if dtype == "float32":
         return torch.float32
     if device.type == "cuda":

@@ -197,10 +197,12 @@ def _ids(value: Any, where: str, column: str) -> tuple[int, ...]:
 
 
 def _number(value: Any, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MissingColumns(f"{column} is {value!r:.80}; give one number, or leave the column out")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise MissingColumns(f"{column} is {value!r:.80}; it is one number") from error
+    except OverflowError as error:
+        raise MissingColumns(f"{column} is too large: {value!r:.20}...") from error
 
 
 def build_record(row: Mapping[str, Any], texts: Mapping[str, Any], ids: Mapping[str, Any], where: str) -> Any:

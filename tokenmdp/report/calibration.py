@@ -50,7 +50,7 @@ def bins(gaps: np.ndarray, number: int = 8, error_rate: float = 0.0) -> list[Bin
 
 
 def plot(found: Sequence[Bin], pairs: int, path: str | Path) -> Path:
-    """Draw the `bins` of so many pairs against the diagonal of a calibrated model, with 95% bootstrap intervals."""
+    """Draw bins of ``pairs`` held-out pairs against the diagonal of a calibrated model, with 95% intervals."""
     figure = new_figure(4.8, 4.4)
     axes = figure.subplots()
     draw(axes, found, "held-out pairs", COLOURS[0])
@@ -61,12 +61,12 @@ def plot(found: Sequence[Bin], pairs: int, path: str | Path) -> Path:
     return write_png(figure, path)
 
 
-def draw(axes: Axes, found: Sequence[Bin], label: str, colour: str) -> None:
+def draw(axes: Axes, found: Sequence[Bin], label: str, colour: str, marker: str = "o") -> None:
     """Bins with their intervals, and once in each axes the diagonal of a calibrated model."""
     if not axes.lines:
         axes.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1, label="calibrated")
     axes.errorbar(
         [one.predicted for one in found], [one.observed.value for one in found],
-        yerr=error_bars([one.observed for one in found]), fmt="o", color=colour, capsize=2, label=label,
+        yerr=error_bars([one.observed for one in found]), fmt=marker, color=colour, capsize=2, label=label,
     )  # fmt: skip
     axes.set_xlim(0.48, 1.02)

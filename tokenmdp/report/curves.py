@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
@@ -13,17 +13,22 @@ from scipy import stats
 from tokenmdp.report.colours import COLOURS
 from tokenmdp.report.drawing import write_png
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Metrics = Mapping[str, Any]
+
+SMOOTHING = 1 / 10  # share of a run's updates that each point of a smoothed curve averages
 
 LABELS = {
     "score_mean": "mean score of the reward model",
     "kl": "KL to the reference, nats per sequence",
     "entropy": "entropy, nats per token",
     "explained_variance": "explained variance of the returns",
-    "accuracy": "share of pairs in their order",
-    "score_gap": "score of the preferred less the other",
-    "chosen_logratio": "log-ratio of the preferred, nats",
-    "rejected_logratio": "log-ratio of the other, nats",
+    "accuracy": "share of pairs in the right order",
+    "score_gap": "score of chosen less rejected, log-odds",
+    "chosen_logratio": "log-ratio of the chosen response, nats",
+    "rejected_logratio": "log-ratio of the rejected response, nats",
 }
 
 
@@ -83,7 +88,7 @@ def plot_learning_curves(
     path: str | Path,
     metric: str | Sequence[str] = "score_mean",
     *,
-    window: int = 1,
+    window: int | None = 1,
     title: str = "",
 ) -> Path:
     """Draw ``metric`` against updates, one colour per label, and write a PNG.
@@ -93,6 +98,7 @@ def plot_learning_curves(
         path: the PNG to write; its folder is created.
         metric: a key of the records, or several: one panel each, below one another.
         window: updates in the moving average of the thick line; above 1 a single run is shown unsmoothed behind it.
+            None: a tenth of each run's updates, and one.
         title: heading of the figure.
 
     Seeds of one label are cut to the shortest; the band is the 95% t interval of their mean.
@@ -108,30 +114,37 @@ def plot_learning_curves(
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(panels, metrics, strict=True):
-        for place, (label, seeds) in enumerate(runs.items()):
-            colour = COLOURS[place % len(COLOURS)]
-            updates, curves = _curves(label, seeds, key)
-            smoothed = np.stack([smooth(curve, window) for curve in curves])
-            mean, half = band(smoothed)
-            if len(curves) == 1 and window > 1:
-                axes.plot(updates, curves[0], color=colour, linewidth=0.8, alpha=0.4)
-            else:
-                axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
-            name = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
-            axes.plot(updates, mean, color=colour, linewidth=2, label=name)
-        axes.set_ylabel(LABELS.get(key, key))
-        if key == "explained_variance":  # one early update can be far below
-            axes.set_ylim(bottom=max(axes.get_ylim()[0], -1), top=1)
+        draw_metric(axes, runs, key, window)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("update")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
         several = any(len(seeds) > 1 for seeds in runs.values())
         panels[0].legend(frameon=False, title="band: 95% interval of the mean" if several else None)
     if title:
         figure.suptitle(title)
     return write_png(figure, path)
+
+
+def draw_metric(
+    axes: Axes, runs: Mapping[str, Sequence[Sequence[Metrics]]], key: str, window: int | None = None
+) -> None:
+    """One panel of `plot_learning_curves`; the window None is `SMOOTHING` of each run's updates."""
+    for place, (label, seeds) in enumerate(runs.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        updates, curves = _curves(label, seeds, key)
+        width = 1 + int(SMOOTHING * len(updates)) if window is None else window
+        mean, half = band(np.stack([smooth(curve, width) for curve in curves]))
+        if len(curves) == 1 and width > 1:
+            axes.plot(updates, curves[0], color=colour, linewidth=0.8, alpha=0.4)
+        else:
+            axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+        name = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
+        axes.plot(updates, mean, color=colour, linewidth=2, label=name)
+    axes.set_ylabel(LABELS.get(key, key))
+    if key == "explained_variance":  # one early update can be far below
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -1), top=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 
 
 def _curves(label: str, seeds: Sequence[Sequence[Metrics]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,22 +1,54 @@
-"""The figures of a pipeline's page: scores against the KL, reward models, and how each stage learned."""
+"""What a pipeline's page draws: scores against the KL, reward models, and how each stage learned."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from tokenmdp.intervals import Estimate
 from tokenmdp.report import calibration
-from tokenmdp.report.colours import COLOURS
-from tokenmdp.report.curves import LABELS, smooth
+from tokenmdp.report.calibration import Bin
+from tokenmdp.report.colours import COLOURS, MARKERS
+from tokenmdp.report.curves import Metrics, draw_metric
 from tokenmdp.report.drawing import dress, error_bars, new_figure
+from tokenmdp.report.samples import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokenmdp.report.pipeline_page import Policy, RewardModel, Training
-
 PANELS = 3  # in a row
+
+
+class Policy(NamedTuple):
+    """One policy of the pipeline."""
+
+    name: str
+    gold: Estimate  # the judge's mean score
+    kl: Estimate  # to the start, nats per sequence
+    proxy: Estimate | None  # mean score of the reward model that it was trained on
+    elo: Estimate | None  # against the policy before
+    samples: Sequence[Sample]  # tinted by log policy - log start
+    links: Sequence[tuple[str, str]] = ()  # words and path, relative to the page
+
+
+class RewardModel(NamedTuple):
+    """One reward model of the pipeline."""
+
+    round: int
+    comparisons: int
+    accuracy: Estimate
+    ceiling: float | None
+    calibration: Sequence[Bin]
+
+
+class LearningCurves(NamedTuple):
+    """How one stage learned."""
+
+    stage: str  # "SFT", "reward model", "policy"
+    round: int  # 0: before the first
+    metrics: Sequence[str]  # that are drawn
+    records: Sequence[Metrics]
 
 
 def policies_figure(policies: Sequence[Policy]) -> Figure:
@@ -43,9 +75,10 @@ def policies_figure(policies: Sequence[Policy]) -> Figure:
 
 
 def reward_models_figure(models: Sequence[RewardModel]) -> Figure:
-    """Held-out accuracy and ceiling by round, and each one's calibration."""
-    figure = new_figure(9.6, 3.8)
-    left, right = figure.subplots(1, 2)
+    """Held-out accuracy and ceiling by round, and beside it the calibration of those with enough held-out pairs."""
+    binned = [one for one in models if one.calibration]
+    figure = new_figure(9.6 if binned else 5.0, 3.8)
+    left, *rest = figure.subplots(1, 1 + bool(binned), squeeze=False)[0]
     rounds = [one.round for one in models]
     values = [one.accuracy.value for one in models]
     bars = error_bars([one.accuracy for one in models])
@@ -57,28 +90,30 @@ def reward_models_figure(models: Sequence[RewardModel]) -> Figure:
     left.set_xticks(rounds)
     left.margins(x=0.2)
     left.legend(frameon=False)
-    for number, one in enumerate(models):
-        calibration.draw(right, one.calibration, f"round {one.round}", COLOURS[number % len(COLOURS)])
-    dress(right, "", calibration.PREDICTED, calibration.OBSERVED)
-    right.legend(frameon=False, loc="upper left")
+    for right in rest:
+        for one in binned:
+            place = one.round + 1  # two colours mean accuracy and ceiling
+            calibration.draw(
+                right, one.calibration, f"round {one.round}", COLOURS[place % len(COLOURS)],
+                MARKERS[place % len(MARKERS)],
+            )  # fmt: skip
+        dress(right, "", calibration.PREDICTED, calibration.OBSERVED)
+        right.legend(frameon=False, loc="upper left")
     return figure
 
 
-def trainings_figure(trainings: Sequence[Training]) -> Figure:
+def learning_curves_figure(stages: Sequence[LearningCurves]) -> Figure:
     """A panel for each metric of each kind of stage, and in it a line for each round."""
-    panels = list(dict.fromkeys((one.what, metric) for one in trainings for metric in one.curves))
-    rows = math.ceil(len(panels) / PANELS)
-    figure = new_figure(3.6 * min(len(panels), PANELS), 3.4 * rows)
-    every = figure.subplots(rows, min(len(panels), PANELS), squeeze=False).flat
-    for axes, (what, metric) in zip(every, panels, strict=False):
-        own = [one for one in trainings if one.what == what and metric in one.curves]
-        for number, one in enumerate(own):
-            values = smooth(one.curves[metric], 1 + len(one.curves[metric]) // 10)
-            label = f"round {one.round}" if one.round else None
-            axes.plot(range(1, len(values) + 1), values, color=COLOURS[number % len(COLOURS)], label=label)
-        dress(axes, what, "update", LABELS.get(metric, metric.replace("_", " ")))
-        if len(own) > 1:
+    panels = list(dict.fromkeys((one.stage, metric) for one in stages for metric in one.metrics))
+    rows, columns = math.ceil(len(panels) / PANELS), min(len(panels), PANELS)
+    figure = new_figure(3.6 * columns, 3.4 * rows)
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (stage, metric) in zip(every, panels, strict=False):
+        runs = {f"round {one.round}": [one.records] for one in stages if one.stage == stage and metric in one.metrics}
+        draw_metric(axes, runs, metric)
+        dress(axes, stage, "update", axes.get_ylabel())
+        if len(runs) > 1:
             axes.legend(frameon=False, fontsize=8)
-    for axes in every:
+    for axes in every[len(panels) :]:
         axes.set_axis_off()
     return figure

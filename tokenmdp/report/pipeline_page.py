@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenmdp.files import write_text
 from tokenmdp.intervals import Estimate
-from tokenmdp.report.calibration import Bin
 from tokenmdp.report.drawing import inline, theme_colours, write_figure
 from tokenmdp.report.heatmap import credit_scale, sample_html
 from tokenmdp.report.page import TABLE_STYLE, document
-from tokenmdp.report.pipeline_figures import policies_figure, reward_models_figure, trainings_figure
-from tokenmdp.report.samples import Sample
-
-
-class Policy(NamedTuple):
-    """One policy of the pipeline."""
-
-    name: str
-    gold: Estimate  # the judge's mean score
-    kl: Estimate  # to the start, nats per sequence
-    proxy: Estimate | None  # mean score of the reward model that it was trained on
-    elo: Estimate | None  # against the policy before
-    samples: Sequence[Sample]  # tinted by log policy - log start
-    links: Sequence[tuple[str, str]] = ()  # words and path, relative to the page
-
-
-class RewardModel(NamedTuple):
-    """One reward model of the pipeline."""
-
-    round: int
-    comparisons: int
-    accuracy: Estimate
-    ceiling: float | None
-    calibration: Sequence[Bin]
-
-
-class Training(NamedTuple):
-    """How one stage learned."""
-
-    what: str  # "SFT", "reward model", "policy"
-    round: int  # 0: before the first
-    curves: Mapping[str, Sequence[float]]  # metric -> its values, update by update
+from tokenmdp.report.pipeline_figures import (
+    LearningCurves,
+    Policy,
+    RewardModel,
+    learning_curves_figure,
+    policies_figure,
+    reward_models_figure,
+)
 
 
 class Pipeline(NamedTuple):
@@ -56,7 +31,7 @@ class Pipeline(NamedTuple):
     samples: int  # per policy
     policies: Sequence[Policy]
     reward_models: Sequence[RewardModel]
-    trainings: Sequence[Training]
+    curves: Sequence[LearningCurves]
 
 
 def write_page(out: str | Path, pipeline: Pipeline) -> Path:
@@ -72,17 +47,20 @@ def write_page(out: str | Path, pipeline: Pipeline) -> Path:
         )
     ]
     if pipeline.reward_models:
-        figures.append((
-            "reward_models",
-            reward_models_figure(pipeline.reward_models),
-            "Left: accuracy of each round's reward model on held-out comparisons, with its 95% interval; the line is "
-            "the most that labels as noisy as these allow. Right: how often the response with the higher score is "
-            "preferred, against how often the reward model says so.",
-        ))  # fmt: skip
+        caption = (
+            "Accuracy of each round's reward model on held-out comparisons, with its 95% interval; the line is the "
+            "most that labels as noisy as these allow."
+        )
+        if any(one.calibration for one in pipeline.reward_models):
+            caption += (
+                " Right: how often the response with the higher score was preferred, against how often the reward "
+                "model expects it, in bins of equally many pairs with 95% intervals."
+            )
+        figures.append(("reward_models", reward_models_figure(pipeline.reward_models), caption))
     figures.append((
-        "trainings",
-        trainings_figure(pipeline.trainings),
-        "How each stage learned, from its first update to its last; moving averages over a tenth of the updates.",
+        "learning_curves",
+        learning_curves_figure(pipeline.curves),
+        "How each stage learned; thin, every update; thick, a centred moving average of about a tenth of the updates.",
     ))  # fmt: skip
     pictures = "".join(
         f"<figure>{inline(write_figure(figure, folder, name), name, escape(caption))}"

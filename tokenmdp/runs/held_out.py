@@ -88,13 +88,13 @@ def report_held_out(
     for key, number in rows.items():
         table.add_row(WORDS[key], str(number))
     console.print(table)
-    files, summary = [], {}
+    files, shown = [], {}
     if scorer.coin_flips is not None:
         bins = calibration.bins(found.gaps, error_rate=scorer.coin_flips)
         files.append(("calibration", calibration.plot(bins, len(found.gaps), report / "calibration.png")))
-        summary["calibration"] = [one._asdict() | {"observed": one.observed._asdict()} for one in bins]
+        shown["calibration"] = [one._asdict() | {"observed": one.observed._asdict()} for one in bins]
     shares = {key: {"value": one.value} if math.isinf(one.low) else one._asdict() for key, one in rows.items()}
-    return {"pairs": len(found.gaps), **shares, **summary}, files
+    return {"pairs": len(found.gaps), **shares, **shown}, files
 
 
 def _right(gaps: np.ndarray) -> np.ndarray:

@@ -205,6 +205,15 @@ def judged(
     return Stage(name, policy, found)
 
 
+def runs_of(settings: PipelineSettings, out: Path) -> list[tuple[str, int, Path]]:
+    """The directories of a pipeline's runs, with the kind and the round of each; SFT comes before the first round."""
+    kinds = ("reward model", "policy") if algorithm(settings.algorithm).learns_from == "episodes" else ("policy",)
+    runs = [] if settings.demonstrations is None else [("SFT", 0, out / "sft")]
+    for number in range(1, settings.rounds + 1):
+        runs += [(kind, number, out / f"round-{number}" / kind.replace(" ", "-")) for kind in kinds]
+    return runs
+
+
 def finished(out: Path) -> bool:
     """Whether a run has trained to its end and written its report."""
     return (RunDirectory(out).report / "summary.json").exists()

@@ -19,9 +19,10 @@ from tokenmdp.report import pipeline_page
 from tokenmdp.report.calibration import Bin
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.runs.directory import RunDirectory
-from tokenmdp.runs.pipeline import PipelineSettings, Stage
+from tokenmdp.runs.pipeline import PipelineSettings, Stage, runs_of
 
-POLICY_CURVES = {"episodes": ("score_mean", "kl"), "comparisons": ("loss", "accuracy")}  # by what it learns from
+CURVES = {"SFT": ("loss",), "reward model": ("loss",)}  # metrics that the page draws
+POLICY_CURVES = {"episodes": ("score_mean", "kl"), "comparisons": ("loss", "accuracy")}  # by what a policy learns from
 
 
 def elo(better: Evaluation, worse: Evaluation) -> Estimate:
@@ -40,15 +41,16 @@ def elo(better: Evaluation, worse: Evaluation) -> Estimate:
 
 def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> pipeline_page.Pipeline:
     """What the page shows of a finished pipeline."""
+    runs = {(kind, number): RunDirectory(place) for kind, number, place in runs_of(settings, out)}
+    words = "texts tinted by credit" if algorithm(settings.algorithm).uses_credit else "the run of this policy"
     policies, models = [], []
     for number, stage in enumerate(stages):
-        found, place = stage.evaluation, out / f"round-{number}"
+        found = stage.evaluation
         gain = elo(found, stages[number - 1].evaluation) if number else None
-        tinted = "texts tinted by credit" if algorithm(settings.algorithm).uses_credit else "the run of this policy"
-        links = [(tinted, f"../{place.name}/policy/report/samples.html")] if number else []
-        if number and (path := RunDirectory(place / "reward-model").report / "summary.json").exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            models.append(reward_model_line(number, record, len(read_records(place / "comparisons.jsonl"))))
+        links = [(words, f"../round-{number}/policy/report/samples.html")] if number else []
+        if run := runs.get(("reward model", number)):
+            record = json.loads((run.report / "summary.json").read_text(encoding="utf-8"))
+            models.append(reward_model_line(number, record, len(read_records(run.path.parent / "comparisons.jsonl"))))
         proxy = mean_interval(found.gold) if found.gold else None
         score, kl = mean_interval(found.scores), mean_interval(found.kls)
         policies.append(pipeline_page.Policy(stage.name, score, kl, proxy, gain, found.samples, links))
@@ -56,30 +58,12 @@ def summary(settings: PipelineSettings, out: Path, stages: Sequence[Stage]) -> p
         f"{settings.policy} trained by {settings.algorithm} on comparisons of {settings.judge}, "
         f"{settings.pairs_per_round} per round, {settings.reference} reference, seed {settings.seed}"
     )
-    return pipeline_page.Pipeline(
-        "RLHF, round by round", note, settings.eval_samples, policies, models, trainings(settings, out)
-    )
-
-
-def trainings(settings: PipelineSettings, out: Path) -> list[pipeline_page.Training]:
-    """How every stage learned."""
-    kinds = {
-        "SFT": ("loss",),
-        "reward model": ("loss",),
-        "policy": POLICY_CURVES[algorithm(settings.algorithm).learns_from],
-    }
-    stages = [("SFT", 0, out / "sft")]
-    for number in range(1, settings.rounds + 1):
-        stages += [
-            (what, number, out / f"round-{number}" / what.replace(" ", "-")) for what in ("reward model", "policy")
-        ]
-    found = []
-    for what, number, place in stages:
-        if (path := RunDirectory(place).metrics).exists():
-            records = read_metrics(path)
-            own = {metric: [record[metric] for record in records] for metric in kinds[what]}
-            found.append(pipeline_page.Training(what, number, own))
-    return found
+    drawn = CURVES | {"policy": POLICY_CURVES[algorithm(settings.algorithm).learns_from]}
+    curves = [
+        pipeline_page.LearningCurves(kind, number, drawn[kind], read_metrics(run.metrics))
+        for (kind, number), run in runs.items()
+    ]
+    return pipeline_page.Pipeline("RLHF, round by round", note, settings.eval_samples, policies, models, curves)
 
 
 def reward_model_line(number: int, record: dict[str, Any], comparisons: int) -> pipeline_page.RewardModel:

@@ -52,7 +52,6 @@ CURVES = (
     "entropy",
 )
 OF_EPISODES = ("score_mean", "kl", "explained_variance", "entropy")
-SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
 
 class PolicyRun:
@@ -180,7 +179,7 @@ class PolicyRun:
             {settings.credit: [records]},
             run.report / "learning_curve.png",
             metric=[name for name in (OF_EPISODES if "kl" in records[0] else CURVES) if name in records[0]],
-            window=1 + int(SMOOTHING * len(records)),
+            window=None,
             title=f"{settings.algorithm} on {settings.env}, {settings.credit} credit, seed {settings.seed}",
         )
         note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"

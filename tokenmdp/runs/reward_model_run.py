@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NAME = "reward-model"
-SMOOTHING = 1 / 10  # share of the updates that each point of the thick curve averages
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class RewardModelRun:
             {"batches": [records]},
             run.report / "learning_curve.png",
             metric=["loss", "accuracy", "score_gap"],
-            window=1 + int(SMOOTHING * len(records)),
+            window=None,
             title=f"reward model from {Path(self.settings.data).name}, seed {self.settings.seed}",
         )
         held_out, figures = report_held_out(learner, self.held_out, run.report, console)

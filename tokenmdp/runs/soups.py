@@ -103,7 +103,7 @@ def soups(
         CheckpointError: a soup that is done already has a damaged record.
     """
     if resolve("policy", members[0]) == resolve("policy", members[1]):
-        raise ValueError(f"{members[0]} is both members of the soup; give two policies trained from one start")
+        raise ValueError(f"both members of the soup are {members[0]}; give two policies trained from one start")
     check_equal(members)
     used: dict[Kind, Sequence[str]] = {"policy": (*members, start), "reward_model": objectives}
     files = {one: fingerprint(resolve(kind, one)) for kind, names in used.items() for one in names}

@@ -150,8 +150,8 @@ def learn(run: RunDirectory, agent: Learner, updates: int, checkpoint_every: int
                 console.print(wrong, highlight=False, soft_wrap=True)
             writer = SummaryWriter(run.tensorboard, purge_step=done + 1) if done < updates else None
     if done >= updates:
-        asked = "" if done == updates else f" and {updates} were asked for"
-        console.print(f"all {done} updates are done{asked}; raise --updates to train further")
+        asked = "" if done == updates else f", {updates} asked for"
+        console.print(f"{count(done, 'update')} done{asked}; raise --updates to train further")
         return False
     saved, interrupted = done, False
 
