@@ -40,7 +40,7 @@ from tokenmdp.files import make_directory, read_json, write_text
 from tokenmdp.intervals import Estimate, mean_interval
 from tokenmdp.models.soup import write_soup
 from tokenmdp.report.colours import COLOURS, MARKERS
-from tokenmdp.report.drawing import FAINT, dress, new_figure, write_figure
+from tokenmdp.report.drawing import FAINT, dress, error_bars, new_figure, write_figure
 from tokenmdp.reward_models import load_reward_model
 from tokenmdp.runs.comparisons import Comparing, ask_model
 from tokenmdp.runs.directory import claim
@@ -226,12 +226,16 @@ def draw(policies: dict[str, dict[float, dict[int, Policy]]], objectives: Sequen
         ends = {end: seeds for end, seeds in policies.get(family, {}).items() if end in ENDS}
         for number, method in enumerate((family, f"{family} soup", START)):
             weights = policies.get(method, {}) if method in (family, START) else ends | policies.get(method, {})
-            points = [np.mean(list(weights[weight].values()), axis=0) for weight in sorted(weights)]
-            if points:
-                first, second, kl = np.array(points).T
-                axes.plot(first, second, color=COLOURS[number])
-                axes.scatter(first, second, s=20 + 25 * np.maximum(kl, 0), color=COLOURS[number], alpha=0.7,
-                             marker=MARKERS[number], label=method)  # fmt: skip
+            places = [list(weights[weight].values()) for weight in sorted(weights)]
+            if places:
+                first, second, kl = (
+                    [mean_interval([one[axis] for one in seeds]) for seeds in places] for axis in range(3)
+                )
+                across, up = ([one.value for one in axis] for axis in (first, second))
+                axes.errorbar(across, up, xerr=error_bars(first), yerr=error_bars(second), elinewidth=0.8, markersize=4,
+                              marker=MARKERS[number], color=COLOURS[number], label=method)  # fmt: skip
+                axes.scatter(across, up, s=[20 + 25 * max(one.value, 0.0) for one in kl], color=COLOURS[number],
+                             alpha=0.5, marker=MARKERS[number])  # fmt: skip
         if len(ends) == len(ENDS):
             chord = np.array([np.mean(list(ends[end].values()), axis=0)[:2] for end in ENDS])
             axes.plot(*chord.T, "--", color=FAINT, linewidth=0.9, label="chord")
