@@ -1,4 +1,4 @@
-"""Reduce the committed PNG figures to 256 colours, a third of their size; run it after drawing them anew.
+"""Reduce the committed PNG figures to 64 colours, a quarter of their size; run it after drawing them anew.
 
 python docs/shrink_figures.py
 """
@@ -12,13 +12,14 @@ from PIL import Image
 
 from tokenmdp.files import write_bytes
 
-COLOURS = 256
+COLOURS = 64
+GRADUAL = ("readme.png",)  # with a scale of many tints
 
 
 def shrink(path: Path) -> None:
-    """Write a PNG again with `COLOURS` colours, unless that would not make it smaller."""
-    small = io.BytesIO()
-    Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    """Write a PNG again with `COLOURS` colours, four times as many in `GRADUAL`, unless that makes it no smaller."""
+    small, colours = io.BytesIO(), 4 * COLOURS if path.name in GRADUAL else COLOURS
+    Image.open(path).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     if len(small.getvalue()) < path.stat().st_size:
         write_bytes(path, small.getvalue())
 
