@@ -37,6 +37,7 @@ from tokenmdp.runs.directory import claim
 from tokenmdp.runs.pipeline import PipelineSettings, Stage, rlhf
 from tokenmdp.runs.pipeline_report import elo
 from tokenmdp.runs.settings import PRESETS
+from tokenmdp.study.equal_kl import score_at_kl
 
 ROUNDS = 3
 ARMS: dict[str, dict[str, Any]] = {
@@ -123,24 +124,24 @@ def read(out: Path) -> dict[str, dict[int, Run]]:
     return runs
 
 
-def lead(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Estimate | None:
+def lead(runs: Mapping[int, Run], base: Mapping[int, Run], rounds: bool) -> Estimate | None:
     """The judge's score of the last policies less that of the base's at the smaller one's KL, seed by seed.
 
-    The farther policy counts with the score on the straight line from the start to it, in the root of the KL.
+    The farther policy counts with the score at that KL on a line in the root of the KL: the straight one from the start
+    to it, or with ``rounds`` the one through all its policies.
     """
     leads = []
     for seed in runs.keys() & base.keys():
         both = runs[seed].policies, base[seed].policies
         level = min(root(policies[-1]) for policies in both)
-        own, other = (on_the_way(policies, level) for policies in both)
+        own, other = (on_the_line(policies if rounds else (policies[0], policies[-1]), level) for policies in both)
         leads.append(own - other)
     return mean_interval(leads) if leads else None
 
 
-def on_the_way(policies: Sequence[Policy], level: float) -> float:
-    """The score at a root of the KL, on the line from the start to the last policy."""
-    start, last = (float(np.mean(policies[place].judge)) for place in (0, -1))
-    return start + (last - start) * (level / root(policies[-1]) if level else 0.0)
+def on_the_line(policies: Sequence[Policy], level: float) -> float:
+    """The judge's score at a root of the KL, linear between policies."""
+    return float(score_at_kl([root(one) for one in policies], [np.mean(one.judge) for one in policies], [level])[0])
 
 
 def root(policy: Policy) -> float:
@@ -156,8 +157,8 @@ def report(out: Path) -> None:
         return
     lines = [
         f"| | seeds | comparisons | policy | judge's score | KL, nats | reward model's score | Elo against {FIRST} "
-        f"| less {FIRST}, at equal KL |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| less {FIRST}, at equal KL | the same through the rounds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, runs in arms.items():
         rounds = ARMS[arm]["rounds"]
@@ -165,9 +166,10 @@ def report(out: Path) -> None:
         for number in range(1, rounds + 1):
             at = [run.policies[number] for run in runs.values()]
             columns = ([np.mean(one.judge) for one in at], [one.kl for one in at], [np.mean(one.proxy) for one in at])
-            versus = ["", ""]
+            versus = ["", "", ""]
             if arm != FIRST and number == rounds and FIRST in arms:
-                versus = [elo_of(runs, arms[FIRST]), str(lead(runs, arms[FIRST]) or "")]
+                leads = (lead(runs, arms[FIRST], rounds=through) for through in (False, True))
+                versus = [elo_of(runs, arms[FIRST]), *(str(one or "") for one in leads)]
             row = [
                 arm,
                 str(len(runs)),

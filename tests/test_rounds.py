@@ -36,12 +36,19 @@ def test_last_policies_are_compared_at_equal_kl_seed_by_seed(out, capsys):
     assert (out / "table.md").read_text() == printed
     last = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
     assert last[:4] == ["fixed reference", "3", "30", "round 3"]
-    assert last[-1] == "2.00 [2.00, 2.00]"  # 4 above the start where the root is 2, and the other one is 2
+    assert last[-2] == "2.00 [2.00, 2.00]"  # 4 above the start where the root is 2, and the other one is 2
+    assert last[-1] == "2.00 [2.00, 2.00]"  # between 2 above it at a root of 1 and 6 at 3
     chance = 1 / (1 + math.exp(-4))  # of a response that is better by 4
     elo = f"{400 * math.log10(chance / (1 - chance)):+.0f}"
-    assert last[-2] == f"{elo} [{elo}, {elo}]"
+    assert last[-3] == f"{elo} [{elo}, {elo}]"
     assert printed.splitlines()[2].split("|")[-2].strip() == ""
     assert (out / "rounds.png").stat().st_size > 10_000
+
+
+def test_the_line_through_the_rounds_is_another_one():
+    policies = [rounds.Policy([score], [], kl) for score, kl in ((0.0, 0.0), (0.0, 1.0), (3.0, 9.0))]
+    assert rounds.on_the_line(policies, 2.0) == 1.5
+    assert rounds.on_the_line((policies[0], policies[-1]), 2.0) == 2.0
 
 
 def test_comparisons_must_divide(tmp_path, capsys):
