@@ -49,6 +49,7 @@ REFUSED = (
     ("train ppo --align offset", "invalid choice 'offset' for argument '--align'. Expected one of ('None', 'offsets')"),
     ("train ppo --reward-template {response}", "--reward-template '{response}' needs --align offsets"),
     ("train ppo --prompts none.txt", "no file none.txt; give an existing .txt, .json, .jsonl, .csv, .parquet file"),
+    ("train dpo --data none.jsonl", "error: no file "),
     ("train ppo --prompts empty.txt", "empty.txt holds no prompts; give at least one"),
     ("train ppo --prompts file", "file is a file, but only .txt, .json, .jsonl, .csv, .parquet files are read"),
     ("train ppo --prompts table.csv", "has the columns 'a', 'b'; 'prompt' (prompts) or 'text'"),

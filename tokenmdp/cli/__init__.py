@@ -104,7 +104,8 @@ def _main(argv: Sequence[str] | None) -> int:
             raise
         # These errors name the value and the remedy; a trace above them would hide both.
         own = type(error).__module__.startswith("tokenmdp")
-        plain = own or type(error) is ValueError or isinstance(error, GymnasiumError)
+        in_words = isinstance(error, OSError) and error.errno is None  # not of the operating system
+        plain = own or in_words or type(error) is ValueError or isinstance(error, GymnasiumError)
         expected = plain or isinstance(error, (ValueError, OSError, FloatingPointError))
         where = "shows where" if expected else "shows where: no input should end like this, so please report it"
         named = "" if plain else f"{type(error).__name__}: "

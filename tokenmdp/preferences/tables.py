@@ -95,7 +95,7 @@ def rows_from(source: str | Path, split: str = "train") -> Iterator[tuple[str, d
     elif path.is_file():
         yield from _rows_of_file(path)
     elif path.suffix in SUFFIXES:
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}; give one that exists, or the name of a data set")
     else:
         yield from _rows_of_data_set(str(source), split)
 
