@@ -58,7 +58,9 @@ class DPOConfig(DataConfig):
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it lies in [0, 0.5)")
         if self.form == "ipo" and (self.label_smoothing or self.margin):
-            raise ValueError('form="ipo" knows no label_smoothing and no margin; leave them out, or take another form')
+            raise ValueError('form="ipo" uses no label_smoothing and no margin; leave them out, or take another form')
+        if self.form == "robust" and not self.label_smoothing:
+            raise ValueError('form="robust" needs label_smoothing, the share of wrong labels; or take "sigmoid"')
         if not 0 < self.objective_weight <= 1:
             raise ValueError(f"objective_weight is {self.objective_weight}; it lies in (0, 1]")
         if bool(self.margin) != (self.objective_weight < 1):

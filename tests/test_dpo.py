@@ -219,8 +219,9 @@ def test_a_checkpoint_says_what_made_it(tmp_path):
     [
         ({"dpo_beta": 0.0}, "dpo_beta"),
         ({"label_smoothing": 0.5}, r"label_smoothing is 0.5; it lies in \[0, 0.5\)"),
-        ({"form": "ipo", "label_smoothing": 0.1}, "knows no label_smoothing and no margin"),
-        ({"form": "ipo", "margin": "imdb-gold", "objective_weight": 0.5}, "knows no label_smoothing and no margin"),
+        ({"form": "robust"}, "needs label_smoothing, the share of wrong labels"),
+        ({"form": "ipo", "label_smoothing": 0.1}, "uses no label_smoothing and no margin"),
+        ({"form": "ipo", "margin": "imdb-gold", "objective_weight": 0.5}, "uses no label_smoothing and no margin"),
         ({"objective_weight": 0.5}, "two objectives need both"),
         ({"margin": "imdb-gold"}, "two objectives need both"),
         ({"margin": "imdb-gold", "objective_weight": 0.0}, r"objective_weight is 0.0; it lies in \(0, 1\]"),

@@ -165,7 +165,8 @@ def test_a_reward_models_calibration_goes_to_the_page(tmp_path):
         )
         for flipped in (number % 4 == 0 for number in range(80))
     ]  # fmt: skip
-    record, _ = report_held_out(Certain(), pairs, tmp_path, Console(quiet=True))
+    record, files = report_held_out(Certain(), pairs, tmp_path, Console(quiet=True))
+    assert files == [("calibration", tmp_path / "calibration.png")]
     model = reward_model_line(1, json.loads(json.dumps(record)), 80)
     assert [one.pairs for one in model.calibration] == [10] * 8
     assert model.calibration[0].predicted == pytest.approx(1 / (1 + math.exp(-2)))

@@ -25,7 +25,7 @@ ALIASES: dict[str, dict[Kind, Path]] = {
     "imdb-uniform": {"reward_model": STUDY_MODELS / "imdb-uniform"},  # the same scores, a row that says nothing
 }
 # Names answered by code, not by files.
-BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon")}
+BUILT_IN: dict[Kind, tuple[str, ...]] = {"tokenizer": ("toy",), "reward_model": ("lexicon", "toy-lexicon", "restraint")}
 CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 PATH_STARTS = ("/", "./", "../", "~")
 

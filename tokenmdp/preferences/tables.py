@@ -123,7 +123,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise MissingColumns(f"{path} is not a parquet file, or a damaged one ({error})") from error
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     else:
-        raise MissingColumns(f"{path} is no {', '.join(SUFFIXES)} file; comparisons are read from these")
+        raise MissingColumns(f"{path} is not a file that comparisons are read from: {', '.join(SUFFIXES)}")
 
 
 def _rows_of_data_set(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:

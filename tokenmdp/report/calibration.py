@@ -28,11 +28,11 @@ class Bin(NamedTuple):
 
 
 def bins(gaps: np.ndarray, number: int = 8, error_rate: float = 0.0) -> list[Bin]:
-    """Pairs by ``P = e / 2 + (1 - e) sigma(|gap|)`` in bins of equal count, without those of less than `FEWEST` pairs.
+    """Pairs by ``P = e / 2 + (1 - e) sigma(|gap|)`` in bins of equal count, each of at least `FEWEST` pairs.
 
     Args:
         gaps: (n,) score of the chosen response less that of the rejected one, log-odds.
-        number: of bins.
+        number: of bins, or fewer where there are too few pairs; none for less than `FEWEST`.
         error_rate: e, the share of labels that the model takes for coin flips.
 
     >>> [round(one.predicted, 2) for one in bins(np.array([0.0] * 20 + [2.0] * 20), number=2)]
@@ -40,12 +40,12 @@ def bins(gaps: np.ndarray, number: int = 8, error_rate: float = 0.0) -> list[Bin
     """
     order = np.argsort(np.abs(gaps), kind="stable")
     found = []
-    for part in np.array_split(order, number):
-        if len(part) >= FEWEST:
-            own = gaps[part]
-            sure = float((1 / (1 + np.exp(-np.abs(own)))).mean())
-            predicted = error_rate / 2 + (1 - error_rate) * sure
-            found.append(Bin(predicted, bootstrap_interval((own > 0) + (own == 0) / 2), len(part)))
+    number = min(number, len(gaps) // FEWEST)
+    for part in np.array_split(order, number) if number else ():
+        own = gaps[part]
+        sure = float((1 / (1 + np.exp(-np.abs(own)))).mean())
+        predicted = error_rate / 2 + (1 - error_rate) * sure
+        found.append(Bin(predicted, bootstrap_interval((own > 0) + (own == 0) / 2), len(part)))
     return found
 
 
@@ -54,7 +54,7 @@ def plot(found: Sequence[Bin], pairs: int, path: str | Path) -> Path:
     figure = new_figure(4.8, 4.4)
     axes = figure.subplots()
     draw(axes, found, "held-out pairs", COLOURS[0])
-    title = f"{pairs} held-out pairs, {found[0].pairs if found else 0} per bin; 95% intervals"
+    title = f"{pairs} held-out pairs, {found[0].pairs} per bin; 95% intervals"
     dress(axes, title, f"predicted: {PREDICTED}", f"observed: {OBSERVED}")
     axes.legend(frameon=False, loc="upper left")
     lay_out(figure)

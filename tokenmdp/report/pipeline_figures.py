@@ -63,7 +63,10 @@ def policies_figure(policies: Sequence[Policy]) -> Figure:
         places = [math.sqrt(max(kl.value, 0.0)) for kl, _ in points]
         values = [score.value for _, score in points]
         bars = error_bars([score for _, score in points])
-        axes.errorbar(places, values, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
+        line = "-" if label == "judge" else ""  # each round's reward model has a zero of its own
+        axes.errorbar(
+            places, values, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, linestyle=line, label=label
+        )
     for one in policies:
         axes.annotate(
             one.name, (math.sqrt(max(one.kl.value, 0.0)), one.gold.value), xytext=(6, -12), textcoords="offset points",
@@ -77,7 +80,7 @@ def policies_figure(policies: Sequence[Policy]) -> Figure:
 def reward_models_figure(models: Sequence[RewardModel]) -> Figure:
     """Held-out accuracy and ceiling by round, and beside it the calibration of those with enough held-out pairs."""
     binned = [one for one in models if one.calibration]
-    figure = new_figure(9.6 if binned else 5.0, 3.8)
+    figure = new_figure(9.6, 3.8)
     left, *rest = figure.subplots(1, 1 + bool(binned), squeeze=False)[0]
     rounds = [one.round for one in models]
     values = [one.accuracy.value for one in models]

@@ -42,8 +42,9 @@ def write_page(out: str | Path, pipeline: Pipeline) -> Path:
             "policies",
             policies_figure(pipeline.policies),
             f"Mean score of the judge{_and_proxy(pipeline)} on {pipeline.samples} responses to held-out prompts, "
-            "against the square root of the KL to the start; bars are 95% intervals of the mean. Where the reward "
-            "model's score rises and the judge's does not, the policy exploits the reward model.",
+            "against the square root of the KL to the start; bars are 95% intervals of the mean. Each round's reward "
+            "model has a zero of its own, so that its scores are not joined. Where policies move away and the judge's "
+            "score falls, they exploit the reward model.",
         )
     ]
     if pipeline.reward_models:

@@ -19,7 +19,7 @@ from tokenmdp.report import calibration
 from tokenmdp.wording import count
 
 WORDS = {
-    "accuracy": "preferred response scores higher",
+    "accuracy": "the model prefers the preferred response",
     "ceiling": "at most, with labels as noisy as these",
     "order": "in the judge's own order",
 }
@@ -91,8 +91,11 @@ def report_held_out(
     files, shown = [], {}
     if scorer.coin_flips is not None:
         bins = calibration.bins(found.gaps, error_rate=scorer.coin_flips)
-        files.append(("calibration", calibration.plot(bins, len(found.gaps), report / "calibration.png")))
         shown["calibration"] = [one._asdict() | {"observed": one.observed._asdict()} for one in bins]
+        if bins:
+            files.append(("calibration", calibration.plot(bins, len(found.gaps), report / "calibration.png")))
+        else:
+            console.print(f"fewer than {calibration.FEWEST} held-out pairs: too few to draw their calibration")
     shares = {key: {"value": one.value} if math.isinf(one.low) else one._asdict() for key, one in rows.items()}
     return {"pairs": len(found.gaps), **shares, **shown}, files
 

@@ -175,12 +175,13 @@ class PolicyRun:
             },
         }
         records = curves.read_metrics(run.metrics)
+        credit = f", {settings.credit} credit" if self.kind.uses_credit else ""
         curve = curves.plot_learning_curves(
-            {settings.credit: [records]},
+            {settings.algorithm: [records]},
             run.report / "learning_curve.png",
             metric=[name for name in (OF_EPISODES if "kl" in records[0] else CURVES) if name in records[0]],
             window=None,
-            title=f"{settings.algorithm} on {settings.env}, {settings.credit} credit, seed {settings.seed}",
+            title=f"{settings.algorithm} on {settings.env}{credit}, seed {settings.seed}",
         )
         note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
         if settings.credit == "attention":

@@ -57,21 +57,30 @@ def weights_of(text: str) -> list[float]:
         if ":" in text:
             if text.count(":") != 2:
                 raise ValueError("a range has three numbers")
-            first, last, step = map(float, text.split(":"))
+            first, last, step = map(_number, text.split(":"))
+            if not step:
+                raise ValueError("the step is 0")
             number = round((last - first) / step)
             if step <= 0 or number < 0:
                 raise ValueError("the step leads away from the end")
             if number >= MOST_SOUPS:
                 raise ValueError(f"{number + 1} soups, and at most {MOST_SOUPS} are made")
             return [round(first + place * step, 10) for place in range(number + 1)]
-        weights = [float(part) for part in text.split(",")]
+        weights = [_number(part) for part in text.split(",")]
         if not np.isfinite(weights).all():
             raise ValueError("a weight is not finite")
         return weights
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(
             f"--weights is {text!r} ({error}); give FIRST:LAST:STEP such as 0:1:0.25, or numbers such as 0.3,0.6"
         ) from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a number") from error
 
 
 def soups(
