@@ -194,7 +194,7 @@ def draw_both_scores(cells: Sequence[Cell], start: float, out: Path) -> None:
             axes.axhline(start, color=FAINT, linewidth=0.8, linestyle=":", label="start")
         dress(axes, title, "square root of the KL to the start, nats", "mean score")
         if axes.has_data():
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
     write_figure(figure, out, "both_scores")
 
 
