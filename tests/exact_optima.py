@@ -88,10 +88,11 @@ def tilted(exponent, reference):
     return (reference + exponent).log_softmax(-1)
 
 
-def player(kind, updates, seed, num_envs=256, credit="sparse", **options):
-    """An agent that has learned, and what its policy was before."""
+def player(kind, updates, seed, num_envs=256, credit="sparse", model=None, **options):
+    """An agent that has learned, beginning as ``model`` or `tiny_lm`, and what its policy was before."""
     config = {"anneal_lr": True, "total_updates": updates, "num_minibatches": 2, "learning_rate": 1e-2}
-    agent = kind(tiny_lm(), enumerable(num_envs, credit), kind.config_class(**FLOAT32 | config | options, seed=seed))
+    full = kind.config_class(**FLOAT32 | config | options, seed=seed)
+    agent = kind(model or tiny_lm(), enumerable(num_envs, credit), full)
     start = every_logprob(agent.policy)
     return agent.learn(updates), start
 
@@ -102,6 +103,22 @@ def penalised(kind, updates=30, **options):
     def ending(seed):
         agent, start = player(kind, updates, seed, kl_coef=0.5, learning_rate=6e-3, **options)
         return Ending(start, every_logprob(agent.policy), MDP.optimum(start, 0.5)[0])
+
+    return ending
+
+
+def in_rounds(rounds, updates, **options):
+    """Rounds of PPO, each of which begins as the last policy and measures the KL to it, so that scores add up."""
+
+    def ending(seed):
+        model, starts = None, []
+        for number in range(rounds):
+            agent, start = player(
+                PPO, updates, seed + 1000 * number, model=model, kl_coef=0.5 * rounds, learning_rate=6e-3, **options
+            )
+            model = agent.policy.lm
+            starts.append(start)
+        return Ending(starts[0], every_logprob(agent.policy), MDP.optimum(starts[0], 0.5)[0])
 
     return ending
 
@@ -242,6 +259,10 @@ def rows():
     critic = {"clip_coef_value": None, "vf_coef": 0.5, "vf_learning_rate": 2e-2, "gae_lambda": 1.0}
     lone = functools.partial(Row, "f-DPG", how=train)
     yield Row("PPO", "sparse credit", PENALISED, train, penalised(PPO, 60, **critic), long=False)
+    yield Row(
+        "PPO", "sparse credit, two rounds, moved reference", "ref exp(2 score / kl_coef) / Z", train,
+        in_rounds(2, 60, **critic), long=False,
+    )  # fmt: skip
     yield Row("PPO", "red credit", PENALISED, train, penalised(PPO, credit="red", **critic), SHORT)
     yield Row(
         "PPO", "attention credit, full return", PENALISED, train,
