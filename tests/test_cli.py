@@ -269,7 +269,7 @@ def test_two_processes_do_not_train_in_one_directory(copy, error, monkeypatch):
     assert f"another process trains in {copy}; wait for it, or choose another --out" in message
     assert (copy / "metrics.jsonl").read_bytes() == before
 
-    def learn(run, *arguments):
+    def learn(kind, run, *arguments):
         with pytest.raises(BusyError), locked(run.path, wait=False):
             pass
         raise ValueError("that was it")

@@ -17,6 +17,7 @@ from tokenmdp.preferences import Comparison, read_preferences, write_records
 from tokenmdp.report import calibration
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.reward_models import load_reward_model
+from tokenmdp.runs.directory import RunDirectory
 from tokenmdp.runs.environments import toy_policy
 from tokenmdp.types import lay_out
 
@@ -97,6 +98,34 @@ def test_a_longer_command_goes_on_exactly_where_the_run_ended(algorithm, files, 
     assert runs[0] == runs[1]
     reports = [(path / "report" / "summary.json").read_text() for path in (parts, finished(algorithm))]
     assert reports[0] == reports[1]
+
+
+def test_a_run_is_evaluated_as_it_trains_and_learns_the_same(files, finished, tmp_path, capsys):
+    run, options = tmp_path / "run", options_of("dpo", files)
+    assert start("dpo", run, 3, *options, "--eval-every", "1") == 0
+    printed = capsys.readouterr().out
+    points = RunDirectory(run).points(3)
+    assert [point["update"] for point in points] == [1, 2], "the last one is evaluated in the end anyway"
+    for point in points:
+        assert f"update {point['update']}, training prompts: score " in printed
+        assert f"judge's score {point['gold_mean']:+.2f}, KL {point['kl']:.2f}, right about" in printed
+        assert f"right about {point['held_out_accuracy']:.2f} of the held-out pairs" in printed
+    assert points[1]["kl"] != 0
+    assert (run / "report" / "held_out.png").read_bytes().startswith(b"\x89PNG")
+    plain, evaluated = (timeless(read_metrics(path / "metrics.jsonl")) for path in (finished("dpo"), run))
+    assert plain == evaluated
+
+
+def test_an_evaluation_that_is_there_is_not_made_again(files, tmp_path, capsys):
+    run, options = tmp_path / "run", (*options_of("sft", files), "--eval-every", "2")
+    assert start("sft", run, 3, *options) == 0
+    assert "held_out_accuracy" not in RunDirectory(run).points(3)[0], "there are no pairs"
+    RunDirectory(run).along(2).write_text('{"update": 2, "score_mean": 7.0, "kl": 0.5}')
+    shutil.rmtree(run / "checkpoint")  # the run is trained again
+    capsys.readouterr()
+    assert start("sft", run, 3, *options) == 0
+    assert RunDirectory(run).points(3) == [{"update": 2, "score_mean": 7.0, "kl": 0.5}]
+    assert "update 2, training prompts" not in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so(files, finished, capsys):

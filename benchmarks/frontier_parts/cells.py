@@ -58,7 +58,7 @@ def measured(sources: Sources, name: str, value: float, seed: int) -> dict[str, 
         return soup(value, sources, seed)
     settings = preset_settings("quick", line.algorithm)
     settings = replace(
-        settings, judge=JUDGE, reward_model=sources.reward_model, seed=seed, eval_samples=SAMPLES,
+        settings, judge=JUDGE, reward_model=sources.reward_model, seed=seed, eval_samples=SAMPLES, eval_every=0,
         config=settings.config | line.changes(value),
     )  # fmt: skip
     if line.credit is not None:

@@ -87,6 +87,8 @@ class Train:
     """Longest response in tokens."""
     eval_samples: int
     """Responses before and after training."""
+    eval_every: int
+    """Updates between evaluations as it trains; 0: only before and after."""
     judge: str | None = None
     """A second reward model, which scores the responses before and after training."""
     device: str = "auto"
@@ -175,7 +177,7 @@ def settings_from(
     """
     # An interval needs two samples.
     check_home(arguments.out)
-    check_numbers(arguments, updates=1, num_envs=1, max_prompt_tokens=1, max_new_tokens=1, eval_samples=2)
+    check_numbers(arguments, updates=1, num_envs=1, max_prompt_tokens=1, max_new_tokens=1, eval_samples=2, eval_every=0)
     if arguments.reward_template is not None:
         if arguments.align is None:
             raise ValueError(f"--reward-template {arguments.reward_template!r} needs --align offsets")
@@ -186,7 +188,7 @@ def settings_from(
     names["tokenizer"] = absolute_name(arguments.tokenizer or arguments.policy)
     plain = (
         "max_new_tokens", "max_prompt_tokens", "truncate_prompt", "score", "align", "reward_template", "num_envs",
-        "eval_samples", "credit", "seed", "held_out",
+        "eval_samples", "eval_every", "credit", "seed", "held_out",
     )  # fmt: skip
     if margin := (config or {}).get("margin"):
         config = {**dict(config or {}), "margin": absolute_name(margin)}

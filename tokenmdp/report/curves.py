@@ -22,6 +22,7 @@ SMOOTHING = 1 / 10  # share of a run's updates that each point of a smoothed cur
 
 LABELS = {
     "score_mean": "mean score of the reward model",
+    "gold_mean": "mean score of the judge",
     "kl": "KL to the reference, nats per sequence",
     "entropy": "entropy, nats per token",
     "explained_variance": "explained variance of the returns",

@@ -4,6 +4,7 @@ run.json            the settings that define the run
 metrics.jsonl       one record per update
 tensorboard/        the same numbers
 before.json         scores and samples of the policy before training
+along/              what was measured of it as it trained: update-N.json
 checkpoint/         the policy as `from_pretrained` reads it, with all state needed to resume
 report/             curve, samples page and summary, written at the end
 """
@@ -218,6 +219,15 @@ class RunDirectory:
         ):
             raise RunError(f"{self.record} was written by another program; choose another directory")
         return record
+
+    def along(self, update: int) -> Path:
+        """The file of what was measured after an update."""
+        return self.path / "along" / f"update-{update}.json"
+
+    def points(self, before: int) -> list[dict[str, Any]]:
+        """What was measured as it trained, in updates below ``before``, in their order."""
+        points = [read_json(path) for path in self.along(0).parent.glob("update-*.json")]
+        return sorted((one for one in points if one["update"] < before), key=lambda one: one["update"])
 
     def restore_metrics(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """Let ``metrics.jsonl`` hold exactly ``history``, the records of the checkpoint that the run goes on from.

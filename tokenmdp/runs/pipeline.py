@@ -173,6 +173,7 @@ def run_settings(settings: PipelineSettings, name: str) -> RunSettings:
         "reward_model": settings.judge,
         "judge": settings.judge if algorithm(name).learns_from == "episodes" else None,
         "held_out": 0.0,  # DPO, too, learns from all comparisons
+        "eval_every": 0,
         "config": base.config | (settings.config if name == settings.algorithm else {}),
     }
     changes |= {key: getattr(settings, key) for key in ("seed", "device", "max_new_tokens", "eval_samples")}

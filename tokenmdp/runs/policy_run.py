@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
 from rich.console import Console
 
 from tokenmdp.agents import algorithm
@@ -24,14 +25,14 @@ from tokenmdp.evaluation.policies import (
     load_evaluation,
     save_evaluation,
 )
-from tokenmdp.files import write_text
+from tokenmdp.files import make_directory, write_text
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.models.names import resolve
 from tokenmdp.report import curves, heatmap
 from tokenmdp.runs.data import read_data, split_data
 from tokenmdp.runs.directory import RunDirectory, RunError
 from tokenmdp.runs.environments import credit_of, evaluation_envs, make_envs, split_prompts, toy_policy
-from tokenmdp.runs.held_out import report_held_out
+from tokenmdp.runs.held_out import judged, report_held_out
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings, agent_config, settings_record
 from tokenmdp.training.accelerated import processes_of
 from tokenmdp.training.processes import Processes
@@ -150,12 +151,41 @@ class PolicyRun:
         with console.status("evaluating the policy before training"):
             save_evaluation(run.before, self._evaluate(agent.reference if own else agent.model, agent))
 
-    def _evaluate(self, policy: Any, agent: Learner) -> Evaluation:
+    @property
+    def eval_every(self) -> int:
+        """Updates between evaluations as it trains; 0: none."""
+        return self.settings.eval_every
+
+    def along(self, run: RunDirectory, agent: Learner, console: Console) -> None:
+        """Evaluate the policy as it is now; once for each update."""
+        path = run.along(agent.num_updates_done)
+        if path.exists():
+            return
+        make_directory(path.parent)
+        point = self._point(agent.num_updates_done, self._evaluate(agent.model, agent, shown=0))
+        accuracy = ""
+        if self.kind.learns_from == "comparisons" and self.held_out:
+            share = judged(agent, self.held_out).table()["accuracy"].value  # type: ignore[arg-type]
+            point["held_out_accuracy"], accuracy = share, f", right about {share:.2f} of the held-out pairs"
+        write_text(path, json.dumps(point) + "\n")
+        gold = f", judge's score {point['gold_mean']:+.2f}" if "gold_mean" in point else ""
+        console.print(
+            f"update {agent.num_updates_done}, {self.split.label}: score {point['score_mean']:+.2f}{gold}, "
+            f"KL {point['kl']:.2f}{accuracy}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    @staticmethod
+    def _point(update: int, found: Evaluation) -> dict[str, float]:
+        point = {"update": update, "score_mean": float(np.mean(found.scores)), "kl": float(np.mean(found.kls))}
+        return point | ({"gold_mean": float(np.mean(found.gold))} if found.gold else {})
+
+    def _evaluate(self, policy: Any, agent: Learner, **options: Any) -> Evaluation:
         settings = self.settings
         envs: gym.vector.VectorEnv = evaluation_envs(settings, settings.eval_samples, self.split.held_out)
         task = envs.unwrapped.task  # type: ignore[attr-defined]
         judge = None if settings.judge is None else task.load_reward_model(settings.judge)  # checked, and aligned
-        found = evaluate(policy, agent.reference, envs, samples=settings.eval_samples, judge=judge)
+        found = evaluate(policy, agent.reference, envs, samples=settings.eval_samples, judge=judge, **options)
         envs.close()
         return found
 
@@ -193,9 +223,19 @@ class PolicyRun:
             note=note,
         )
         figures: list[tuple[str, Path]] = []
+        done = agent.num_updates_done
+        points = [self._point(0, before), *run.points(done), self._point(done, after)]
+        if len(points) > 2:
+            path = curves.plot_learning_curves(
+                {settings.algorithm: [points]},
+                run.report / "held_out.png",
+                metric=[name for name in ("score_mean", "gold_mean", "kl") if name in points[0]],
+                title=f"{settings.algorithm}: {settings.eval_samples} responses to {split.label}, seed {settings.seed}",
+            )
+            figures.append(("as it trained", path))
         if self.kind.learns_from == "comparisons":
-            held_out, figures = report_held_out(agent, self.held_out, run.report, console)  # type: ignore[arg-type]
-            summary |= held_out
+            held_out, more = report_held_out(agent, self.held_out, run.report, console)  # type: ignore[arg-type]
+            summary, figures = summary | held_out, figures + more
         # Last, since it says that the report is whole.
         write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_samples(console, before, after)

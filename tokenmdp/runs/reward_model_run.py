@@ -90,6 +90,8 @@ class RewardModelRun:
         console.print(describe(learner), highlight=False, soft_wrap=True)
         return learner
 
+    eval_every = 0  # its accuracy on batches that it has not seen yet is in the log
+
     def before(self, run: RunDirectory, learner: RewardModelLearner, console: Console) -> None:
         """Nothing: a new head's accuracy says nothing."""
 

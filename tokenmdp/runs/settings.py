@@ -14,11 +14,12 @@ from tokenmdp.runs.credit_options import POLICIES
 
 TOY_POLICY = "toy"  # a random model for the toy tokenizer, built in code
 HELD_OUT = 0.1  # of the prompts of comparisons
+EVAL_EVERY = 50  # updates, of what learns from comparisons
 SET_APART = ("seed", "device", "total_updates")  # fields of a configuration that a run sets by itself
 EXAMPLES = {"--credit-option": "budget=64", "--option": "shapley.budget=64"}
 LATER_SETTINGS = (
     "score", "credit_options", "align", "reward_template", "horizon_range", "min_new_tokens", "max_prompt_tokens",
-    "truncate_prompt", "data", "judge", "reference", "held_out",
+    "truncate_prompt", "data", "judge", "reference", "held_out", "eval_every",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class RunSettings:
     seed: int = 1
     device: str = "cpu"
     eval_samples: int = 256
+    eval_every: int = 0  # updates between evaluations as it trains; 0: only before and after
     algorithm: str = DEFAULT_ALGORITHM
     config: dict[str, Any] = field(default_factory=dict)  # fields of the algorithm's configuration but `SET_APART`
     data: str | None = None  # what an algorithm learns from that plays no episodes
@@ -103,7 +105,7 @@ def preset_settings(preset: str, name: str) -> RunSettings:
     if not kind.uses_credit:
         settings = replace(settings, credit="sparse")
     if kind.learns_from == "comparisons":
-        settings = replace(settings, held_out=HELD_OUT)
+        settings = replace(settings, held_out=HELD_OUT, eval_every=EVAL_EVERY)
     return replace(settings, algorithm=name, config=dict(kind.presets.get(preset, {})))
 
 

@@ -82,7 +82,7 @@ def _train(
                 # Only now, so that a failed set-up leaves no half-made run behind.
                 with run.setting_up(), run.claimed(kind.record(), torch.get_num_threads()):
                     kind.before(run, learner, console)
-        if learn(run, learner, total, checkpoint_every, console):
+        if learn(kind, run, learner, total, checkpoint_every, console):
             # As at any other time; the checkpoint is saved.
             raise OutputClosed if console.quiet and not processes.rank else KeyboardInterrupt
         with processes.raise_together(), processes.whole_weights(learner.model, *learner.references()):
@@ -135,8 +135,8 @@ def set_up(
     return learner
 
 
-def learn(run: RunDirectory, agent: Learner, updates: int, checkpoint_every: int, console: Console) -> bool:
-    """Train up to ``updates``, logging and saving; True if the user interrupted. The checkpoint is then up to date.
+def learn(kind: Any, run: RunDirectory, agent: Learner, updates: int, checkpoint_every: int, console: Console) -> bool:
+    """Train up to ``updates``, log, evaluate and save; True if the user interrupted. The checkpoint is then up to date.
 
     With several processes, all learn and the first one writes.
     """
@@ -167,6 +167,11 @@ def learn(run: RunDirectory, agent: Learner, updates: int, checkpoint_every: int
                 display.show(metrics)
             except OutputClosed:  # nobody reads the log any more: save, then end
                 interruption.asked = True
+        if kind.eval_every and agent.num_updates_done % kind.eval_every == 0 and agent.num_updates_done < updates:
+            # Before the checkpoint, so that a run which goes on from it has been evaluated.
+            with processes.raise_together(), processes.whole_weights(agent.model, *agent.references()):
+                if not processes.rank:
+                    kind.along(run, agent, console)
         if agent.num_updates_done % checkpoint_every == 0:
             agent.save(run.checkpoint)
             saved = agent.num_updates_done
