@@ -30,7 +30,7 @@ from tokenmdp.targets import Responses
 from tokenmdp.testing import TableRewardModel
 from tokenmdp.wrappers import vector
 
-SHORT = 0.08  # bound of rows with 30 updates of PPO or GRPO, which are not quite there yet
+SHORT = 0.08  # bound of rows with 30 updates of GRPO, which are not quite there yet
 MDP = toy_mdp()
 SCORES = MDP.scores
 OTHER = torch.randn(len(SCORES), dtype=torch.float64, generator=torch.Generator().manual_seed(5))  # second objective
@@ -263,10 +263,10 @@ def rows():
         "PPO", "sparse credit, two rounds, moved reference", "ref exp(2 score / kl_coef) / Z", train,
         in_rounds(2, 60, **critic), long=False,
     )  # fmt: skip
-    yield Row("PPO", "red credit", PENALISED, train, penalised(PPO, credit="red", **critic), SHORT)
+    yield Row("PPO", "red credit", PENALISED, train, penalised(PPO, 60, credit="red", **critic))
     yield Row(
         "PPO", "attention credit, full return", PENALISED, train,
-        penalised(PPO, credit="attention", **critic, estimator="full_return"), SHORT,
+        penalised(PPO, 60, credit="attention", **critic, estimator="full_return"),
     )  # fmt: skip
     group = {"responses_per_prompt": 64}
     yield Row("RLOO", "", PENALISED, train, penalised(RLOO, 45, **group), long=False)
