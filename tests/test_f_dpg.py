@@ -86,7 +86,7 @@ def test_weights_are_cut_only_if_asked_and_the_share_is_reported():
     free = make_agent(**options).learn(1).history[0]
     cut = make_agent(**options, weight_clip=1.0).learn(1).history[0]
     assert free["clip_fraction"] == 0
-    assert 0 < cut["clip_fraction"] < 1
+    assert 0.02 < cut["clip_fraction"] < 1
     assert 0 < free["ess"] < 1
     assert free["approx_kl"] > 0.01
     assert make_agent(**options, target_kl=1e-4).learn(1).history[0]["minibatches"] < 6

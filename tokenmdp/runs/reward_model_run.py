@@ -53,6 +53,7 @@ class RewardModelRun:
     """One run that trains a reward model."""
 
     kind = RewardModelLearner
+    eval_every = 0  # its accuracy on batches that it has not seen yet is in the log
 
     def __init__(self, settings: RewardModelSettings) -> None:
         self.settings = settings
@@ -89,8 +90,6 @@ class RewardModelRun:
             learner = self.kind.load(checkpoint, training, accelerator=accelerator, device=settings.device, **total)
         console.print(describe(learner), highlight=False, soft_wrap=True)
         return learner
-
-    eval_every = 0  # its accuracy on batches that it has not seen yet is in the log
 
     def before(self, run: RunDirectory, learner: RewardModelLearner, console: Console) -> None:
         """Nothing: a new head's accuracy says nothing."""
