@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 from tokenmdp.divergences import Divergence
 
-KL_COEFS, BETAS = (1.0, 0.45, 0.15), (1.0, 0.5, 0.25)
+KL_COEFS = (1.0, 0.45, 0.15)  # also the temperatures of the targets: each has the optimum of one kl_coef
 
 
 class Line(NamedTuple):
@@ -41,7 +41,7 @@ LINES = {
         )
         for credit in ("sparse", "red", "attention")
     },
-    **{f"f-DPG, {name}": Line("f-dpg", "target", BETAS, {"divergence": name}) for name in get_args(Divergence)},
+    **{f"f-DPG, {name}": Line("f-dpg", "target", KL_COEFS, {"divergence": name}) for name in get_args(Divergence)},
     "DPO": Line("dpo", "dpo_beta", (0.3, 0.1, 0.03, 0.01, 0.003)),
     "best of n": Line("best-of-n", "n", (2, 4, 16)),
     "soup": Line("soup", "weight", (0.25, 0.5, 0.75)),  # the last line: its member is a cell of the first one
