@@ -4,9 +4,10 @@
     python benchmarks/targets.py --out runs/targets --table     # of what is there
 
 sentiment    scalar: the bundled reward model's score, exp(score / 0.5); with all four divergences
-excellent    binary: the word stands in the response, which it does in one of a hundred of the start's
+excellent    binary: the word stands in the response, which it does in one of 150 of the start's; twice the updates
 woman        distributional: half of the responses should mention a woman; one in fifty of the start's does
-negation     distributional, an easier one: half of them should say "not", "no", "never" or "nothing"; one in ten does
+negation     distributional, an easier one: half of them should say "not", "no", "never" or "nothing"; one in ten does;
+             also with twice the responses per update
 
 Alignment is the mean score of a scalar target, otherwise the share of responses that have the feature. Alignment, KL
 and distinct-2 are of texts that the last policy writes to held-out prompts; total variation is estimated in the last
@@ -45,6 +46,7 @@ from tokenmdp.targets import Responses, read_target
 from tokenmdp.types import Episode, response_tokens
 
 POLICY, PLACE = "imdb-tiny", "place"  # place: where a target is
+BASELINE = "js"  # every goal has a run of it
 LAST = 5  # updates that are averaged at the end
 SAMPLES = 1024  # texts of the last policy
 FEWEST = 100  # effective responses that a target's place must rest on to be drawn
@@ -55,8 +57,10 @@ class Goal(NamedTuple):
     """A target and the runs towards it."""
 
     target: str
-    num_envs: int
+    num_envs: int  # responses per update
     runs: dict[str, dict[str, Any]]  # what each is called -> fields of `FDPGConfig`
+    updates: int = 1  # times --updates
+    larger: dict[str, int] = {}  # what some are called -> times num_envs
 
 
 def divergences(*names: str) -> dict[str, dict[str, Any]]:
@@ -66,14 +70,16 @@ def divergences(*names: str) -> dict[str, dict[str, Any]]:
 
 GOALS = {
     "sentiment": Goal("score/0.5", 128, divergences("reverse-kl", "js", "tv", "forward-kl")),
-    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl")),
+    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl"), updates=2),
     "woman": Goal(
         "words:she,her,woman@0.5", 256,
         divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"}},
     ),
     "negation": Goal(
         "words:not,no,never,nothing@0.5", 256,
-        divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"}},
+        divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"},
+                             "js, 512 responses": {"divergence": "js"}},
+        larger={"js, 512 responses": 2},
     ),
 }  # fmt: skip
 
@@ -98,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
                  for run in (PLACE, *GOALS[goal].runs)]  # fmt: skip
         for goal, run, seed in every[args.part]:
             place = partial(place_of, goal, seed, args.samples)
-            make = place if run == PLACE else partial(trained, goal, run, seed, args.updates)
+            make = place if run == PLACE else partial(trained, goal, run, seed, args.updates * GOALS[goal].updates)
             make_missing(record(args.out, goal, run, seed), make)
     report(args.out)
 
@@ -110,9 +116,9 @@ def record(out: Path, goal: str, run: str, seed: int) -> Path:
 
 def settings_of(goal: str, run: str, seed: int) -> RunSettings:
     """Of a run of `tokenmdp train f-dpg`."""
-    quick = preset_settings("quick", "f-dpg")
-    fields = quick.config | GOALS[goal].runs.get(run, {}) | {"target": GOALS[goal].target}
-    return replace(quick, num_envs=GOALS[goal].num_envs, seed=seed, config=fields)
+    quick, one = preset_settings("quick", "f-dpg"), GOALS[goal]
+    fields = quick.config | one.runs.get(run, {}) | {"target": one.target}
+    return replace(quick, num_envs=one.num_envs * one.larger.get(run, 1), seed=seed, config=fields)
 
 
 def trained(goal: str, run: str, seed: int, updates: int) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def trained(goal: str, run: str, seed: int, updates: int) -> dict[str, Any]:
         "tv": float(np.mean(curves["tv"][-LAST:])),
     }
     envs.close(), held_out.close()
-    return {"curves": curves, "end": end}
+    return {"seed": seed, "curves": curves, "end": end}
 
 
 def written(
@@ -193,20 +199,28 @@ def report(out: Path) -> None:
         print(f"{out} holds no finished run yet")
         return
     lines = [
-        "| target | | seeds | alignment | KL, nats | distinct-2 | total variation to the target |",
-        "|---|---|---|---|---|---|---|",
+        "| target | | seeds | alignment | less JS's | KL, nats | distinct-2 | less JS's | total variation |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for goal, runs in goals.items():
         if places := read(out, goal, PLACE):
             aligned, kl, start, effective = (
                 [one[name] for one in places] for name in ("alignment", "kl", "start", "effective")
             )
-            lines.append(f"| {goal} | the start | {len(places)} | {three_digits(start)} | 0 | | |")
+            lines.append(f"| {goal} | the start | {len(places)} | {three_digits(start)} | | 0 | | | |")
             rests = f"the target, by {np.mean(effective):.0f} effective responses"
-            lines.append(f"| {goal} | {rests} | {len(places)} | {three_digits(aligned)} | {three_digits(kl)} | | 0 |")
+            place = f"{three_digits(aligned)} | | {three_digits(kl)} | | | 0"
+            lines.append(f"| {goal} | {rests} | {len(places)} | {place} |")
         for run, seeds in runs.items():
-            columns = [[one["end"][name] for one in seeds] for name in ("alignment", "kl", "distinct_2", "tv")]
-            lines.append(f"| {goal} | {run} | {len(seeds)} | {' | '.join(map(three_digits, columns))} |")
+            columns = [
+                text
+                for name in ("alignment", "kl", "distinct_2", "tv")
+                for text in (
+                    three_digits([one["end"][name] for one in seeds]),
+                    *([gain(seeds, runs.get(BASELINE, []), name)] if name in ("alignment", "distinct_2") else []),
+                )
+            ]
+            lines.append(f"| {goal} | {run} | {len(seeds)} | {' | '.join(columns)} |")
     write_text(out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     draw(goals, out)
@@ -220,6 +234,13 @@ def three_digits(values: Sequence[float]) -> str:
     """
     value, low, high = mean_interval(values)
     return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else "")
+
+
+def gain(seeds: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], name: str) -> str:
+    """How much higher a run ends than the baseline of the same seed, with the interval; nothing for itself."""
+    other = {one["seed"]: one["end"][name] for one in base}
+    pairs = [one["end"][name] - other[one["seed"]] for one in seeds if one["seed"] in other]
+    return three_digits(pairs) if pairs and seeds is not base else ""
 
 
 def draw(goals: dict[str, dict[str, list[dict[str, Any]]]], out: Path) -> None:
