@@ -14,13 +14,14 @@ import torch
 
 from tokenmdp import cli
 from tokenmdp.agents.ppo import PPOConfig
-from tokenmdp.cli.train import preset_options, settings_from, train
+from tokenmdp.cli.train import default_name, preset_options, settings_from, train
 from tokenmdp.files import BusyError, locked
 from tokenmdp.intervals import mean_interval
 from tokenmdp.models.loading import load_tokenizer
 from tokenmdp.runs import process_settings, training
 from tokenmdp.runs.display import TrainingDisplay, make_console
 from tokenmdp.runs.environments import split_prompts, toy_policy
+from tokenmdp.runs.settings import preset_settings
 
 pytestmark = pytest.mark.usefixtures("curves_not_drawn")
 
@@ -361,6 +362,11 @@ def test_train_without_options_is_the_main_job(monkeypatch):
     preset = {"learning_rate": 1e-4, "kl_coef": 0.45, "update_epochs": 1, "num_minibatches": 8}
     assert settings.config == preset
     assert str(out) == "runs/quick-red-seed1"
+
+
+def test_a_default_directory_names_what_makes_a_difference():
+    for name, expected in {"ppo": "quick-red-seed1", "grpo": "quick-grpo-red-seed1", "dpo": "quick-dpo-seed1"}.items():
+        assert default_name("quick", preset_settings("quick", name)) == expected
 
 
 def test_every_fifth_prompt_is_held_out(tmp_path, monkeypatch):

@@ -296,6 +296,15 @@ def test_foreign_and_missing_checkpoints_are_refused(checkpoint, tmp_path):
         PPO.load(checkpoint, make_envs())
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(checkpoint, caplog, monkeypatch):
+    PPO.load(checkpoint, make_envs(), dtype="auto")
+    monkeypatch.setenv("TOKENMDP_DTYPE", "bfloat16")
+    PPO.load(checkpoint, make_envs(), dtype="bfloat16")
+    assert "goes on in" not in caplog.text, "the same, then asked for"
+    PPO.load(checkpoint, make_envs(), dtype="auto")
+    assert "saved by a run in float32, which goes on in bfloat16" in caplog.text
+
+
 def test_a_checkpoint_of_another_device_goes_on_and_says_what_differs(checkpoint, caplog):
     file = checkpoint / "state" / "trainer.safetensors"
     (checkpoint / "state" / "sha256sums.txt").unlink()

@@ -94,8 +94,8 @@ class Train:
     device: str = "auto"
     """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
     out: Path | None = None
-    """Run directory. Default: runs/PRESET-CREDIT-seedSEED, with the algorithm before the credit unless it is the
-    default one, and loraRANK after it where adapters learn."""
+    """Run directory. Default: runs/PRESET-CREDIT-seedSEED, with the algorithm before the credit, or in its place where
+    credit makes no difference, unless it is the default one, and loraRANK after it where adapters learn."""
     resume: bool = True
     """Go on from the run directory's checkpoint if it has one."""
     reexec: bool = True
@@ -158,8 +158,14 @@ def train(arguments: Train, name: str = DEFAULT_ALGORITHM, config: Mapping[str, 
 def default_name(preset: str, settings: RunSettings) -> str:
     """The default run directory, below runs/."""
     rank = settings.config.get("lora_rank")
-    other = f"{settings.algorithm}-" if settings.algorithm != DEFAULT_ALGORITHM else ""
-    return f"{preset}-{other}{settings.credit}{f'-lora{rank}' if rank else ''}-seed{settings.seed}"
+    parts = [
+        preset,
+        *([settings.algorithm] if settings.algorithm != DEFAULT_ALGORITHM else []),
+        *([settings.credit] if algorithm(settings.algorithm).uses_credit else []),
+        *([f"lora{rank}"] if rank else []),
+        f"seed{settings.seed}",
+    ]
+    return "-".join(parts)
 
 
 def settings_from(

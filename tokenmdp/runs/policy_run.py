@@ -214,12 +214,14 @@ class PolicyRun:
             title=f"{settings.algorithm} on {settings.env}{credit}, seed {settings.seed}",
         )
         note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
+        if not self.kind.uses_credit and settings.credit == "sparse":
+            note += "; the last token has the whole score, as credit makes no difference here"
         if settings.credit == "attention":
             note += f"; the last token also carries {1 - settings.credit_beta:.0%} of the score (1 - credit_beta)"
         page = heatmap.html(
             {"Before training": before.samples, "After training": after.samples},
             run.report / "samples.html",
-            title=f"Token credit: {settings.credit}",
+            title=f"Token credit: {settings.credit}" if self.kind.uses_credit else f"Samples: {settings.algorithm}",
             note=note,
         )
         figures: list[tuple[str, Path]] = []
@@ -243,7 +245,7 @@ class PolicyRun:
         for name, path in (
             ("learning curve", curve),
             *figures,
-            ("samples with credit", page),
+            ("samples with credit" if self.kind.uses_credit else "samples", page),
             ("metrics", run.metrics),
             ("policy", run.checkpoint),
         ):

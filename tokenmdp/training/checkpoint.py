@@ -36,6 +36,7 @@ from tokenmdp.files import (
     write_text,
 )
 from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
+from tokenmdp.models.precision import DTYPE_VARIABLE
 from tokenmdp.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Format(NamedTuple):
 class Learner(Protocol):
     """The parts of a learner that a checkpoint holds."""
 
-    config: Any  # a dataclass with seed and lora_rank
+    config: Any  # a dataclass with seed, dtype and lora_rank
     processes: Processes
     model: Any  # a module with `save_pretrained`, such as a `CausalLMPolicy`
     reference: Any  # the same, or None
@@ -127,6 +128,7 @@ def save(learner: Learner, directory: str | Path, form: Format, extra: dict[str,
     trainer = extra | {
         "num_updates_done": learner.num_updates_done,
         "device": learner.generator.device.type,
+        "dtype": _dtype(learner),
         "generator": learner.generator.get_state(),
         "optimizer": optimizer,
         "adapters_off": adapters_off,
@@ -226,6 +228,11 @@ def restore(learner: Learner, checkpoint: Checkpoint, extra: Sequence[str]) -> d
         else:
             learner.generator.manual_seed(learner.config.seed + learner.num_updates_done)
             logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
+        if learner.config.dtype == "auto" and trainer.get("dtype", _dtype(learner)) != _dtype(learner):
+            logger.warning(
+                "saved by a run in %s, which goes on in %s, with other roundings; set dtype=%r or %s to keep it",
+                trainer["dtype"], _dtype(learner), trainer["dtype"], DTYPE_VARIABLE,
+            )  # fmt: skip
         processes.load_optimizer_state(learner.optimizer, trainer["optimizer"])
         learner.set_rng_states(checkpoint.rng_states)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -235,6 +242,10 @@ def restore(learner: Learner, checkpoint: Checkpoint, extra: Sequence[str]) -> d
         ) from error
     learner.history = checkpoint.history
     return own
+
+
+def _dtype(learner: Learner) -> str:
+    return str(learner.model.compute_dtype).removeprefix("torch.")
 
 
 def _load_adapters(learner: Learner, path: Path) -> None:
