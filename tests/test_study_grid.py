@@ -34,6 +34,10 @@ SIZES = {
     "kl": 48,
     "faithful": 60,
     "gpt2": 60,
+    "critic": 90,
+    "critic_long": 45,
+    "signals": 50,
+    "second": 50,
 }
 
 
@@ -94,6 +98,9 @@ def test_a_cell_of_two_grids_is_one_cell():
     both = [(cell, faithful[cell.id]) for cell in main if cell.id in faithful]
     assert len(both) == 20
     assert all(one.setting != other.setting for one, other in both)  # under another label
+    with_critics = {cell.id: cell.setting for cell in expand(study_plan("critic"))}
+    both = [with_critics[cell.id] for cell in main if cell.id in with_critics]
+    assert both == ["8-16 tokens, critic=shared"] * 30  # the default one
 
 
 def test_an_id_is_what_a_cell_computes():
@@ -329,7 +336,7 @@ def test_critics_are_an_axis():
 
 def test_the_plan_about_the_rows_content_compares_all_at_one_credit_beta():
     cells = expand(study_plan("content"))
-    assert len(cells) == 70
+    assert len(cells) == 100
     assert {cell.settings.credit_beta for cell in cells} == {0.8}
 
 

@@ -112,21 +112,23 @@ def parse_length(text: str) -> Length:
 
 
 def critic_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `PPOConfig` that make a critic.
+    """Fields of `PPOConfig` that make a critic, where ``config`` or the defaults do not: the default critic adds none.
 
     slow: a head at the policy's rate, as in the first edition (but with a gradient norm of its own); shared: at its own
     rate; separate: with a transformer of its own.
 
-    >>> critic_config("slow", {"learning_rate": 1e-4})
-    {'vf_learning_rate': 0.0001, 'value_model': 'shared'}
+    >>> critic_config("slow", {"learning_rate": 1e-4}), critic_config("shared", {})
+    ({'vf_learning_rate': 0.0001}, {})
 
     Raises:
         StudyError: there is no such critic.
     """
     if name not in CRITICS:
         raise StudyError(f"--critics {name!r} is none of {', '.join(CRITICS)}")
-    rate = config["learning_rate"] if name == "slow" else config.get("vf_learning_rate", PPOConfig.vf_learning_rate)
-    return {"vf_learning_rate": rate, "value_model": "separate" if name == "separate" else "shared"}
+    made: dict[str, Any] = {"value_model": "separate" if name == "separate" else "shared"}
+    if name == "slow":
+        made["vf_learning_rate"] = config["learning_rate"]
+    return {field: value for field, value in made.items() if config.get(field, getattr(PPOConfig, field)) != value}
 
 
 def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
@@ -198,7 +200,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
         if plan.critics and other.setting != cell.setting:
             raise StudyError(
                 f"{cell.setting} and {other.setting} are the same run: both heads learn at "
-                f"{config['vf_learning_rate']:g}; leave out one critic, or choose another --learning-rate or "
+                f"{config.get('vf_learning_rate', PPOConfig.vf_learning_rate):g}; leave out one critic, or choose another --learning-rate or "
                 "--vf-learning-rate"
             )
     names: dict[tuple[str, str, int], Cell] = {}
