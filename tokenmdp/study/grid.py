@@ -198,9 +198,10 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
         )
         other = cells.setdefault(cell.id, cell)
         if plan.critics and other.setting != cell.setting:
+            rate = config.get("vf_learning_rate", PPOConfig.vf_learning_rate)
             raise StudyError(
                 f"{cell.setting} and {other.setting} are the same run: both heads learn at "
-                f"{config.get('vf_learning_rate', PPOConfig.vf_learning_rate):g}; leave out one critic, or choose another --learning-rate or "
+                f"{rate:g}; leave out one critic, or choose another --learning-rate or "
                 "--vf-learning-rate"
             )
     names: dict[tuple[str, str, int], Cell] = {}
