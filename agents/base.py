@@ -5,11 +5,12 @@ An agent is a subclass with a configuration, `Agent.update`, and whatever its up
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,9 +23,12 @@ from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
 from tokenmdp.training.typed import require
 from tokenmdp.types import Rollout
 from tokenmdp.wording import count
+from tokenmdp.wrappers import find_credit_wrapper
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 1 << 28  # of a reference forward on a GPU: 1 GiB in float32
 
@@ -46,6 +50,7 @@ class AgentConfig(LearnerConfig):
 
     temperature: float = 1.0  # of the policy's distribution, while it samples and while it learns
     top_k: int = 0  # the policy chooses among its k likeliest tokens; 0: among all
+    rollout_steps: Literal["plain", "copied", "recorded"] = "plain"  # on a GPU, where the others are untried; detail 21
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,10 +115,32 @@ class Agent(Learner):
             )
         self.check()
         self.policy, reference = policy_and_reference(
-            policy, reference, task, cfg, self.processes, temperature=cfg.temperature, top_k=cfg.top_k
-        )
+            policy, reference, task, cfg, self.processes, temperature=cfg.temperature, top_k=cfg.top_k,
+            rollout_steps=cfg.rollout_steps,
+        )  # fmt: skip
+        if cfg.rollout_steps == "recorded":
+            self._check_recording()
         self.kl_coef = cfg.kl_coef
         self.prepare(self.policy, reference)
+
+    def _check_recording(self) -> None:
+        """Refuse what a recorded step cannot do; say what it does here."""
+        credit = find_credit_wrapper(self.envs)
+        if credit is not None and "policy_attention" in credit.credit.needs:
+            raise ValueError(
+                f"rollout_steps='recorded' keeps no attention, which {credit.credit.name} credit reads at every token; "
+                "choose 'copied' or 'plain'"
+            )
+        if self.processes.size > 1:
+            raise ValueError(
+                f"rollout_steps='recorded' needs weights that stay where they are, and {self.processes.size} processes "
+                "may move them; choose 'copied' or 'plain'"
+            )
+        if self.policy.lm.device.type != "cuda":
+            logger.warning(
+                "rollout_steps='recorded': nothing is recorded on %s, where it is slower than 'plain'",
+                self.policy.lm.device,
+            )
 
     def check(self) -> None:
         """Raise for environments that do not fit the algorithm; called before the models are loaded."""

@@ -64,6 +64,8 @@ RUNS = {
     "lora": Run(config={"lora_rank": 2}),
     "top-k": Run(config={"top_k": 7, "temperature": 0.8, "target_kl": 10.0}, env={"min_new_tokens": 2}),
     "bfloat16": Run("abc-d", config={"dtype": "bfloat16"}),
+    "copied": Run(config={"dtype": "bfloat16", "rollout_steps": "copied", "lora_rank": 2}),
+    "recorded": Run("red", config={"rollout_steps": "recorded"}, env=SHORT),
     "recomputed": Run("uniform", config={"gradient_checkpointing": True, "ent_coef": 0.1}, env=SHORT),
     "separate values": Run(config={"value_model": "separate"}, env=SHORT),
     "full return": Run("red", config={"estimator": "full_return", "kl_target": 1.0}),

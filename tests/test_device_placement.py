@@ -28,7 +28,7 @@ def in_own_process(directory, *names):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return in_own_process(tmp_path_factory.mktemp("runs"), "sparse", "credit")
+    return in_own_process(tmp_path_factory.mktemp("runs"), "sparse", "credit", "recorded")
 
 
 def both(found, name):
@@ -39,7 +39,7 @@ def both(found, name):
 
 def assert_same_run(found, name):
     there, here = both(found, name)
-    tolerance = 1e-2 if name == "bfloat16" else 1e-4
+    tolerance = 1e-2 if name in ("bfloat16", "copied") else 1e-4
     for ours, theirs in zip(there["history"], here["history"], strict=True):
         assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance), name
     assert there["score"] == pytest.approx(here["score"], abs=tolerance), name
@@ -70,6 +70,12 @@ def test_the_host_waits_once_per_token_and_once_per_minibatch(found):
     assert in_models == []
     reads = sum(count for kind, place, count in there["waits"] if kind in ("read", "item", "tolist"))
     assert reads <= TOKENS + EPOCHS + 9  # an order for each epoch; 9 for the whole update
+
+
+def test_a_recorded_step_waits_no_more_often(found):
+    assert_same_run(found, "recorded")
+    there, _ = both(found, "recorded")
+    assert set(there["waits of a token"]) == {1}
 
 
 def test_the_reference_reads_all_rows_at_once_on_a_gpu_and_a_minibatch_of_them_on_a_cpu(found):

@@ -257,6 +257,27 @@ def test_dtype_auto_falls_back_with_a_word(monkeypatch, caplog):
     assert resolve_dtype("auto", cpu) == torch.bfloat16
 
 
+@pytest.fixture
+def tf32_off():
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("tf32_off")
+def test_tf32_is_float32_with_the_switch_of_a_gpu(caplog):
+    with caplog.at_level(logging.INFO):
+        assert resolve_dtype("tf32", torch.device("cuda")) is torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert "TF32 from here on" in caplog.text
+    with pytest.raises(ValueError, match='dtype is "tf32", which is a precision of GPUs, and this is a cpu'):
+        resolve_dtype("tf32", torch.device("cpu"))
+
+
 def test_dtype_auto_is_what_the_environment_says(monkeypatch):
     cpu = torch.device("cpu")
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):

@@ -17,7 +17,10 @@ from speed_parts.timing import now
 from tokenmdp.files import write_text
 
 REPETITIONS = 5
-PRECISIONS = (("float32", "highest"), ("float32", "high"), ("bfloat16", "highest"))  # dtype, float32 products: TF32
+WAYS = (  # dtype, float32 products ("high": TF32), rollout_steps
+    ("float32", "highest", "plain"), ("float32", "high", "plain"), ("float32", "high", "recorded"),
+    ("bfloat16", "highest", "plain"), ("bfloat16", "highest", "copied"), ("bfloat16", "highest", "recorded"),
+)  # fmt: skip
 
 
 @dataclass

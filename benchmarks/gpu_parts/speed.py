@@ -9,23 +9,21 @@ from speed_parts.shapes import Shape, make_agent, make_envs, make_policy
 from speed_parts.timing import wait_for
 from torch import nn
 
-from gpu_parts.phase import PRECISIONS, Phase
+from gpu_parts.phase import WAYS, Phase
 
 
 def ours(phase: Phase) -> None:
     """`PPO.learn(1)`, and its rollout, the reference and the reward model included, as milliseconds per token."""
     for shape in phase.shapes:
-        for dtype, products in PRECISIONS:
-            phase.attempt(
-                f"{shape.name} {dtype} {products}", lambda s=shape, d=dtype, p=products: _ours(phase, s, d, p)
-            )
+        for way in WAYS:
+            phase.attempt(f"{shape.name} {' '.join(way)}", lambda s=shape, w=way: _ours(phase, s, *w))
 
 
-def _ours(phase: Phase, shape: Shape, dtype: str, products: str) -> dict[str, Any]:
+def _ours(phase: Phase, shape: Shape, dtype: str, products: str, rollout_steps: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(products)
     if phase.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    agent = make_agent(shape, make_envs(shape), dtype, str(phase.device))
+    agent = make_agent(shape, make_envs(shape), dtype, str(phase.device), rollout_steps=rollout_steps)
     seconds = phase.median_seconds(lambda: agent.learn(1))
     finding = {"seconds": seconds, "tokens_per_second": shape.tokens / seconds, "loss": agent.history[-1]["loss"]}
     finding["rollout_seconds"] = phase.median_seconds(agent.play)

@@ -151,9 +151,9 @@ def make_envs(
     return vector.CreditReward(envs, credit)
 
 
-def make_agent(shape: Shape, envs: VectorEnv, dtype: str, device: str) -> PPO:
-    """The agent as its users make it."""
+def make_agent(shape: Shape, envs: VectorEnv, dtype: str, device: str, **options: Any) -> PPO:
+    """The agent as its users make it; ``options`` are further fields of its configuration."""
     config = PPOConfig(
-        update_epochs=shape.update_epochs, num_minibatches=shape.num_minibatches, dtype=dtype, device=device
+        update_epochs=shape.update_epochs, num_minibatches=shape.num_minibatches, dtype=dtype, device=device, **options
     )
     return PPO(make_policy(shape), envs, config)

@@ -25,11 +25,13 @@ from tokenmdp.models.hub import quiet
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.onednn import use_onednn
 from tokenmdp.models.kernels.token_scores import fuse_activations, token_scores
+from tokenmdp.models.kernels.weight_copies import WeightCopies
 from tokenmdp.models.kv_cache import make_cache
 from tokenmdp.models.loading import check_loads, load_causal_lm
 from tokenmdp.models.names import resolve
 from tokenmdp.models.policy_checks import check_logits, reads_padding
 from tokenmdp.models.policy_fit import check_positions, check_rows, check_vocabulary, warn_of_other_ends
+from tokenmdp.models.recorded_steps import COLUMNS, RecordedSteps
 from tokenmdp.models.sizes import capped, check_finite, logit_cap, output_layer
 from tokenmdp.models.token_distribution import DecodeState, TokenScores, draw, process_logits
 from tokenmdp.models.values import heads_values, load_part, new_head
@@ -39,7 +41,7 @@ VALUE_HEAD_FILE, VALUE_MODEL_FILE = "value_head.safetensors", "value_model.safet
 # What a policy does to its logits, and how it computes.
 SETTINGS = (
     "vocab_size", "eos_token_id", "eos_token_ids", "min_new_tokens", "temperature", "top_k", "compute_dtype",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "rollout_steps",
 )  # fmt: skip
 # Of transformers from 5.24 on; before it, of attention and of Mamba.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
@@ -65,6 +67,9 @@ class CausalLMPolicy(nn.Module):
         compute_dtype: ``torch.bfloat16`` runs the forwards under autocast; weights, softmax and values stay float32.
         gradient_checkpointing: A backward through `evaluate` computes the layers' activations again instead of keeping
             them: less memory, more time, the same gradients.
+        rollout_steps: How `decoding` computes on a GPU; not run on one yet. ``"copied"``: by bfloat16 copies of the
+            weights, where that is the ``compute_dtype``. ``"recorded"``: by these, and a step that is recorded once and
+            replayed (`tokenmdp.models.recorded_steps`).
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class CausalLMPolicy(nn.Module):
         top_k: int = 0,
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        rollout_steps: str = "plain",
     ):
         super().__init__()
         refuse_adapters(lm)
@@ -90,7 +96,7 @@ class CausalLMPolicy(nn.Module):
         self.lm = lm
         self.logit_cap = logit_cap(lm)
         accepted = inspect.signature(type(lm.base_model).forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        self.takes_positions = "position_ids" in accepted
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in accepted), None)
         attends = hasattr(lm.config.get_text_config(), "num_attention_heads")
         self._recurrent = getattr(lm, "_is_stateful", False) and not attends  # as Mamba and xLSTM
@@ -108,7 +114,8 @@ class CausalLMPolicy(nn.Module):
         self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, self.eos_token_ids[0], min_new_tokens
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.rollout_steps = gradient_checkpointing, rollout_steps
+        self._copies, self._recorded = WeightCopies(), dict[tuple[int, int], RecordedSteps]()
         if gradient_checkpointing:
             check_recompute(lm)
         self.eval()
@@ -239,8 +246,12 @@ class CausalLMPolicy(nn.Module):
 
         Without gradients; the weights must not change meanwhile.
         """
-        pays = steps >= packed_weights.FEWEST_STEPS and packed_weights.can_pack(self.lm.device, self.compute_dtype)
-        layers = packed_weights.packed_layers(self.lm, self.compute_dtype, rows) if pays else contextlib.nullcontext()
+        device, dtype = self.lm.device, self.compute_dtype
+        layers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if steps >= packed_weights.FEWEST_STEPS and packed_weights.can_pack(device, dtype):
+            layers = packed_weights.packed_layers(self.lm, dtype, rows)
+        elif self.rollout_steps != "plain" and device.type != "cpu" and dtype == torch.bfloat16:
+            layers = self._copies.used(self.lm)
         with torch.no_grad(), self.autocast(), layers:
             yield
 
@@ -253,8 +264,22 @@ class CausalLMPolicy(nn.Module):
         self._check_padding(attention_mask)
         return self._advance(make_cache(self.lm.config), input_ids, attention_mask.long(), step)
 
+    def recorded(self, state: DecodeState, steps: int) -> DecodeState:
+        """A state after `prefill`, to go on from by at most ``steps`` steps of one shape, if that is asked for."""
+        if self.rollout_steps != "recorded":
+            return state
+        rows, slots = state.attention_mask.shape
+        shape = rows, -(-(slots + steps) // COLUMNS) * COLUMNS
+        if shape not in self._recorded:
+            self._recorded[shape] = RecordedSteps(self, state, shape[1])
+        return self._recorded[shape].begin(state)
+
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
         """Append one token (N,) to every row; the cache of ``state`` is used up."""
+        if isinstance(state.cache, RecordedSteps):
+            with self.autocast():
+                raw_logits, hidden = state.cache.append(token)
+            return self._state(state.cache, state.attention_mask, state.step + 1, raw_logits, hidden)
         attention_mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(token), 1)], dim=1)
         return self._advance(state.cache, token[:, None], attention_mask, state.step + 1)
 
@@ -349,7 +374,7 @@ class CausalLMPolicy(nn.Module):
             transformer: of this architecture; default: the policy's.
             **options: further arguments of the model.
         """
-        if self._takes_positions:
+        if self.takes_positions:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         if self._recurrent:  # its layers multiply their inputs by the mask
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
@@ -378,6 +403,11 @@ class CausalLMPolicy(nn.Module):
             output = self.read(input_ids, attention_mask, **self.caching(cache))
             hidden = output.last_hidden_state[:, -1:]  # (N, 1, C)
             raw_logits = self.logits(hidden)
+        return self._state(cache, attention_mask, step, raw_logits, hidden)
+
+    def _state(
+        self, cache: Any, attention_mask: torch.Tensor, step: int, raw_logits: torch.Tensor, hidden: torch.Tensor
+    ) -> DecodeState:
         logits, support = self._process(raw_logits, step, None)
         chosen_from = None if support is None else support[:, 0]
         return DecodeState(cache, attention_mask, step, logits[:, 0].float(), chosen_from, self._values(hidden)[:, 0])

@@ -194,6 +194,7 @@ def _play(
             torch.as_tensor(observation["input_ids"][:, prompt], device=device),
             torch.as_tensor(observation["attention_mask"][:, prompt], device=device),
         )
+        state = policy.recorded(state, task.max_new_tokens)
         for step in decode(envs, policy, state, uniforms, reading, share_ended):
             check_infos(step.info, "an agent")
             check_above(envs, step.rewards)

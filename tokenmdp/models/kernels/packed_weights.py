@@ -32,10 +32,21 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
     later changes to the weights, and have no gradient.
 
     Args:
-        model: on the CPU. Layers whose weights are not float32, or whose ``forward`` something else replaced, stay as
-            they are.
+        model: on the CPU.
         dtype: of the products: float32 or bfloat16.
         rows: texts that are decoded together, for which the layout is chosen; other numbers work, too.
+    """
+    with other_products(model, lambda layer: _product(layer, dtype, rows)):
+        yield
+
+
+@contextlib.contextmanager
+def other_products(
+    model: nn.Module, product: Callable[[nn.Linear | Conv1D], Callable[[torch.Tensor], torch.Tensor]]
+) -> Iterator[None]:
+    """Until the exit, each ``nn.Linear`` and ``Conv1D`` layer of ``model`` computes what ``product`` makes of it.
+
+    Layers whose weights are not float32, or whose ``forward`` something else replaced, stay as they are.
     """
     layers: list[nn.Linear | Conv1D] = [
         module
@@ -47,7 +58,7 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
     ]
     try:
         for layer in layers:
-            vars(layer)["forward"] = _product(layer, dtype, rows)
+            vars(layer)["forward"] = product(layer)
         yield
     finally:
         for layer in layers:

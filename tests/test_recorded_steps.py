@@ -1,0 +1,110 @@
+"""Steps of one shape and copies of weights give what plain steps give; on a GPU test_on_cuda.py runs them."""
+
+import logging
+
+import pytest
+import torch
+from placement_cases import RUNS, SHORT, Run, credited, make_agent, make_envs, reward_model, timeless
+from test_policy import EOS, H, V, language_model, make_policy, prompts
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tokenmdp.models.kernels.weight_copies import WeightCopies
+from tokenmdp.models.policy import CausalLMPolicy
+from tokenmdp.models.recorded_steps import RecordedSteps
+
+CPU = torch.device("cpu")
+
+
+def qwen2():
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def policy_of(kind, **options):
+    return CausalLMPolicy(qwen2() if kind == "qwen2" else language_model(kind), V, EOS, **options)
+
+
+@torch.no_grad()
+def logits_of_steps(policy, ids, mask, tokens):
+    """Logits and values before each of the tokens (N, H)."""
+    with policy.decoding(len(ids), 1):
+        state = policy.recorded(policy.prefill(ids, mask), H)
+        found = [(state.logits, state.value)]
+        for token in tokens.T:
+            state = policy.append(state, token)
+            found.append((state.logits.clone(), state.value))
+    logits, values = zip(*found, strict=True)
+    return torch.stack(logits), torch.stack(values), state.cache
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_steps_of_one_shape_give_the_same_numbers(kind, dtype, top_k):
+    options = {"compute_dtype": dtype, "min_new_tokens": 3, "top_k": top_k}
+    plain, fixed = (policy_of(kind, rollout_steps=steps, **options) for steps in ("plain", "recorded"))
+    fixed.load_state_dict(plain.state_dict())
+    ids, mask = prompts()
+    tokens = torch.randint(0, V, (3, H), generator=torch.Generator().manual_seed(2))
+    for columns in (slice(None), slice(2, None)):  # prompts of another length use the same memory
+        logits, values, _ = logits_of_steps(plain, ids[:2, columns], mask[:2, columns], tokens[:2])
+        others, other_values, cache = logits_of_steps(fixed, ids[:2, columns], mask[:2, columns], tokens[:2])
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-1
+        assert torch.allclose(others, logits, atol=tolerance, rtol=tolerance)
+        assert torch.allclose(other_values, values, atol=tolerance)
+        assert isinstance(cache, RecordedSteps)
+    assert len(fixed._recorded) == 1
+
+
+def test_a_run_by_steps_of_one_shape_learns_the_same(caplog):
+    found = []
+    for steps in ("plain", "recorded"):
+        run = Run("red", config={"rollout_steps": steps}, env=SHORT)
+        envs = credited(make_envs(reward_model("gpt2", CPU), **SHORT), "red", {}, CPU)
+        found.append(timeless(make_agent(run, envs, CPU).learn(2).history))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4)
+    assert "nothing is recorded on cpu" in caplog.text
+
+
+def test_what_cannot_be_recorded_is_refused():
+    config = MistralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4,
+    )  # fmt: skip
+    policy = CausalLMPolicy(MistralForCausalLM(config), V, EOS, rollout_steps="recorded")
+    with pytest.raises(ValueError, match="needs plain attention and positions, which MistralForCausalLM"):
+        policy.recorded(policy.prefill(*prompts()), H)
+    abc_d = Run("abc-d", config={"rollout_steps": "recorded"})
+    with pytest.raises(ValueError, match="keeps no attention, which abc-d credit reads at every token"):
+        make_agent(abc_d, credited(make_envs(reward_model("gpt2", CPU)), "abc-d", {}, CPU), CPU)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_copies_of_the_weights_give_what_autocast_gives(kind):
+    policy = make_policy(kind, compute_dtype=torch.bfloat16)
+    ids, mask = prompts()
+    copies = WeightCopies()
+    for _ in range(2):
+        with torch.no_grad(), policy.autocast():
+            plain = policy.append(policy.prefill(ids, mask), ids[:, 0])
+            with copies.used(policy.lm):
+                copied = policy.append(policy.prefill(ids, mask), ids[:, 0])
+        assert torch.equal(copied.logits, plain.logits)
+        with torch.no_grad():  # the copies are of the weights as they are
+            for weight in policy.parameters():
+                weight.mul_(0.9)
+    memory = [copy.data_ptr() for copy, _ in copies._copies.values()]
+    with copies.used(policy.lm):
+        pass
+    assert memory == [copy.data_ptr() for copy, _ in copies._copies.values()]
+
+
+def test_copies_are_used_on_a_gpu_in_bfloat16_alone(monkeypatch, caplog):
+    policy = make_policy(compute_dtype=torch.bfloat16, rollout_steps="copied")
+    with caplog.at_level(logging.INFO), policy.decoding(3, 1):
+        assert not policy._copies._copies
+    assert set(RUNS) >= {"copied", "recorded"}  # on a GPU, or one that the CPU plays
