@@ -22,6 +22,7 @@ LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
 MIDDLE = KL_COEFS[1]  # the kl_coef at which lines are compared at equal time
 LAST = 5  # updates that are averaged
+DRAWN = 10.5  # nats; what lies beyond is in the figure of both scores
 
 
 class Cell(NamedTuple):
@@ -209,7 +210,7 @@ def along(cells: Sequence[Cell], name: str, key: str) -> list[tuple[float, Estim
 
 
 def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
-    """Score against the root of the KL: three panels with the same axes, the first line in each of them."""
+    """Score against the root of the KL, up to `DRAWN`: three panels with the same axes, the first line in each."""
     panels = {
         "PPO": [name for name in LINES if name.startswith("PPO")],
         "without a critic": ["RLOO", "GRPO", *(name for name in LINES if name.startswith("reward to go"))],
@@ -234,4 +235,8 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
         dress(axes, title, "square root of the KL to the start, nats", "mean score of the judge")
         if axes.has_data():
             axes.legend(frameon=False, fontsize=8, loc="lower right")
+    near = [one.judge for one in cells if one.kl < DRAWN]
+    every[0].set_xlim(-0.1, math.sqrt(DRAWN))
+    if near:
+        every[0].set_ylim(min(start, *near) - 0.2, max(near) + 0.2)
     write_figure(figure, out, "frontier")
