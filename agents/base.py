@@ -18,12 +18,11 @@ from gymnasium.vector import VectorEnv
 
 from tokenmdp.agents.learner import Learner, LearnerConfig, Metrics, policy_and_reference
 from tokenmdp.models.token_distribution import TokenScores
-from tokenmdp.rollouts.collecting import collect, credited_envs
+from tokenmdp.rollouts.collecting import check_recording, collect, credited_envs
 from tokenmdp.training.batches import FORWARD_SLOTS, by_length, row_lengths
 from tokenmdp.training.typed import require
 from tokenmdp.types import Rollout
 from tokenmdp.wording import count
-from tokenmdp.wrappers import find_credit_wrapper
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,7 +49,7 @@ class AgentConfig(LearnerConfig):
 
     temperature: float = 1.0  # of the policy's distribution, while it samples and while it learns
     top_k: int = 0  # the policy chooses among its k likeliest tokens; 0: among all
-    rollout_steps: Literal["plain", "copied", "recorded"] = "plain"  # on a GPU, where the others are untried; detail 21
+    rollout_steps: Literal["plain", "copied", "recorded"] = "plain"  # how a GPU decodes; detail 21
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,33 +113,22 @@ class Agent(Learner):
                 "lower num_minibatches (in the command, --num-envs or --num-minibatches)"
             )
         self.check()
+        if cfg.rollout_steps == "recorded":
+            check_recording(envs)
+            if self.processes.size > 1:
+                raise ValueError(
+                    f"rollout_steps='recorded' needs weights that stay where they are, and {self.processes.size} "
+                    "processes may move them; choose 'copied' or 'plain'"
+                )
         self.policy, reference = policy_and_reference(
             policy, reference, task, cfg, self.processes, temperature=cfg.temperature, top_k=cfg.top_k,
             rollout_steps=cfg.rollout_steps,
         )  # fmt: skip
-        if cfg.rollout_steps == "recorded":
-            self._check_recording()
+        reference.rollout_steps = "plain"  # it hardly plays, and would keep a cache
+        if cfg.rollout_steps == "recorded" and self.policy.lm.device.type != "cuda":
+            logger.warning("rollout_steps='recorded': nothing is recorded on %s", self.policy.lm.device)
         self.kl_coef = cfg.kl_coef
         self.prepare(self.policy, reference)
-
-    def _check_recording(self) -> None:
-        """Refuse what a recorded step cannot do; say what it does here."""
-        credit = find_credit_wrapper(self.envs)
-        if credit is not None and "policy_attention" in credit.credit.needs:
-            raise ValueError(
-                f"rollout_steps='recorded' keeps no attention, which {credit.credit.name} credit reads at every token; "
-                "choose 'copied' or 'plain'"
-            )
-        if self.processes.size > 1:
-            raise ValueError(
-                f"rollout_steps='recorded' needs weights that stay where they are, and {self.processes.size} processes "
-                "may move them; choose 'copied' or 'plain'"
-            )
-        if self.policy.lm.device.type != "cuda":
-            logger.warning(
-                "rollout_steps='recorded': nothing is recorded on %s, where it is slower than 'plain'",
-                self.policy.lm.device,
-            )
 
     def check(self) -> None:
         """Raise for environments that do not fit the algorithm; called before the models are loaded."""

@@ -21,7 +21,7 @@ from pathlib import Path
 PHASES = {
     "machine": ("where:described", 40),
     "tests": ("gpu_tests:run", 130),
-    "ours": ("speed:ours", 90),
+    "ours": ("speed:ours", 130),
     "plain": ("speed:plain", 60),
     "profile": ("where:profile", 70),
 }
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="a directory")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes once, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=350, help="for all phases together")
+    parser.add_argument("--seconds", type=float, default=390, help="for all phases together")
     parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--phase", choices=list(PHASES), help="run this one here")
     return parser.parse_args()

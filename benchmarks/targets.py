@@ -58,9 +58,8 @@ class Goal(NamedTuple):
 
     target: str
     num_envs: int  # responses per update
-    runs: dict[str, dict[str, Any]]  # what each is called -> fields of `FDPGConfig`
+    runs: dict[str, dict[str, Any]]  # what each is called -> fields of `FDPGConfig`, and a num_envs of its own
     updates: int = 1  # times --updates
-    larger: dict[str, int] = {}  # what some are called -> times num_envs
 
 
 def divergences(*names: str) -> dict[str, dict[str, Any]]:
@@ -78,8 +77,7 @@ GOALS = {
     "negation": Goal(
         "words:not,no,never,nothing@0.5", 256,
         divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"},
-                             "js, 512 responses": {"divergence": "js"}},
-        larger={"js, 512 responses": 2},
+                             "js, 512 responses": {"divergence": "js", "num_envs": 512}},
     ),
 }  # fmt: skip
 
@@ -118,7 +116,7 @@ def settings_of(goal: str, run: str, seed: int) -> RunSettings:
     """Of a run of `tokenmdp train f-dpg`."""
     quick, one = preset_settings("quick", "f-dpg"), GOALS[goal]
     fields = quick.config | one.runs.get(run, {}) | {"target": one.target}
-    return replace(quick, num_envs=one.num_envs * one.larger.get(run, 1), seed=seed, config=fields)
+    return replace(quick, num_envs=fields.pop("num_envs", one.num_envs), seed=seed, config=fields)
 
 
 def trained(goal: str, run: str, seed: int, updates: int) -> dict[str, Any]:
@@ -199,7 +197,7 @@ def report(out: Path) -> None:
         print(f"{out} holds no finished run yet")
         return
     lines = [
-        "| target | | seeds | alignment | less JS's | KL, nats | distinct-2 | less JS's | total variation |",
+        "| target | | seeds | alignment | minus JS | KL, nats | distinct-2 | minus JS | total variation |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for goal, runs in goals.items():

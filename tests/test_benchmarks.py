@@ -305,7 +305,10 @@ def test_the_check_of_a_gpu_finds_everything_on_a_cpu(tmp_path):
     for phase in ("machine", "ours", "plain", "profile"):
         assert not [finding for finding in found[phase].values() if isinstance(finding, dict) and "error" in finding]
     assert found["machine"]["a product"] == 4
-    assert set(found["ours"]) == {"smoke float32 highest", "smoke float32 high", "smoke bfloat16 highest"}
+    assert set(found["ours"]) == {
+        "smoke float32 highest plain", "smoke float32 high plain", "smoke float32 high recorded",
+        "smoke bfloat16 highest plain", "smoke bfloat16 highest copied", "smoke bfloat16 highest recorded",
+    }  # fmt: skip
     assert all(finding["tokens_per_second"] > 0 for finding in (found["ours"] | found["plain"]).values())
     assert all(finding["kernels"] for finding in found["profile"].values())
     assert found["tests"]["exit status"] == 0

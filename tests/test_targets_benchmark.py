@@ -16,19 +16,23 @@ import targets  # noqa: E402
 
 def test_ends_are_averaged_over_seeds(tmp_path, capsys):
     for seed in (1, 2):
-        curves = {name: [float(seed), 4.0] for name in targets.CURVES}
-        end = {"alignment": 2.0 + seed, "kl": 1.0, "distinct_2": 0.5, "tv": 0.25}
-        targets.record(tmp_path, "sentiment", "js", seed).write_text(json.dumps({"curves": curves, "end": end}))
+        for run, more in {"js": 0.0, "tv": 0.25}.items():
+            curves = {name: [float(seed), 4.0] for name in targets.CURVES}
+            end = {"alignment": 2.0 + seed + more * seed, "kl": 1.0, "distinct_2": 0.5, "tv": 0.25}
+            file = targets.record(tmp_path, "sentiment", run, seed)
+            file.write_text(json.dumps({"seed": seed, "curves": curves, "end": end}))
         place = {"alignment": 4.0, "kl": 3.0, "effective": 50.0, "start": 0.125}
         targets.record(tmp_path, "sentiment", targets.PLACE, seed).write_text(json.dumps(place))
     targets.report(tmp_path)
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == printed
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
-    assert rows[2] == ["sentiment", "the start", "2", "0.125 [0.125, 0.125]", "0", "", ""]
+    assert rows[2] == ["sentiment", "the start", "2", "0.125 [0.125, 0.125]", "", "0", "", "", ""]
     assert rows[3][1:4] == ["the target, by 50 effective responses", "2", "4 [4, 4]"]
-    assert rows[4][:4] == ["sentiment", "js", "2", "3.5 [-2.85, 9.85]"]
-    assert len(rows) == 5
+    assert rows[4][:5] == ["sentiment", "js", "2", "3.5 [-2.85, 9.85]", ""]
+    assert rows[5][3:5] == ["3.88 [-4.07, 11.8]", "0.375 [-1.21, 1.96]"]  # .25 and .5 above JS of the same seed
+    assert rows[5][7] == "0 [0, 0]"
+    assert len(rows) == 6
     assert (tmp_path / "targets.png").stat().st_size > 10_000
 
 

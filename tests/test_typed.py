@@ -29,7 +29,7 @@ WRONG = [
     ({"gradient_checkpointing": "False"}, "gradient_checkpointing is 'False'; it must be True or False"),
     ({"anneal_lr": 1}, "anneal_lr is 1; it must be True or False"),
     ({"anneal_lr": True}, "set total_updates"),
-    ({"dtype": "float16"}, "dtype is 'float16'; choose one of auto, float32, bfloat16"),
+    ({"dtype": "float16"}, "dtype is 'float16'; choose one of auto, float32, tf32, bfloat16"),
     ({"device": 0}, "device is 0; it must be a text"),
     ({"update_epochs": 0}, "update_epochs is 0; it must be positive"),
     ({"num_minibatches": 1.0}, "num_minibatches is 1.0; it must be a whole number"),

@@ -22,7 +22,7 @@ LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
 MIDDLE = KL_COEFS[1]  # the kl_coef at which lines are compared at equal time
 LAST = 5  # updates that are averaged
-DRAWN = 10.5  # nats; what lies beyond is in the figure of both scores
+DRAWN = 10.5  # nats; lines that go on are cut there (`FARTHEST` have a figure of their own)
 
 
 class Cell(NamedTuple):
@@ -238,5 +238,5 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
     near = [one.judge for one in cells if one.kl < DRAWN]
     every[0].set_xlim(-0.1, math.sqrt(DRAWN))
     if near:
-        every[0].set_ylim(min(start, *near) - 0.2, max(near) + 0.2)
+        every[0].set_ylim(min(near) - 0.4, max(near) + 0.3)
     write_figure(figure, out, "frontier")

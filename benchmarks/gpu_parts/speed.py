@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def ours(phase: Phase) -> None:
 def _ours(phase: Phase, shape: Shape, dtype: str, products: str, rollout_steps: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(products)
     if phase.device.type == "cuda":
+        gc.collect()  # of the agent before
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     agent = make_agent(shape, make_envs(shape), dtype, str(phase.device), rollout_steps=rollout_steps)
     seconds = phase.median_seconds(lambda: agent.learn(1))

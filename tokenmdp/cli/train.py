@@ -94,8 +94,8 @@ class Train:
     device: str = "auto"
     """Where policy and reward model run: cpu, cuda, cuda:1; auto is cuda if there is one."""
     out: Path | None = None
-    """Run directory. Default: runs/PRESET-CREDIT-seedSEED, with the algorithm before the credit, or in its place where
-    credit makes no difference, unless it is the default one, and loraRANK after it where adapters learn."""
+    """Run directory. Default: runs/PRESET[-ALGORITHM][-CREDIT][-loraRANK]-seedSEED; the default algorithm, and credit
+    that the algorithm does not use, are left out."""
     resume: bool = True
     """Go on from the run directory's checkpoint if it has one."""
     reexec: bool = True

@@ -85,6 +85,7 @@ class WithoutAdapters(CausalLMPolicy):
         self.value_model = None
         vars(self).update({name: getattr(adapted, name) for name in SETTINGS})
         self.gradient_checkpointing = False  # no layer keeps anything for a backward: none of its weights learns
+        self.rollout_steps = "plain"  # a recording would be of the weights with the adapters
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, step: int = 0) -> DecodeState:  # noqa: D102
         with self._lent() as policy:

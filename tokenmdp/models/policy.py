@@ -43,6 +43,7 @@ SETTINGS = (
     "vocab_size", "eos_token_id", "eos_token_ids", "min_new_tokens", "temperature", "top_k", "compute_dtype",
     "gradient_checkpointing", "rollout_steps",
 )  # fmt: skip
+ROLLOUT_STEPS = ("plain", "copied", "recorded")
 # Of transformers from 5.24 on; before it, of attention and of Mamba.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
@@ -68,8 +69,8 @@ class CausalLMPolicy(nn.Module):
         gradient_checkpointing: A backward through `evaluate` computes the layers' activations again instead of keeping
             them: less memory, more time, the same gradients.
         rollout_steps: How `decoding` computes on a GPU; not run on one yet. ``"copied"``: by bfloat16 copies of the
-            weights, where that is the ``compute_dtype``. ``"recorded"``: by these, and a step that is recorded once and
-            replayed (`tokenmdp.models.recorded_steps`).
+            weights, where that is the ``compute_dtype``. ``"recorded"``: `collect` also replays a step that is
+            recorded once (`tokenmdp.models.recorded_steps`), and ended rows stay.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class CausalLMPolicy(nn.Module):
             raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive")
         if not 0 <= top_k <= vocab_size:
             raise ValueError(f"top_k is {top_k}; choose 0 (all tokens) to {vocab_size} (the vocabulary)")
+        if rollout_steps not in ROLLOUT_STEPS:
+            raise ValueError(f"rollout_steps is {rollout_steps!r}; choose one of {', '.join(ROLLOUT_STEPS)}")
         check_rows(lm, vocab_size)
         self.rows, width = (int(size) for size in output_layer(lm).weight.shape)  # type: ignore[union-attr]
         self.lm = lm
@@ -115,7 +118,8 @@ class CausalLMPolicy(nn.Module):
         self.vocab_size, self.eos_token_id, self.min_new_tokens = vocab_size, self.eos_token_ids[0], min_new_tokens
         self.temperature, self.top_k, self.compute_dtype = temperature, top_k, compute_dtype
         self.gradient_checkpointing, self.rollout_steps = gradient_checkpointing, rollout_steps
-        self._copies, self._recorded = WeightCopies(), dict[tuple[int, int], RecordedSteps]()
+        self._recorded: RecordedSteps | None = None
+        self._forget()
         if gradient_checkpointing:
             check_recompute(lm)
         self.eval()
@@ -244,14 +248,16 @@ class CausalLMPolicy(nn.Module):
     def decoding(self, rows: int, steps: int) -> Iterator[None]:
         """Enter around ``steps`` calls of `append` with ``rows`` texts: `autocast`, and packed weights where they pay.
 
-        Without gradients; the weights must not change meanwhile.
+        On a GPU bfloat16 copies of the weights, if ``rollout_steps`` asks for them. Without gradients; the weights must
+        not change meanwhile.
         """
         device, dtype = self.lm.device, self.compute_dtype
         layers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if steps >= packed_weights.FEWEST_STEPS and packed_weights.can_pack(device, dtype):
             layers = packed_weights.packed_layers(self.lm, dtype, rows)
         elif self.rollout_steps != "plain" and device.type != "cpu" and dtype == torch.bfloat16:
-            layers = self._copies.used(self.lm)
+            copies = self._copies if self.rollout_steps == "recorded" else WeightCopies()
+            layers = copies.used(self.lm)
         with torch.no_grad(), self.autocast(), layers:
             yield
 
@@ -265,20 +271,35 @@ class CausalLMPolicy(nn.Module):
         return self._advance(make_cache(self.lm.config), input_ids, attention_mask.long(), step)
 
     def recorded(self, state: DecodeState, steps: int) -> DecodeState:
-        """A state after `prefill`, to go on from by at most ``steps`` steps of one shape, if that is asked for."""
+        """A state after `prefill`, to go on from by at most ``steps`` steps of one shape, if that is asked for.
+
+        Within `decoding`. One recording is held, the last one, with its cache.
+
+        Raises:
+            ValueError: steps of this model cannot have one shape.
+        """
         if self.rollout_steps != "recorded":
             return state
         rows, slots = state.attention_mask.shape
         shape = rows, -(-(slots + steps) // COLUMNS) * COLUMNS
-        if shape not in self._recorded:
-            self._recorded[shape] = RecordedSteps(self, state, shape[1])
-        return self._recorded[shape].begin(state)
+        if self._recorded is None or self._recorded.shape != shape:
+            self._recorded = None  # before the next one takes memory
+            self._recorded = RecordedSteps(self, state, shape[1])
+        return self._recorded.begin(state)
+
+    def _apply(self, *arguments: Any, **options: Any) -> CausalLMPolicy:
+        """What moves weights, such as ``to``: a recording and copies are of the weights where they were."""
+        self._forget()
+        return super()._apply(*arguments, **options)
+
+    def _forget(self) -> None:
+        self._copies, self._recorded = WeightCopies(), None
 
     def append(self, state: DecodeState, token: torch.Tensor) -> DecodeState:
         """Append one token (N,) to every row; the cache of ``state`` is used up."""
         if isinstance(state.cache, RecordedSteps):
             with self.autocast():
-                raw_logits, hidden = state.cache.append(token)
+                raw_logits, hidden = state.cache.append(self, token)
             return self._state(state.cache, state.attention_mask, state.step + 1, raw_logits, hidden)
         attention_mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(token), 1)], dim=1)
         return self._advance(state.cache, token[:, None], attention_mask, state.step + 1)

@@ -12,42 +12,53 @@ logger = logging.getLogger(__name__)
 DTYPE_VARIABLE = "TOKENMDP_DTYPE"  # what "auto" stands for, if it is set
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of the forwards: "float32", "tf32", "bfloat16", or "auto" for bfloat16 where the hardware has it.
+def precision(dtype: str, device: torch.device) -> str:
+    """What ``dtype`` stands for on a device: "float32", "tf32" or "bfloat16".
 
-    "tf32" is float32 whose products a GPU computes in TF32. That is PyTorch's switch for a whole process: it is set
-    here, stays set, and counts for a float32 reward model, too.
-
-    Where the environment variable ``TOKENMDP_DTYPE`` is set, "auto" is what it says, so that machines can be compared.
+    "auto" is bfloat16 where the hardware computes it and float32 elsewhere, or what the environment variable
+    ``TOKENMDP_DTYPE`` says, so that machines can be compared. "tf32" is float32 whose products a GPU may compute in
+    TF32; elsewhere it is float32.
 
     Raises:
-        ValueError: another dtype, or another value of the variable; "tf32" without a GPU.
+        ValueError: another dtype, or another value of the variable.
 
-    >>> resolve_dtype("float32", torch.device("cpu"))
-    torch.float32
+    >>> precision("float32", torch.device("cpu")), precision("tf32", torch.device("cpu"))
+    ('float32', 'float32')
     """
     name = "dtype"
     if dtype == "auto" and DTYPE_VARIABLE in os.environ:
         name, dtype = DTYPE_VARIABLE, os.environ[DTYPE_VARIABLE]
-    if dtype == "float32":
-        return torch.float32
-    if dtype == "tf32":
-        if device.type != "cuda":
-            raise ValueError(f'{name} is "tf32", which is a precision of GPUs, and this is a {device.type}; '
-                             'choose "float32"')  # fmt: skip
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        logger.info("float32 products on GPUs are computed in TF32 from here on, in this whole process")
-        return torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == "bfloat16":
-        if not native:
-            logger.warning("this %s emulates bfloat16: it is slower than float32 here", device.type)
-        return torch.bfloat16
-    if dtype != "auto":
+    if dtype not in ("auto", "float32", "tf32", "bfloat16"):
         raise ValueError(f'{name} is {dtype!r}; choose "auto", "float32", "tf32" or "bfloat16"')
-    if not native:
+    if dtype == "auto":
+        return "bfloat16" if _native(device) else "float32"
+    return "float32" if dtype == "tf32" and device.type != "cuda" else dtype
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forwards, by `precision`; says in the log what differs from what one may expect.
+
+    "tf32" is PyTorch's switch for a whole process: it is set here, stays set, and counts for a float32 reward model,
+    too.
+
+    >>> resolve_dtype("float32", torch.device("cpu"))
+    torch.float32
+    """
+    found = precision(dtype, device)
+    if dtype == "auto" and DTYPE_VARIABLE not in os.environ and found == "float32":
         logger.info("dtype auto: this %s does not compute in bfloat16, falling back to float32", device.type)
-    return torch.bfloat16 if native else torch.float32
+    if dtype == "tf32" and found == "float32":
+        logger.warning("tf32 is a precision of GPUs: this %s computes in float32", device.type)
+    if found == "bfloat16" and not _native(device):
+        logger.warning("this %s emulates bfloat16: it is slower than float32 here", device.type)
+    if found == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        logger.info("float32 products on GPUs may be computed in TF32 from here on, in this whole process")
+    return torch.bfloat16 if found == "bfloat16" else torch.float32
+
+
+def _native(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

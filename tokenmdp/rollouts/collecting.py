@@ -102,6 +102,8 @@ def collect(
         and the mean of every scalar that the credit wrapper reports (of the rows that get credit).
     """
     base = credited_envs(envs)
+    if policy.rollout_steps == "recorded" and credited_rows != 0:
+        check_recording(envs)
     _warn_of_devices(base, policy)
     base.token_rewards_read = True  # they are in the rollout, so no wrapper needs to warn
     # The numbers of all processes' rows, so that a row draws the same whichever process plays it.
@@ -127,6 +129,20 @@ def collect(
     }
     rollout = processes.gather_rollout(rollout)
     return rollout, _metrics(rollout, policy.eos_token_ids) | _column_means(processes.gather(report))
+
+
+def check_recording(envs: VectorEnv) -> None:
+    """Refuse environments whose credit reads the attention of every step: a replayed one gives none.
+
+    Raises:
+        ValueError: they do.
+    """
+    wrapper = find_credit_wrapper(envs)
+    if wrapper is not None and "policy_attention" in wrapper.credit.needs:
+        raise ValueError(
+            f"rollout_steps='recorded' keeps no attention, which {wrapper.credit.name} credit reads at every token; "
+            "choose 'copied' or 'plain'"
+        )
 
 
 def _share_prompts(envs: VectorEnv, drawn: dict[str, np.ndarray], group: int) -> dict[str, np.ndarray]:

@@ -215,7 +215,7 @@ class PolicyRun:
         )
         note = f"{settings.env}, {split.label}, {agent.num_updates_done} updates, seed {settings.seed}"
         if not self.kind.uses_credit and settings.credit == "sparse":
-            note += "; the last token has the whole score, as credit makes no difference here"
+            note += "; the whole score is shown on the last token, as this algorithm does not use credit"
         if settings.credit == "attention":
             note += f"; the last token also carries {1 - settings.credit_beta:.0%} of the score (1 - credit_beta)"
         page = heatmap.html(

@@ -112,7 +112,7 @@ def parse_length(text: str) -> Length:
 
 
 def critic_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `PPOConfig` that make a critic, where ``config`` or the defaults do not: the default critic adds none.
+    """The fields of `PPOConfig` that make a critic, as far as they differ from ``config`` and from the defaults.
 
     slow: a head at the policy's rate, as in the first edition (but with a gradient norm of its own); shared: at its own
     rate; separate: with a transformer of its own.

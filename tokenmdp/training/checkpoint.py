@@ -36,7 +36,7 @@ from tokenmdp.files import (
     write_text,
 )
 from tokenmdp.models.lora import WithoutAdapters, adapter_state, base_state, merged_state
-from tokenmdp.models.precision import DTYPE_VARIABLE
+from tokenmdp.models.precision import DTYPE_VARIABLE, precision
 from tokenmdp.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -230,8 +230,8 @@ def restore(learner: Learner, checkpoint: Checkpoint, extra: Sequence[str]) -> d
             logger.warning("saved on %s: sampling goes on with other random numbers here", trainer["device"])
         if learner.config.dtype == "auto" and trainer.get("dtype", _dtype(learner)) != _dtype(learner):
             logger.warning(
-                "saved by a run in %s, which goes on in %s, with other roundings; set dtype=%r or %s to keep it",
-                trainer["dtype"], _dtype(learner), trainer["dtype"], DTYPE_VARIABLE,
+                "saved by a run in %s, which goes on in %s, with other roundings; set the environment variable %s=%s "
+                "to keep it", trainer["dtype"], _dtype(learner), DTYPE_VARIABLE, trainer["dtype"],
             )  # fmt: skip
         processes.load_optimizer_state(learner.optimizer, trainer["optimizer"])
         learner.set_rng_states(checkpoint.rng_states)
@@ -245,7 +245,7 @@ def restore(learner: Learner, checkpoint: Checkpoint, extra: Sequence[str]) -> d
 
 
 def _dtype(learner: Learner) -> str:
-    return str(learner.model.compute_dtype).removeprefix("torch.")
+    return precision(learner.config.dtype, learner.generator.device)
 
 
 def _load_adapters(learner: Learner, path: Path) -> None:

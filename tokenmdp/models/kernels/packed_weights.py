@@ -44,7 +44,7 @@ def packed_layers(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[N
 def other_products(
     model: nn.Module, product: Callable[[nn.Linear | Conv1D], Callable[[torch.Tensor], torch.Tensor]]
 ) -> Iterator[None]:
-    """Until the exit, each ``nn.Linear`` and ``Conv1D`` layer of ``model`` computes what ``product`` makes of it.
+    """Until the exit, ``product(layer)`` replaces the ``forward`` of each ``nn.Linear`` and ``Conv1D`` of ``model``.
 
     Layers whose weights are not float32, or whose ``forward`` something else replaced, stay as they are.
     """

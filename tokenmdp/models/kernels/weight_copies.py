@@ -1,7 +1,7 @@
 """A model's layers by bfloat16 copies of their weights, for the length of a rollout on a GPU.
 
 Autocast casts a weight that learns once per rollout, but a frozen one, as beside adapters, at every use, and a recorded
-step would cast each of them again. The products are the same bit for bit: they are of the same casts.
+step would cast each of them again. The products are of the same casts; on a CPU they are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenmdp.models.kernels.packed_weights import other_products
 
 
 class WeightCopies:
-    """Copies that keep their memory from one rollout to the next, as a recording needs it. They take half the weights'.
+    """Copies that keep their memory, half the weights', as long as this object lives: a recording needs it.
 
     >>> layer, copies = nn.Linear(2, 1), WeightCopies()
     >>> with copies.used(layer):
