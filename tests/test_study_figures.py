@@ -326,7 +326,7 @@ def by_critic(cell):
 def test_leads_stand_over_what_the_critic_explains(tmp_path):
     study = load_study(synthetic_study(tmp_path, grids=("critic",), seeds=3, updates=100, course=by_critic))
     section = critic_section(study)
-    (picture,) = section.pictures
+    picture, _ = section.pictures
     drawn = [line.get_ydata() for line in picture.figure.axes[0].lines if len(line.get_ydata()) == 3]
     assert any(np.allclose(heights, [2.0, 0.5, 0.0]) for heights in drawn)
     assert any(np.allclose(heights, [1.0, 1.0, 1.0]) for heights in drawn)
@@ -340,6 +340,20 @@ def test_leads_stand_over_what_the_critic_explains(tmp_path):
     assert [float(number) for number in told.groups()] == pytest.approx(
         [EXPLAINED[name] * halfway for name in EXPLAINED], abs=0.02
     )
+
+
+def test_each_critic_has_its_curves(tmp_path):
+    study = load_study(synthetic_study(tmp_path, grids=("critic",), seeds=3, updates=100, course=by_critic))
+    figure = critic_section(study).pictures[1].figure
+    upper, lower = figure.axes[:3], figure.axes[3:]
+    assert [axes.get_title(loc="left") for axes in upper] == ["slow", "shared", "separate"]
+    assert len({axes.get_ylim() for axes in upper}) == len({axes.get_ylim() for axes in lower}) == 1
+    for axes, explained in zip(lower, EXPLAINED.values(), strict=True):
+        ends = [line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata()) > 50]
+        assert ends
+        assert ends == pytest.approx([explained] * len(ends), abs=0.05)
+    named = {text.get_text() for axes in upper for text in axes.texts}
+    assert {"ABC", "RED", "sparse"} <= named
 
 
 def test_without_sparse_credit_no_critic_is_compared(tmp_path):

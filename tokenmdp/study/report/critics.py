@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +14,8 @@ from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import name_of, slug
 from tokenmdp.study.outcomes import BASELINE, CRITIC, Groups, area
 from tokenmdp.study.report.answers import growth_answer, lead
-from tokenmdp.study.report.lines import draw_estimates, scale_to_points
-from tokenmdp.study.report.parts import Picture, Section, caption_remarks, families, lost_runs, seeds_of
+from tokenmdp.study.report.lines import SCORE, draw_curves, draw_estimates, scale_to_points
+from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, families, lost_runs, seeds_of
 from tokenmdp.study.statistics import level
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def critic_section(study: Study) -> Section:
         )
         figure = critic_study(settings, explained)
         section.pictures.append(Picture(f"critic-{slug(grid)}", figure, f"grid {grid}: lead by critic", caption))
+        figure, remarks = critic_curves(settings, (first, *others))
+        caption = (
+            f"Above the mean score of an update's episodes, below the variance of the returns that the critic "
+            f"explains, a column for each critic. {seeds_of(every)}. {bands_of(every)}{caption_remarks(remarks)}"
+        )
+        section.pictures.append(Picture(f"critic-curves-{slug(grid)}", figure, f"grid {grid}: curves", caption))
         section.grids.append(grid)
     return section
 
@@ -92,6 +98,31 @@ def critic_study(settings: Mapping[str, Groups], explained: Mapping[str, Estimat
             )  # fmt: skip
         label_ends(axes, last)
     return figure
+
+
+def critic_curves(settings: Mapping[str, Groups], names: Sequence[str]) -> tuple[Figure, list[str]]:
+    """Score and explained variance over training: a column per critic, in the order of ``names``.
+
+    Returns:
+        The figure, and remarks for its caption.
+    """
+    styles = looks(list(dict.fromkeys(method for name in names for method in settings[name])))
+    figure = new_figure(3.7 * len(names), 6.0)
+    rows = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)
+    for column, name in enumerate(names):
+        dress(rows[0, column], name, ylabel=SCORE if column == 0 else "")
+        dress(rows[1, column], xlabel="update", ylabel="" if column else "returns explained, 1 is all")
+    lay_out(figure)
+    remarks: list[str] = []
+    for row, (key, noun) in zip(rows, (("score_mean", "score"), ("explained_variance", "explained variance")),
+                                strict=True):  # fmt: skip
+        limits = []
+        for axes, name in zip(row, names, strict=True):
+            told = draw_curves(axes, settings[name], styles, key, noun, named=axes is row[-1])
+            remarks += [f"{name}: {remark}" for remark in told]
+            limits.append(axes.get_ylim())
+        row[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    return figure, remarks
 
 
 def _critic(groups: Groups) -> tuple[object, ...]:
