@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
 
 
 def test_a_slower_run_has_fewer_updates_at_equal_seconds(out):
-    sparse, red, rloo = report.equal_time(out)[2:]
+    sparse, red, rloo = report.equal_time_table(report.equal_time(out))[3:]
     same, reached = "8.00 [8.00, 8.00]", "3.00 [3.00, 3.00] | -5.00 [-5.00, -5.00]"
     assert sparse == f"| PPO, sparse | 2 | 20 | {same} | 0.00 [0.00, 0.00] | {reached} |"
     assert red == f"| PPO, red | 2 | 40 | {same} | 0.00 [0.00, 0.00] |  |  |", "2 updates are too few"
@@ -71,9 +72,10 @@ def test_a_slower_run_has_fewer_updates_at_equal_seconds(out):
 
 def test_equal_time_needs_the_same_seeds_of_all(out):
     lines.place(out, "RLOO", report.MIDDLE, 2).with_suffix(".json").unlink()
-    assert [row.split("|")[2].strip() for row in report.equal_time(out)[2:]] == ["1", "1", "1"]
+    assert [one.seed for one in report.equal_time(out)] == [1, 1, 1]
     lines.place(out, "RLOO", report.MIDDLE, 1).with_suffix(".json").unlink()
-    assert len(report.equal_time(out)) == 2
+    assert report.equal_time(out) == []
+    assert report.equal_time_table([]) == []
 
 
 def test_both_scores_are_drawn_along_the_kl(out):
@@ -88,10 +90,19 @@ def test_everything_is_written(out, capsys):
     report.report(out)
     assert (out / "table.md").read_text() == capsys.readouterr().out
     rows = (out / "cells.csv").read_text().splitlines()
-    assert len(rows) == 19
-    assert rows[1] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
+    assert len(rows) == 20
+    assert rows[1] == '"start",0,0,0.5,nan,0,nan,0,0'
+    assert rows[2] == '"PPO, sparse",1,1,1.6,0,1,0.5,1,64'
     for name in ("frontier", "both_scores"):
         assert (out / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_two_files_tell_what_the_runs_do(out, capsys):
+    report.report(out)
+    told = capsys.readouterr().out
+    shutil.rmtree(out / "runs")
+    report.report(out)
+    assert capsys.readouterr().out == told
 
 
 def test_a_soup_says_which_run_it_needs(tmp_path):

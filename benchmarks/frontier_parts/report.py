@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -39,24 +40,56 @@ class Cell(NamedTuple):
     texts_scored: int
 
 
-def report(out: Path) -> None:
-    """Write ``cells.csv``, ``table.md`` and the figures, and print the tables.
+class Timed(NamedTuple):
+    """The objective that one run reaches, a mean of `LAST` updates; one line of ``equal_time.csv``."""
 
-    Intervals are those of Student's t over the seeds' means.
+    line: str
+    seed: int
+    seconds: float  # of the whole run
+    at_samples: float  # at its end
+    at_seconds: float  # when the seed's fastest run ended; nan: it had not made enough updates
+
+
+def report(out: Path) -> None:
+    """Write ``cells.csv``, ``equal_time.csv``, ``table.md`` and the figures, and print the tables.
+
+    Where the runs themselves are not, the two csv files are read instead. Intervals are those of Student's t over the
+    seeds' means.
     """
-    cells, start = read(out)
+    if (out / "runs").exists():
+        cells, start = read(out)
+        timed = equal_time(out)
+        no_value = Cell("start", 0, 0, start, math.nan, 0, math.nan, 0, 0)
+        write_csv(out / "cells.csv", [no_value, *cells] if cells else [])
+        write_csv(out / "equal_time.csv", timed)
+    else:
+        (first, *cells), timed = read_csv(out / "cells.csv", Cell), read_csv(out / "equal_time.csv", Timed)
+        start = first.judge
     if not cells:
         print(f"{out} holds no finished cell yet")
         return
-    rows = [",".join(Cell._fields)] + [
-        ",".join(f'"{field}"' if isinstance(field, str) else f"{field:.5g}" for field in cell) for cell in cells
-    ]
-    write_text(out / "cells.csv", "\n".join(rows) + "\n")
-    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start), "", *equal_time(out)])
+    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start), *equal_time_table(timed)])
     write_text(out / "table.md", text + "\n")
     print(text)
     draw(cells, start, out)
     draw_both_scores(cells, start, out)
+
+
+def write_csv(path: Path, rows: Sequence[NamedTuple]) -> None:
+    """A line of names, then one per row; nothing if there is none."""
+    if rows:
+        texts = [",".join(f'"{field}"' if isinstance(field, str) else f"{field:.5g}" for field in row) for row in rows]
+        write_text(path, "\n".join([",".join(rows[0]._fields), *texts]) + "\n")
+
+
+def read_csv(path: Path, kind: Any) -> list[Any]:
+    """What `write_csv` wrote; nothing if it is not there."""
+    if not path.exists():
+        return []
+    types = get_type_hints(kind).values()
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    return [kind(*(made(field) for made, field in zip(types, row, strict=True))) for row in rows]
 
 
 def read(out: Path) -> tuple[list[Cell], float]:
@@ -129,33 +162,44 @@ def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float 
     return [None if math.isnan(score) else float(score) for score in found]
 
 
-def equal_time(out: Path) -> list[str]:
+def equal_time(out: Path) -> list[Timed]:
     """``score - kl_coef * KL``, mean of the last updates: at equal samples, and where the seed's fastest run ended.
 
-    Only seeds that every line shown has, so that a column has one budget; less `EQUAL_TIME_BASELINE` of the same seed.
+    Only seeds that every line shown has, so that a column has one budget.
     """
+    curves = objectives(out)
+    seeds = sorted(set.intersection(*(set(runs) for runs in curves.values()))) if curves else []
+    budgets = {seed: min(runs[seed][-1, 0] for runs in curves.values()) for seed in seeds}
+    found = []
+    for name, runs in curves.items():
+        for seed in seeds:
+            within = runs[seed][runs[seed][:, 0] <= budgets[seed]]
+            ends = [float(part[-LAST:, 1].mean()) if len(part) >= LAST else math.nan for part in (runs[seed], within)]
+            found.append(Timed(name, seed, float(runs[seed][-1, 0]), *ends))
+    return found
+
+
+def equal_time_table(timed: Sequence[Timed]) -> list[str]:
+    """The means over seeds, and how much they are above `EQUAL_TIME_BASELINE`, seed by seed; nothing without runs."""
+    if not timed:
+        return []
     lines = [
+        "",
         f"| score - kl_coef KL at kl_coef {MIDDLE:g} | seeds | seconds | at equal samples | less {EQUAL_TIME_BASELINE} "
         f"| at equal seconds | less {EQUAL_TIME_BASELINE} |",
         "|---|---|---|---|---|---|---|",
     ]
-    curves = objectives(out)
-    seeds = sorted(set.intersection(*(set(runs) for runs in curves.values()))) if curves else []
-    budgets = {seed: min(runs[seed][-1, 0] for runs in curves.values()) for seed in seeds}
-    samples = {name: {seed: runs[seed][-LAST:, 1] for seed in seeds} for name, runs in curves.items()}
-    seconds = {
-        name: {seed: runs[seed][runs[seed][:, 0] <= budgets[seed]][-LAST:, 1] for seed in seeds}
-        for name, runs in curves.items()
-    }
-    for name, runs in curves.items() if seeds else ():
-        row = [name, str(len(seeds)), f"{np.mean([runs[seed][-1, 0] for seed in seeds]):.0f}"]
-        for ends in (samples, seconds):
-            if any(len(ends[one][seed]) < LAST for one in (name, EQUAL_TIME_BASELINE) for seed in seeds):
+    base = [one for one in timed if one.line == EQUAL_TIME_BASELINE]
+    for name in dict.fromkeys(one.line for one in timed):
+        some = [one for one in timed if one.line == name]
+        row = [name, str(len(some)), f"{np.mean([one.seconds for one in some]):.0f}"]
+        for key in ("at_samples", "at_seconds"):
+            own, other = ([getattr(one, key) for one in part] for part in (some, base))
+            if not np.isfinite([*own, *other]).all():
                 row += ["", ""]
                 continue
-            own, base = ([ends[one][seed].mean() for seed in seeds] for one in (name, EQUAL_TIME_BASELINE))
             row.append(str(mean_interval(own)))
-            row.append("" if name == EQUAL_TIME_BASELINE else str(mean_interval(np.subtract(own, base))))
+            row.append("" if name == EQUAL_TIME_BASELINE else str(mean_interval(np.subtract(own, other))))
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
