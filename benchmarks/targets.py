@@ -4,7 +4,8 @@
     python benchmarks/targets.py --out runs/targets --table     # of what is there
 
 sentiment    scalar: the bundled reward model's score, exp(score / 0.5); with all four divergences
-excellent    binary: the word stands in the response, which it does in one of 150 of the start's; twice the updates
+excellent    binary: the word stands in the response, which it does in one of 150 of the start's; also with twice the
+             updates
 woman        distributional: half of the responses should mention a woman; one in fifty of the start's does
 negation     distributional, an easier one: half of them should say "not", "no", "never" or "nothing"; one in ten does;
              also with twice the responses per update
@@ -69,7 +70,8 @@ def divergences(*names: str) -> dict[str, dict[str, Any]]:
 
 GOALS = {
     "sentiment": Goal("score/0.5", 128, divergences("reverse-kl", "js", "tv", "forward-kl")),
-    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl"), updates=2),
+    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl")),
+    "excellent, longer": Goal("word:excellent", 256, divergences("js"), updates=2),
     "woman": Goal(
         "words:she,her,woman@0.5", 256,
         divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"}},
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def record(out: Path, goal: str, run: str, seed: int) -> Path:
     """The file of a run's metrics."""
-    return out / f"{goal}-{run.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+    return out / (f"{goal}-{run}".replace(", ", "-").replace(" ", "-") + f"-seed{seed}.json")
 
 
 def settings_of(goal: str, run: str, seed: int) -> RunSettings:
