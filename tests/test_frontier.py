@@ -105,6 +105,18 @@ def test_the_two_files_tell_what_the_runs_do(out, capsys):
     assert capsys.readouterr().out == told
 
 
+def test_the_page_has_the_tables_of_the_shipped_numbers():
+    page = (BENCHMARKS.parent / "docs" / "frontier" / "README.md").read_text()
+    folder = BENCHMARKS.parent / "docs" / "frontier"
+    (start, *found), timed = (
+        report.read_csv(folder / f"{name}.csv", kind)
+        for name, kind in (("cells", report.Cell), ("equal_time", report.Timed))
+    )
+    assert len(found) == sum(5 * len(line.values) for line in lines.LINES.values())
+    for table in (report.every_cell(found), report.equal_kl(found, start.judge), report.equal_time_table(timed)[1:]):
+        assert "\n".join(table) in page
+
+
 def test_a_soup_says_which_run_it_needs(tmp_path):
     sources = cells.Sources(tmp_path / "pairs.jsonl", "imdb-tiny", tmp_path, 1)
     with pytest.raises(cells.MemberMissing, match=r"PPO, sparse, kl_coef 0\.15, seed 3"):
