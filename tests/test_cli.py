@@ -364,6 +364,15 @@ def test_train_without_options_is_the_main_job(monkeypatch):
     assert str(out) == "runs/quick-red-seed1"
 
 
+def test_a_run_that_failed_before_its_first_update_does_not_hinder_the_mended_one(tmp_path, capsys):
+    order = ["train", "f-dpg", *SMALL, "--updates", "1", "--moment-samples", "8", "--out", str(tmp_path / "run")]
+    assert cli.main([*order, "--target", "word:zzz@0.5"]) == 2
+    assert "none of 8 samples has the feature 'word:zzz'" in capsys.readouterr().err
+    assert cli.main([*order, "--target", "score/1"]) == 0
+    assert cli.main([*order, "--target", "score/2"]) == 2
+    assert "config.target is 'score/1', asked 'score/2'" in capsys.readouterr().err
+
+
 def test_a_default_directory_names_what_makes_a_difference():
     for name, expected in {"ppo": "quick-red-seed1", "grpo": "quick-grpo-red-seed1", "dpo": "quick-dpo-seed1"}.items():
         assert default_name("quick", preset_settings("quick", name)) == expected

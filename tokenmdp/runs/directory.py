@@ -15,6 +15,7 @@ import contextlib
 import json
 import operator
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,8 +146,18 @@ class RunDirectory:
         stored = self.settings()
         if "ppo" in stored:
             raise RunError(f"an earlier version of tokenmdp wrote {self.record}; choose another --out")
+        saved = recover_directory(self.checkpoint).exists()
+        if stored != settings and not saved and not self.metrics.exists():
+            self._forget_start()
+            return False
         refuse_other_settings(f"{self.path} holds a run", stored, settings)
-        return recover_directory(self.checkpoint).exists()
+        return saved
+
+    def _forget_start(self) -> None:
+        """Remove what a run left that failed before its first update, so that the same command may be mended."""
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
+        for file in (self.before, self.record):  # the record last, as it says whose the others are
+            file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
