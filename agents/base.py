@@ -124,7 +124,6 @@ class Agent(Learner):
             policy, reference, task, cfg, self.processes, temperature=cfg.temperature, top_k=cfg.top_k,
             rollout_steps=cfg.rollout_steps,
         )  # fmt: skip
-        reference.rollout_steps = "plain"  # it hardly plays, and would keep a cache
         if cfg.rollout_steps == "recorded" and self.policy.lm.device.type != "cuda":
             logger.warning("rollout_steps='recorded': nothing is recorded on %s", self.policy.lm.device)
         self.kl_coef = cfg.kl_coef

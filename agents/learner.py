@@ -314,12 +314,14 @@ def policy_and_reference(
     if config.lora_rank:
         add_adapters(learning, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
     learning.to(device)
+    options["rollout_steps"] = "plain"  # of a reference, which hardly plays and would keep a cache
     if reference is not None:
         frozen = CausalLMPolicy.for_task(reference, task, **options).to(device)
     elif config.lora_rank:
         frozen = WithoutAdapters(learning)
     else:
         frozen = copy.deepcopy(learning)
+        frozen.rollout_steps = "plain"
     return learning, frozen.requires_grad_(False)
 
 

@@ -368,6 +368,9 @@ def test_a_run_that_failed_before_its_first_update_does_not_hinder_the_mended_on
     order = ["train", "f-dpg", *SMALL, "--updates", "1", "--moment-samples", "8", "--out", str(tmp_path / "run")]
     assert cli.main([*order, "--target", "word:zzz@0.5"]) == 2
     assert "none of 8 samples has the feature 'word:zzz'" in capsys.readouterr().err
+    (tmp_path / "run" / "metrics.jsonl").touch()  # as if it had learned
+    assert cli.main([*order, "--target", "score/1"]) == 2
+    (tmp_path / "run" / "metrics.jsonl").unlink()
     assert cli.main([*order, "--target", "score/1"]) == 0
     assert cli.main([*order, "--target", "score/2"]) == 2
     assert "config.target is 'score/1', asked 'score/2'" in capsys.readouterr().err

@@ -49,17 +49,36 @@ def out(tmp_path):
 def test_lines_are_compared_at_equal_kl_seed_by_seed(out):
     found, start = report.read(out)
     assert (len(found), start) == (18, 0.5)
-    assert report.at(found, "RLOO", 1, start) == pytest.approx([2.6, 0.6 + 2 * math.sqrt(2.5), 0.6 + 2 * math.sqrt(5)])
-    table = report.equal_kl(found, start)
-    assert table[-1].startswith("| RLOO | 2.65 [2.01, 3.29] | 1.00 [1.00, 1.00] |")
+    assert report.at(found, "RLOO", 1) == pytest.approx([0.6 + 2 * math.sqrt(level) for level in report.LEVELS])
+    table = report.equal_kl(found)
+    assert table[-1].startswith("| RLOO | 3.10 [2.46, 3.73] (2 seeds) | 1.22 [1.22, 1.22] (2 seeds) |")
     assert table[2].split("|")[3].strip() == "", "a line is not compared with itself"
 
 
-def test_nothing_is_said_beyond_a_lines_last_policy(tmp_path):
+def test_nothing_is_said_beyond_a_lines_policies(tmp_path):
     write(tmp_path, "DPO", 0.3, 1, 1.5, 2.0, start=[0.5])
-    found, start = report.read(tmp_path)
-    assert report.at(found, "DPO", 1, start) == [pytest.approx(0.5 + math.sqrt(1 / 2)), None, None]
-    assert report.at(found, "RLOO", 1, start) == [None, None, None]
+    write(tmp_path, "DPO", 0.1, 1, 2.5, 4.0, start=[0.5])
+    found, _ = report.read(tmp_path)
+    nearest, between, farthest = report.at(found, "DPO", 1)
+    assert nearest is farthest is None
+    assert 1.5 < between < 2.5
+    assert report.at(found, "RLOO", 1) == [None, None, None]
+
+
+def test_pairs_are_of_the_same_seed(out):
+    for seed, score in ((1, 3.0), (2, 5.0)):
+        for value, kl in zip(lines.KL_COEFS, (1.0, 4.0, 9.0), strict=True):
+            write(
+                out, "DPO", {1.0: 0.3, 0.45: 0.1, 0.15: 0.03}[value], seed, 0.5 + seed / 10 + math.sqrt(kl) - score, kl
+            )
+    found, _ = report.read(out)
+    (row,) = [row for row in report.pairs(found, []) if row.startswith("| PPO, red less DPO")]
+    assert row.count("4.00 [-8.71, 16.71] (2 seeds)") == len(report.LEVELS)
+
+
+def test_an_empty_directory_says_so(tmp_path, capsys):
+    report.report(tmp_path)
+    assert "holds no finished cell yet" in capsys.readouterr().out
 
 
 def test_a_slower_run_has_fewer_updates_at_equal_seconds(out):
@@ -113,7 +132,12 @@ def test_the_page_has_the_tables_of_the_shipped_numbers():
         for name, kind in (("cells", report.Cell), ("equal_time", report.Timed))
     )
     assert len(found) == sum(5 * len(line.values) for line in lines.LINES.values())
-    for table in (report.every_cell(found), report.equal_kl(found, start.judge), report.equal_time_table(timed)[1:]):
+    assert start.line == "start"
+    tables = (
+        report.every_cell(found), report.equal_kl(found), report.pairs(found, timed),
+        report.equal_time_table(timed)[1:],
+    )  # fmt: skip
+    for table in tables:
         assert "\n".join(table) in page
 
 

@@ -8,6 +8,7 @@ from placement_cases import SHORT, Run, credited, make_agent, make_envs, reward_
 from test_policy import EOS, H, V, language_model, make_policy, prompts
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.weight_copies import WeightCopies
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.recorded_steps import FixedLayer
@@ -60,7 +61,8 @@ def test_steps_of_one_shape_give_the_same_numbers(kind, dtype, top_k):
         assert torch.allclose(other_values, values, atol=3 * tolerance, rtol=tolerance)
         assert values.std() > 0.1
         assert cache is fixed._recorded
-        assert copy.deepcopy(fixed)._recorded is not cache
+        cache._recording = object()  # a recording cannot be copied
+        assert copy.deepcopy(fixed)._recorded._recording is None
     assert fixed._recorded.shape == (2, 64)
     assert fixed.to(torch.float32)._recorded is None, "the weights may have moved"
 
@@ -96,10 +98,11 @@ def test_what_cannot_be_recorded_is_refused():
         policy_of("gpt2", rollout_steps="record")
 
 
-def test_steps_that_would_differ_are_refused(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_that_would_differ_are_refused(monkeypatch, dtype):
     monkeypatch.setattr(FixedLayer, "begin", lambda *arguments: None)  # the prompts are lost
-    policy = policy_of("gpt2", rollout_steps="recorded")
-    with pytest.raises(ValueError, match="gives GPT2LMHeadModel other logits than plain steps; choose 'copied'"):
+    policy = policy_of("gpt2", rollout_steps="recorded", compute_dtype=dtype)
+    with pytest.raises(ValueError, match="gives GPT2LMHeadModel other probabilities than plain steps; choose 'copied'"):
         policy.recorded(policy.prefill(*prompts()), H)
 
 
@@ -125,7 +128,9 @@ def test_copies_of_the_weights_give_what_autocast_gives(kind):
 
 def test_a_cpu_packs_its_weights_instead_of_copying_them():
     policy = make_policy(compute_dtype=torch.bfloat16, rollout_steps="recorded")
-    with policy.decoding(3, 1):
+    layer = policy.lm.transformer.h[0].mlp.c_fc
+    with policy.decoding(3, H + 8):
+        assert ("forward" in vars(layer)) == packed_weights.can_pack(CPU, torch.bfloat16)
         assert not policy._copies._copies
 
 

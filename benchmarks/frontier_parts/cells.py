@@ -17,7 +17,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from frontier_parts.lines import FIRST, LINES, place
-from tokenmdp.evaluation.policies import Evaluation, evaluate, gold_scores, load_evaluation
+from tokenmdp.evaluation.policies import EVALUATION_SEED, Evaluation, evaluate, gold_scores, load_evaluation
 from tokenmdp.models.names import resolve
 from tokenmdp.models.policy import CausalLMPolicy
 from tokenmdp.models.soup import write_soup
@@ -109,7 +109,7 @@ def best_of(n: int, reward_model: str, seed: int) -> dict[str, Any]:
     judged, scored, texts = [], [], []
     for draw in range(n):
         rows: dict[str, list[Any]] = defaultdict(list)
-        # The seed draws the prompts too, so every draw continues them with noise of its own.
+        # The prompts are those of every evaluation, and every draw continues them with noise of its own.
         generator = torch.Generator().manual_seed(1000 * seed + draw)
         for rollout in _played(envs, policy, generator):
             rows["scored"] += rollout.scores.tolist()
@@ -137,4 +137,4 @@ def held_out_envs(reward_model: str) -> VectorEnv:
 
 def _played(envs: VectorEnv, policy: CausalLMPolicy, generator: torch.Generator) -> Iterator[Rollout]:
     for start in range(0, SAMPLES, envs.num_envs):
-        yield collect(envs, policy, None, generator, seed=10_000 + start, credited_rows=0)[0]
+        yield collect(envs, policy, None, generator, seed=EVALUATION_SEED + start, credited_rows=0)[0]

@@ -18,9 +18,16 @@ from tokenmdp.report.colours import COLOURS, MARKERS
 from tokenmdp.report.curves import read_metrics
 from tokenmdp.report.drawing import FAINT, dress, error_bars, new_figure, write_figure
 from tokenmdp.study.equal_kl import score_at_kl
+from tokenmdp.wording import count
 
-LEVELS = (1.0, 2.5, 5.0)  # nats, at which lines are compared
+LEVELS = (1.5, 2.5, 5.0)  # nats, at which lines are compared
 SEEDS = range(1, 100)
+WHOLE = 5  # seeds; a mean over fewer says so
+PAIRS = (  # compared beside all lines with the first one
+    ("reward to go, red", "reward to go, sparse"), ("reward to go, attention", "reward to go, sparse"),
+    ("PPO, red", "PPO, sparse"), ("PPO, attention", "PPO, sparse"), ("f-DPG, reverse-kl", "f-DPG, forward-kl"),
+    ("best of n", "soup"), ("soup", "f-DPG, reverse-kl"), ("PPO, red", "DPO"),
+)  # fmt: skip
 MIDDLE = KL_COEFS[1]  # the kl_coef at which lines are compared at equal time
 LAST = 5  # updates that are averaged
 DRAWN = 10.5  # nats; lines that go on are cut there (`FARTHEST` have a figure of their own)
@@ -63,12 +70,12 @@ def report(out: Path) -> None:
         write_csv(out / "cells.csv", [no_value, *cells] if cells else [])
         write_csv(out / "equal_time.csv", timed)
     else:
-        (first, *cells), timed = read_csv(out / "cells.csv", Cell), read_csv(out / "equal_time.csv", Timed)
-        start = first.judge
+        rows, timed = read_csv(out / "cells.csv", Cell), read_csv(out / "equal_time.csv", Timed)
+        cells, start = rows[1:], rows[0].judge if rows else math.nan
     if not cells:
         print(f"{out} holds no finished cell yet")
         return
-    text = "\n".join([*every_cell(cells), "", *equal_kl(cells, start), *equal_time_table(timed)])
+    text = "\n".join([*every_cell(cells), "", *equal_kl(cells), "", *pairs(cells, timed), *equal_time_table(timed)])
     write_text(out / "table.md", text + "\n")
     print(text)
     draw(cells, start, out)
@@ -77,8 +84,13 @@ def report(out: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[NamedTuple]) -> None:
     """A line of names, then one per row; nothing if there is none."""
+
+    def text(field: Any) -> str:
+        return f'"{field}"' if isinstance(field, str) else f"{field:.5g}" if isinstance(field, float) else str(field)
+
+    path.unlink(missing_ok=True)
     if rows:
-        texts = [",".join(f'"{field}"' if isinstance(field, str) else f"{field:.5g}" for field in row) for row in rows]
+        texts = [",".join(map(text, row)) for row in rows]
         write_text(path, "\n".join([",".join(rows[0]._fields), *texts]) + "\n")
 
 
@@ -132,31 +144,58 @@ def every_cell(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def equal_kl(cells: Sequence[Cell], start: float) -> list[str]:
-    """Each line's judge's score at some KLs, and its difference from the first line's, seed by seed."""
+def equal_kl(cells: Sequence[Cell]) -> list[str]:
+    """Each line's judge's score at `LEVELS`, and its difference from the first line's, seed by seed."""
     lines = [
         f"| at equal KL | {' | '.join(f'{level:g} nats | less {FIRST}' for level in LEVELS)} |",
         f"|---|{'---|---|' * len(LEVELS)}",
     ]
-    base = {seed: at(cells, FIRST, seed, start) for seed in SEEDS}
     for name in LINES:
-        own = {seed: at(cells, name, seed, start) for seed in SEEDS}
+        own = {seed: at(cells, name, seed) for seed in SEEDS}
+        gained = gains(cells, name, FIRST)
         shown = []
-        for place_of_level in range(len(LEVELS)):
-            scores = {seed: found[place_of_level] for seed, found in own.items()}
-            seeds = [seed for seed, score in scores.items() if score is not None]
-            shown.append(str(mean_interval([scores[seed] for seed in seeds])) if seeds else "")  # type: ignore[misc]
-            pairs = [(scores[seed], base[seed][place_of_level]) for seed in seeds]
-            gains = [one - other for one, other in pairs if one is not None and other is not None]
-            shown.append(str(mean_interval(gains)) if gains and name != FIRST else "")
+        for place_of_level, gain in enumerate(gained):
+            scores = [found[place_of_level] for found in own.values()]
+            shown.append(mean([score for score in scores if score is not None]))
+            shown.append("" if name == FIRST else gain)
         if any(shown):
             lines.append(f"| {name} | {' | '.join(shown)} |")
     return lines
 
 
-def at(cells: Sequence[Cell], name: str, seed: int, start: float) -> list[float | None]:
-    """One seed's score at `LEVELS`: linear in the root of the KL between its policies and the start; None beyond."""
-    points = [(0.0, start), *((max(one.kl, 0.0), one.judge) for one in cells if (one.line, one.seed) == (name, seed))]
+def pairs(cells: Sequence[Cell], timed: Sequence[Timed]) -> list[str]:
+    """Further differences between lines, seed by seed: at `LEVELS`, and of the objective at equal samples."""
+    lines = [
+        f"| | {' | '.join(f'{level:g} nats' for level in LEVELS)} | objective at equal samples |",
+        f"|---|{'---|' * len(LEVELS)}---|",
+    ]
+    ends = {(one.line, one.seed): one.at_samples for one in timed}
+    for one, other in PAIRS:
+        seeds = [seed for seed in SEEDS if (one, seed) in ends and (other, seed) in ends]
+        last = mean([ends[one, seed] - ends[other, seed] for seed in seeds])
+        lines.append(f"| {one} less {other} | {' | '.join([*gains(cells, one, other), last])} |")
+    return lines
+
+
+def gains(cells: Sequence[Cell], one: str, other: str) -> list[str]:
+    """How much a line is above another at each of `LEVELS`, over the seeds in which both are there."""
+    found = [(at(cells, one, seed), at(cells, other, seed)) for seed in SEEDS]
+    columns = zip(*(zip(own, base, strict=True) for own, base in found), strict=True)
+    return [mean([own - base for own, base in column if own is not None and base is not None]) for column in columns]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean and interval in words, with the number of values where some seeds are missing."""
+    if not values:
+        return ""
+    return str(mean_interval(values)) + (f" ({count(len(values), 'seed')})" if len(values) < WHOLE else "")
+
+
+def at(cells: Sequence[Cell], name: str, seed: int) -> list[float | None]:
+    """One seed's score at `LEVELS`: linear in the root of the KL between two of its policies; None beyond them."""
+    points = [(max(one.kl, 0.0), one.judge) for one in cells if (one.line, one.seed) == (name, seed)]
+    if not points:
+        return [None] * len(LEVELS)
     kls, scores = zip(*points, strict=True)
     found = score_at_kl(np.sqrt(kls), scores, np.sqrt(LEVELS))
     return [None if math.isnan(score) else float(score) for score in found]
@@ -282,5 +321,5 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
     near = [one.judge for one in cells if one.kl < DRAWN]
     every[0].set_xlim(-0.1, math.sqrt(DRAWN))
     if near:
-        every[0].set_ylim(min(near) - 0.4, max(near) + 0.3)
+        every[0].set_ylim(np.nanmin([start, *near]) - 0.2, max(near) + 0.3)
     write_figure(figure, out, "frontier")

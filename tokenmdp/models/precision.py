@@ -45,7 +45,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     torch.float32
     """
     found = precision(dtype, device)
-    if dtype == "auto" and DTYPE_VARIABLE not in os.environ and found == "float32":
+    dtype = os.environ.get(DTYPE_VARIABLE, dtype) if dtype == "auto" else dtype
+    if dtype == "auto" and found == "float32":
         logger.info("dtype auto: this %s does not compute in bfloat16, falling back to float32", device.type)
     if dtype == "tf32" and found == "float32":
         logger.warning("tf32 is a precision of GPUs: this %s computes in float32", device.type)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import operator
 import os
 import shutil
@@ -47,6 +48,9 @@ def tensorboard_tag(metric: str) -> str:
     ('rollout/kl', 'train/loss', 'credit/attention_mass')
     """
     return next((f"{group}/{metric}" for group, names in TAGS.items() if metric in names), f"{OTHER_TAGS}/{metric}")
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunError(RuntimeError):
@@ -146,18 +150,24 @@ class RunDirectory:
         stored = self.settings()
         if "ppo" in stored:
             raise RunError(f"an earlier version of tokenmdp wrote {self.record}; choose another --out")
-        saved = recover_directory(self.checkpoint).exists()
-        if stored != settings and not saved and not self.metrics.exists():
-            self._forget_start()
+        try:
+            refuse_other_settings(f"{self.path} holds a run", stored, settings)
+        except RunError:
+            if not self._has_only_begun():
+                raise
+            logger.warning(
+                "the run in %s failed before its first update, with other settings; it begins anew", self.path
+            )
+            shutil.rmtree(self.tensorboard, ignore_errors=True)
+            for file in (self.before, self.record):  # the record last, as it says whose the others are
+                file.unlink(missing_ok=True)
             return False
-        refuse_other_settings(f"{self.path} holds a run", stored, settings)
-        return saved
+        return recover_directory(self.checkpoint).exists()
 
-    def _forget_start(self) -> None:
-        """Remove what a run left that failed before its first update, so that the same command may be mended."""
-        shutil.rmtree(self.tensorboard, ignore_errors=True)
-        for file in (self.before, self.record):  # the record last, as it says whose the others are
-            file.unlink(missing_ok=True)
+    def _has_only_begun(self) -> bool:
+        """Whether nothing is here but what a run writes before its first update."""
+        begun = {self.record.name, self.before.name, self.tensorboard.name}
+        return {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")} <= begun
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
