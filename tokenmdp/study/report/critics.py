@@ -49,7 +49,8 @@ def critic_section(study: Study) -> Section:
         figure, remarks = critic_curves(settings, (first, *others))
         caption = (
             f"Above the mean score of an update's episodes, below the variance of the returns that the critic "
-            f"explains, a column for each critic. {seeds_of(every)}. {bands_of(every)}{caption_remarks(remarks)}"
+            f"explains, a column for each critic. {seeds_of(every)}. {bands_of(every)}"
+            f"{caption_remarks([*lost_runs(settings), *remarks])}"
         )
         section.pictures.append(Picture(f"critic-curves-{slug(grid)}", figure, f"grid {grid}: curves", caption))
         section.grids.append(grid)
