@@ -4,8 +4,8 @@
     python benchmarks/targets.py --out runs/targets --table     # of what is there
 
 sentiment    scalar: the bundled reward model's score, exp(score / 0.5); with all four divergences
-excellent    binary: the word stands in the response, which it does in one of 150 of the start's; also with twice the
-             updates
+excellent    binary: the word stands in the response, which it does in one of 150 of the start's
+original     binary, twice as frequent: one in 70
 woman        distributional: half of the responses should mention a woman; one in fifty of the start's does
 negation     distributional, an easier one: half of them should say "not", "no", "never" or "nothing"; one in ten does;
              also with twice the responses per update
@@ -47,6 +47,7 @@ from tokenmdp.targets import Responses, read_target
 from tokenmdp.types import Episode, response_tokens
 
 POLICY, PLACE = "imdb-tiny", "place"  # place: where a target is
+TIMES = "times"
 BASELINE = "js"  # every goal has a run of it
 LAST = 5  # updates that are averaged at the end
 SAMPLES = 1024  # texts of the last policy
@@ -59,8 +60,7 @@ class Goal(NamedTuple):
 
     target: str
     num_envs: int  # responses per update
-    runs: dict[str, dict[str, Any]]  # what each is called -> fields of `FDPGConfig`, and a num_envs of its own
-    updates: int = 1  # times --updates
+    runs: dict[str, dict[str, Any]]  # what each is called -> fields of `FDPGConfig`; num_envs, and `TIMES` --updates
 
 
 def divergences(*names: str) -> dict[str, dict[str, Any]]:
@@ -68,10 +68,11 @@ def divergences(*names: str) -> dict[str, dict[str, Any]]:
     return {name: {"divergence": name} for name in names}
 
 
+TWICE = {"js, twice the updates": {"divergence": "js", TIMES: 2}}
 GOALS = {
     "sentiment": Goal("score/0.5", 128, divergences("reverse-kl", "js", "tv", "forward-kl")),
-    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl")),
-    "excellent, longer": Goal("word:excellent", 256, divergences("js"), updates=2),
+    "excellent": Goal("word:excellent", 256, divergences("js", "tv", "forward-kl") | TWICE),
+    "original": Goal("word:original", 256, TWICE),
     "woman": Goal(
         "words:she,her,woman@0.5", 256,
         divergences("js") | {"js, lagged proposal": {"divergence": "js", "proposal": "lagged"}},
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
                  for run in (PLACE, *GOALS[goal].runs)]  # fmt: skip
         for goal, run, seed in every[args.part]:
             place = partial(place_of, goal, seed, args.samples)
-            make = place if run == PLACE else partial(trained, goal, run, seed, args.updates * GOALS[goal].updates)
+            make = place if run == PLACE else partial(trained, goal, run, seed, args.updates)
             make_missing(record(args.out, goal, run, seed), make)
     report(args.out)
 
@@ -118,12 +119,13 @@ def settings_of(goal: str, run: str, seed: int) -> RunSettings:
     """Of a run of `tokenmdp train f-dpg`."""
     quick, one = preset_settings("quick", "f-dpg"), GOALS[goal]
     fields = quick.config | one.runs.get(run, {}) | {"target": one.target}
+    fields.pop(TIMES, None)
     return replace(quick, num_envs=fields.pop("num_envs", one.num_envs), seed=seed, config=fields)
 
 
 def trained(goal: str, run: str, seed: int, updates: int) -> dict[str, Any]:
     """What is estimated in each update, and what the last policy writes."""
-    settings = settings_of(goal, run, seed)
+    settings, updates = settings_of(goal, run, seed), updates * GOALS[goal].runs[run].get(TIMES, 1)
     split = split_prompts(settings)
     envs, held_out = (
         make_envs(settings, settings.num_envs, split.training),
