@@ -49,7 +49,7 @@ class AgentConfig(LearnerConfig):
 
     temperature: float = 1.0  # of the policy's distribution, while it samples and while it learns
     top_k: int = 0  # the policy chooses among its k likeliest tokens; 0: among all
-    rollout_steps: Literal["plain", "copied", "recorded"] = "plain"  # how a GPU decodes; detail 21
+    rollout_steps: Literal["plain", "copied", "recorded"] = "plain"  # how a GPU decodes: agents/README.md, 21
 
     def __post_init__(self) -> None:
         super().__post_init__()

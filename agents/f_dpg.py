@@ -119,9 +119,9 @@ class FDPG(Agent):
         """Nothing: there is no coefficient to adapt."""
 
     def warning(self) -> str | None:
-        """A warning if no response of the first update met the target."""
-        message = f"no response of the first update meets the target {self.target_name!r}, so it took no step; {REMEDY}"
-        return message if self.num_updates_done == self.skipped_updates == 1 else None
+        """A warning after the first and after the last update if no response so far met the target."""
+        message = f"no response so far meets the target {self.target_name!r}, so no step was taken; {REMEDY}"
+        return message if self.num_updates_done == self.skipped_updates in (1, self.config.total_updates) else None
 
     def update(self) -> Metrics:
         """One update; README.md beside this file defines the metrics."""

@@ -49,7 +49,7 @@ class LearnerConfig:
     adam_eps: float = 1e-8  # added to the denominator of Adam's steps
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
-    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the forward passes; weights stay float32
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the forwards; auto: bfloat16 if native
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False  # recomputes activations in the backward pass: less memory, more time
     lora_rank: int = 0  # above 0: only adapters of this rank and new heads learn; docs/processes_and_memory.md

@@ -34,7 +34,7 @@ parser.add_argument("--reward-model", help="directory of the learned reward mode
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--seeds", type=int, default=5)
 parser.add_argument(
-    "--only", nargs="*", choices=list(LINES), default=list(LINES), metavar="LINE", help=", ".join(LINES)
+    "--only", nargs="*", choices=list(LINES), default=list(LINES), metavar="LINE", help=" ".join(map(repr, LINES))
 )
 parser.add_argument("--updates", type=int, default=PRESETS["quick"].updates, help="of what plays episodes")
 add_part(parser)

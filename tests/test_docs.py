@@ -42,6 +42,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 BLOCK = re.compile(r"^```python(?: needs=(\S+))?\n(?!>>>)(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {
     "num_updates=150": "num_updates=1",
+    "num_updates=5,": "num_updates=1,",
     "num_envs=64": "num_envs=4",
     "num_envs=256": "num_envs=4",
     "num_updates=40": "num_updates=1",

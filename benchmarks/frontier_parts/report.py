@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from frontier_parts.lines import EQUAL_TIME_BASELINE, FARTHEST, FIRST, KL_COEFS, LINES, place
 from tokenmdp.files import write_text
@@ -30,6 +31,7 @@ PAIRS = (  # compared beside all lines with the first one
 )  # fmt: skip
 MIDDLE = KL_COEFS[1]  # the kl_coef at which lines are compared at equal time
 LAST = 5  # updates that are averaged
+KL_LABEL = "KL to the start, nats (drawn by its root)"
 DRAWN = 10.5  # nats; lines that go on are cut there (`FARTHEST` have a figure of their own)
 
 
@@ -276,10 +278,17 @@ def draw_both_scores(cells: Sequence[Cell], start: float, out: Path) -> None:
                 )  # fmt: skip
         if axes.has_data() and key == "judge":
             axes.axhline(start, color=FAINT, linewidth=0.8, linestyle=":", label="start")
-        dress(axes, title, "square root of the KL to the start, nats", "mean score")
+        dress(axes, title, KL_LABEL, "mean score")
+        nats_on(axes, (0.0, 1.0, 5.0, 10.0, 20.0, 40.0))
         if axes.has_data():
             axes.legend(frameon=False, fontsize=8, loc="upper left")
     write_figure(figure, out, "both_scores")
+
+
+def nats_on(axes: Axes, nats: Sequence[float]) -> None:
+    """Name places of an axis of roots by what they are roots of."""
+    axes.set_xticks([math.sqrt(value) for value in nats], [f"{value:g}" for value in nats])
+    axes.set_xlim(left=-0.1)
 
 
 def along(cells: Sequence[Cell], name: str, key: str) -> list[tuple[float, Estimate]]:
@@ -297,7 +306,7 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
     panels = {
         "PPO": [name for name in LINES if name.startswith("PPO")],
         "without a critic": ["RLOO", "GRPO", *(name for name in LINES if name.startswith("reward to go"))],
-        "targets, pairs, no training": [
+        "f-DPG, DPO, best of n, soups": [
             *(name for name in LINES if name.startswith("f-DPG")), "DPO", "best of n", "soup",
         ],
     }  # fmt: skip
@@ -308,14 +317,14 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
             points = along(cells, name, "judge")
             if points:
                 points = [(0.0, Estimate(start, start, start)), *points]
-                again, colour = divmod(number, len(COLOURS))
                 axes.errorbar(
                     [kl for kl, _ in points], [one.value for _, one in points],
-                    yerr=error_bars([one for _, one in points]), capsize=3, marker="os"[again], markersize=4,
-                    color="black" if name == FIRST else COLOURS[colour], linestyle=":" if name == FIRST else "-",
+                    yerr=error_bars([one for _, one in points]), capsize=3, marker=MARKERS[number], markersize=5,
+                    color="black" if name == FIRST else COLOURS[number - 1], linestyle=":" if name == FIRST else "-",
                     label=name,
                 )  # fmt: skip
-        dress(axes, title, "square root of the KL to the start, nats", "mean score of the judge")
+        dress(axes, title, KL_LABEL, "mean score of the judge")
+        nats_on(axes, (0.0, 0.5, *LEVELS, 7.5, 10.0))
         if axes.has_data():
             axes.legend(frameon=False, fontsize=8, loc="lower right")
     near = [one.judge for one in cells if one.kl < DRAWN]

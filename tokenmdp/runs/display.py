@@ -119,6 +119,7 @@ def _to_nowhere(stream: Any) -> None:
 SHOWN = {  # metric -> its short name, and how it is written
     "score_mean": ("score", "+z.2f"),
     "kl": ("KL", "z.2f"),
+    "alignment": ("alignment", ".2f"),
     "entropy": ("entropy", "z.2f"),
     "explained_variance": ("EV", "z.2f"),
     "epoch": ("epoch", ".2f"),
