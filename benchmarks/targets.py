@@ -264,6 +264,7 @@ def draw(goals: dict[str, dict[str, list[dict[str, Any]]]], out: Path) -> None:
             upper.plot(kl, aligned, "*", color=INK, markersize=11, linestyle="none", label="the target")
         dress(upper, goal, "KL, nats", "alignment" if column == 0 else "")
         dress(lower, "", "distinct-2", "alignment" if column == 0 else "")
+        lower.locator_params(axis="x", nbins=4)
         upper.legend(frameon=False, fontsize=8)
     write_figure(figure, out, "targets")
 
