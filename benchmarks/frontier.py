@@ -8,8 +8,8 @@
 PPO, RLOO, GRPO, f-DPG and best-of-n follow the learned reward model, DPO the comparisons that it learned from; soups
 average the weights of PPO's strongest policy (sparse, smallest kl_coef) and of its start. The judge scores them all. A
 finished cell is not run again, and an interrupted one goes on from its last checkpoint. With --part 0/2 and --part 1/2
-two processes share the work; the tables and the figures show what is there. Seconds are
-wall time, which depends on what else runs.
+two processes share the work; the tables and the figures show what is there. Seconds are wall time, which depends on
+what else runs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ from tokenmdp.reward_models import load_reward_model
 
 PACKAGE = Path(tokenmdp.__file__).parent
 PURE = ("types", "envs.token_mdp", "credit", "returns", "divergences", "losses")
-OF_TRANSFORMERS = ("models.policy", "models.kv_cache", "models.recorded_steps", "models.kernels")  # and of commands, which need it anyway
+OF_TRANSFORMERS = (
+    "models.policy",
+    "models.kv_cache",
+    "models.recorded_steps",
+    "models.kernels",
+)  # and of commands, which need it anyway
 
 
 def run(code, *arguments):

@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 from tokenmdp.models.kernels import packed_weights
 from tokenmdp.models.kernels.weight_copies import WeightCopies
 from tokenmdp.models.policy import CausalLMPolicy
-from tokenmdp.models.recorded_steps import FixedLayer
+from tokenmdp.models.recorded_steps import COLUMNS, FixedLayer
 from tokenmdp.rollouts.collecting import collect
 
 CPU = torch.device("cpu")
@@ -132,6 +132,15 @@ def test_a_cpu_packs_its_weights_instead_of_copying_them():
     with policy.decoding(3, H + 8):
         assert ("forward" in vars(layer)) == packed_weights.can_pack(CPU, torch.bfloat16)
         assert not policy._copies._copies
+
+
+def test_a_text_that_fills_the_columns_with_its_only_token_fits():
+    policy = CausalLMPolicy(language_model("llama"), V, EOS, rollout_steps="recorded")
+    ids = torch.ones(1, COLUMNS - 1, dtype=torch.long)
+    with torch.no_grad(), policy.decoding(1, 1):
+        state = policy.recorded(policy.prefill(ids, torch.ones_like(ids)), 1)
+        assert policy.append(state, ids[:, 0]).logits.isfinite().all()
+    assert policy._recorded.shape == (1, COLUMNS)
 
 
 def test_a_nan_of_one_rollout_is_not_in_the_next():

@@ -328,7 +328,7 @@ def draw(cells: Sequence[Cell], start: float, out: Path) -> None:
         if axes.has_data():
             axes.legend(frameon=False, fontsize=8, loc="lower right")
     near = [one.judge for one in cells if one.kl < DRAWN]
-    every[0].set_xlim(-0.1, math.sqrt(DRAWN))
+    every[0].set_xlim(right=math.sqrt(DRAWN))
     if near:
         every[0].set_ylim(np.nanmin([start, *near]) - 0.2, max(near) + 0.3)
     write_figure(figure, out, "frontier")

@@ -284,7 +284,7 @@ class CausalLMPolicy(nn.Module):
         shape = rows, -(-(slots + steps) // COLUMNS) * COLUMNS
         if self._recorded is None or self._recorded.shape != shape:
             self._recorded = None  # before the next one takes memory
-            self._recorded = RecordedSteps(self, state, shape[1])
+            self._recorded = RecordedSteps(self, state, shape[1], steps)
         return self._recorded.begin(state)
 
     def _apply(self, *arguments: Any, **options: Any) -> CausalLMPolicy:

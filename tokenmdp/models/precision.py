@@ -25,9 +25,7 @@ def precision(dtype: str, device: torch.device) -> str:
     >>> precision("float32", torch.device("cpu")), precision("tf32", torch.device("cpu"))
     ('float32', 'float32')
     """
-    name = "dtype"
-    if dtype == "auto" and DTYPE_VARIABLE in os.environ:
-        name, dtype = DTYPE_VARIABLE, os.environ[DTYPE_VARIABLE]
+    name, dtype = _asked(dtype)
     if dtype not in ("auto", "float32", "tf32", "bfloat16"):
         raise ValueError(f'{name} is {dtype!r}; choose "auto", "float32", "tf32" or "bfloat16"')
     if dtype == "auto":
@@ -44,8 +42,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     >>> resolve_dtype("float32", torch.device("cpu"))
     torch.float32
     """
-    found = precision(dtype, device)
-    dtype = os.environ.get(DTYPE_VARIABLE, dtype) if dtype == "auto" else dtype
+    found, (_, dtype) = precision(dtype, device), _asked(dtype)
     if dtype == "auto" and found == "float32":
         logger.info("dtype auto: this %s does not compute in bfloat16, falling back to float32", device.type)
     if dtype == "tf32" and found == "float32":
@@ -56,6 +53,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         logger.info("float32 products on GPUs may be computed in TF32 from here on, in this whole process")
     return torch.bfloat16 if found == "bfloat16" else torch.float32
+
+
+def _asked(dtype: str) -> tuple[str, str]:
+    """Where the precision is asked for, and which: the environment variable stands for "auto"."""
+    if dtype == "auto" and DTYPE_VARIABLE in os.environ:
+        return DTYPE_VARIABLE, os.environ[DTYPE_VARIABLE]
+    return "dtype", dtype
 
 
 def _native(device: torch.device) -> bool:
