@@ -30,7 +30,7 @@ from tokenmdp.study.scheduler import default_jobs, run_cells
 # These do not change what a cell computes.
 VARIED = (
     "methods", "seeds", "lengths", "credit_betas", "kl_coefs", "gae_lambdas", "estimators", "critics", "reward_models",
-    "updates", "eval_every", "eval_samples",
+    "tried_rates", "updates", "eval_every", "eval_samples",
 )  # fmt: skip
 OF_THE_BASE = ("policy", "prompts", "num_envs", "score")
 NOT_OPTIONS = (*SET_APART, "learning_rate")  # each method has a rate of its own
@@ -81,6 +81,8 @@ class Ablate:
     """A second reward model that no policy is trained on, or "none". Default: the preset's, or none with --policy."""
     align: Literal["offsets"] | None = None
     """offsets: the reward model reads with its own tokenizer and credit moves to the policy's tokens."""
+    tried_rates: tuple[float, ...]
+    """Learning rates to try with every method; in the preset tune one is chosen for each."""
     prompts: str | None
     """File, directory or data-set name; the environment's own if it is None."""
     updates: int
@@ -189,6 +191,9 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
     for seed in arguments.seeds:
         check_seed(seed, "--seeds")
     check_directory(out)
+    if arguments.tried_rates and (arguments.learning_rate or arguments.learning_rates):
+        rates = " ".join(f"{rate:g}" for rate in arguments.tried_rates)
+        raise StudyError(f"--tried-rates {rates} leaves no use for another learning rate; leave out one of the two")
     plan = plan_of(arguments, config)
     cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
     mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)
