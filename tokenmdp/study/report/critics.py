@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,8 @@ def critic_section(study: Study) -> Section:
         told = ", ".join(f"{name} {with_interval(explained[name])}" for name in (first, *others))
         caption = (
             f"{' '.join(growth_answer(settings, first, other) for other in others)} Variance of {BASELINE}'s "
-            f"returns that its critic explains: {told} (median over updates, mean over runs). {seeds_of(every)}. Left: "
+            f"returns that its critic explains: {told} (median over the first third of the updates, mean over runs). "
+            f"{seeds_of(every)}. Left: "
             f"lead over {BASELINE} (same critic, same seed) in mean score over training; right: mean score over "
             f"training; each with its 95% interval.{caption_remarks(lost_runs(settings, 'Runs'))}"
         )
@@ -58,8 +60,12 @@ def critic_section(study: Study) -> Section:
 
 
 def explained_variance(groups: Groups) -> Estimate:
-    """What sparse's critic explains: the median over each run's updates, because early values are erratic."""
-    return level([float(np.median(result.metrics["explained_variance"])) for result in groups[BASELINE]])
+    """What sparse's critic explains in the first third of the updates, where policies differ most in what they gain.
+
+    The median over each run's updates, because the first values are erratic.
+    """
+    curves = [result.metrics["explained_variance"] for result in groups[BASELINE]]
+    return level([float(np.median(curve[: math.ceil(len(curve) / 3)])) for curve in curves])
 
 
 def critic_study(settings: Mapping[str, Groups], explained: Mapping[str, Estimate]) -> Figure:
@@ -68,7 +74,7 @@ def critic_study(settings: Mapping[str, Groups], explained: Mapping[str, Estimat
     styles = looks(list(dict.fromkeys(method for name in names for method in settings[name])))
     figure = new_figure(10.4, 4.3)
     left, right = figure.subplots(1, 2)
-    across = f"variance of {BASELINE}'s returns that its critic explains"
+    across = f"variance of {BASELINE}'s returns that its critic explains, first third"
     dress(left, f"lead over {BASELINE}, same critic and seeds", across, "difference in mean score")
     dress(right, "the whole of training", across, "mean score over training")
     lay_out(figure)
@@ -87,15 +93,16 @@ def critic_study(settings: Mapping[str, Groups], explained: Mapping[str, Estimat
             every += estimates.values()
             if estimates:
                 last[name_of(method)] = (list(estimates.values())[-1].value, look.colour)
-    for axes, last, every in zip((left, right), ends, drawn, strict=True):
+    for axes, last, every, free in zip((left, right), ends, drawn, ("top", "bottom"), strict=True):
         scale_to_points(axes, every)
         axes.margins(x=0.08)
         for name in names:
             axes.axvline(explained[name].value, color=FAINT, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
             last_one = name == names[-1]
             axes.annotate(
-                name, (explained[name].value, 0), (-2 if last_one else 2, 3), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="right" if last_one else "left", color=FAINT, fontsize=9,
+                name, (explained[name].value, float(free == "top")), (2 if last_one else -2, 3 - 6 * (free == "top")),
+                xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90,
+                ha="left" if last_one else "right", va=free, color=FAINT, fontsize=9,
             )  # fmt: skip
         label_ends(axes, last)
     return figure
