@@ -26,6 +26,11 @@ CRITIC = ("vf_learning_rate", "value_model")
 Groups: TypeAlias = Mapping[str, Sequence[CellResult]]  # method -> its seeds
 
 
+def critic_of(cell: Cell) -> tuple[object, ...]:
+    """What tells the cell's critic from another one."""
+    return tuple(cell.settings.config.get(name) for name in CRITIC)
+
+
 def area(result: CellResult) -> float:
     """Area under the learning curve: the mean over updates of the mean score of the update's episodes."""
     return float(np.mean(result.metrics["score_mean"]))

@@ -90,7 +90,7 @@ class MethodRow:
 
 
 def method_table(study: Study, grid: str) -> list[MethodRow]:
-    """The rows of a grid in its order; with several settings alike in reward model, each method over all of them last.
+    """The rows of a grid in its order; last each method over all settings, if they have one reward model and critic.
 
     Over all settings the seeds are resampled within each; a paired difference is averaged over the settings first, and
     only seeds that have all of them count, since one seed's cells share their prompts.
@@ -101,8 +101,10 @@ def method_table(study: Study, grid: str) -> list[MethodRow]:
     rows = []
     for setting, method in selected:
         rows.append(_row(setting, method, [selected[setting, method]], [selected.get((setting, BASELINE), [])]))
-    models = {results[0].cell.settings.reward_model for results in selected.values()}
-    if len(settings) > 1 and len(models) == 1:  # the scores of different models have different scales
+    settled = {
+        (results[0].cell.settings.reward_model, outcomes.critic_of(results[0].cell)) for results in selected.values()
+    }
+    if len(settings) > 1 and len(settled) == 1:  # scores have each model's scale, and leads depend on the critic
         for method in methods:
             if all((setting, method) in selected for setting in settings):
                 strata = [selected[setting, method] for setting in settings]

@@ -13,7 +13,7 @@ from tokenmdp.report.colours import looks
 from tokenmdp.report.drawing import FAINT, dress, label_ends, lay_out, new_figure, with_interval
 from tokenmdp.study.directory import Study
 from tokenmdp.study.labels import name_of, slug
-from tokenmdp.study.outcomes import BASELINE, CRITIC, Groups, area
+from tokenmdp.study.outcomes import BASELINE, CRITIC, Groups, area, critic_of
 from tokenmdp.study.report.answers import growth_answer, lead
 from tokenmdp.study.report.lines import SCORE, draw_curves, draw_estimates, scale_to_points
 from tokenmdp.study.report.parts import Picture, Section, bands_of, caption_remarks, families, lost_runs, seeds_of
@@ -32,7 +32,7 @@ def critic_section(study: Study) -> Section:
         "trained with critics that explain the returns to different degrees.",
         missing=f"needs several critics, each with {BASELINE} credit: --critics",
     )
-    for grid, found, every in families(study, CRITIC, _critic):
+    for grid, found, every in families(study, CRITIC, lambda groups: critic_of(next(iter(groups.values()))[0].cell)):
         settings = {_name(name): groups for name, groups in found.items() if BASELINE in groups}
         if len(settings) < 2:
             continue
@@ -131,11 +131,6 @@ def critic_curves(settings: Mapping[str, Groups], names: Sequence[str]) -> tuple
             limits.append(axes.get_ylim())
         row[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     return figure, remarks
-
-
-def _critic(groups: Groups) -> tuple[object, ...]:
-    config = next(iter(groups.values()))[0].cell.settings.config
-    return tuple(config.get(name) for name in CRITIC)
 
 
 def _name(setting: str) -> str:
