@@ -45,10 +45,10 @@ class PPOConfig(AgentConfig):
     Defaults fit the bundled 4.5M-parameter policy with 64 episodes of 16 tokens.
     """
 
-    vf_learning_rate: float = 3e-3  # of the value head, which starts at zero; agents/README.md, 17
-    value_model: Literal["shared", "separate"] = "shared"  # separate: a model of its own; agents/README.md, 14
+    vf_learning_rate: float = 3e-3  # of the value head, which starts at zero; see 17 in agents/README.md
+    value_model: Literal["shared", "separate"] = "shared"  # separate: a transformer of its own; see 14 there
     value_model_learning_rate: float = 1e-4  # only for separate: of that transformer
-    estimator: Literal["reward_to_go", "full_return", "vine"] = "reward_to_go"  # agents/README.md, 10 to 12
+    estimator: Literal["reward_to_go", "full_return", "vine"] = "reward_to_go"  # of advantages; see 10 to 12 there
     vine_rollouts: int = 4  # only for vine: continuations of each prefix
     gamma: float = 1.0  # discount; below 1 credit that arrives early counts more, whatever the method
     gae_lambda: float = 0.95  # of GAE: 0 trusts the critic, 1 the returns

@@ -191,9 +191,13 @@ def ablate(arguments: Ablate, config: Mapping[str, Any] | None = None) -> int:
     for seed in arguments.seeds:
         check_seed(seed, "--seeds")
     check_directory(out)
-    if arguments.tried_rates and (arguments.learning_rate or arguments.learning_rates):
-        rates = " ".join(f"{rate:g}" for rate in arguments.tried_rates)
-        raise StudyError(f"--tried-rates {rates} leaves no use for another learning rate; leave out one of the two")
+    for name in ("learning_rate", "learning_rates"):
+        if arguments.tried_rates and getattr(arguments, name) is not None:
+            rates, flag = " ".join(f"{rate:g}" for rate in arguments.tried_rates), name.replace("_", "-")
+            raise StudyError(
+                f"--{flag} is {getattr(arguments, name)}, and this grid tries the rates {rates}; leave out --{flag}, "
+                "or pass --tried-rates without a value"
+            )
     plan = plan_of(arguments, config)
     cells = expand(plan, None if arguments.learning_rates is None else read_rates(arguments.learning_rates))
     mine = cells if arguments.shard is None else shard_of(cells, arguments.shard)

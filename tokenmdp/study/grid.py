@@ -201,7 +201,7 @@ def expand(plan: Plan, rates: Mapping[str, float] | None = None) -> list[Cell]:
             rate = config.get("vf_learning_rate", PPOConfig.vf_learning_rate)
             raise StudyError(
                 f"{cell.setting} and {other.setting} are the same run: both heads learn at "
-                f"{rate:g}; leave out one critic, or choose another --learning-rate or "
+                f"{rate:g}; leave out one critic, or choose another learning rate or "
                 "--vf-learning-rate"
             )
     names: dict[tuple[str, str, int], Cell] = {}

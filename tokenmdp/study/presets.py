@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenmdp.runs.settings import TOY_POLICY, RunSettings
 
-LEARNING_RATE = 1e-4  # of the bundled policy: what the grid "tune" chose for every method
+LEARNING_RATE = 1e-4  # of the bundled policy: what a search chose for every method, with the first edition's critic
 
 PAPER_CONFIG: dict[str, Any] = {
     "update_epochs": 4,

@@ -14,7 +14,7 @@ from tokenmdp.study import outcomes
 from tokenmdp.study.directory import Study
 from tokenmdp.study.equal_kl import EDGES, leads_in_bins, mean_leads
 from tokenmdp.study.outcomes import BASELINE
-from tokenmdp.study.results import CellResult
+from tokenmdp.study.results import Cell, CellResult
 from tokenmdp.study.statistics import (
     FEWEST_RESAMPLED,
     interquartile_mean,
@@ -90,7 +90,7 @@ class MethodRow:
 
 
 def method_table(study: Study, grid: str) -> list[MethodRow]:
-    """The rows of a grid in its order; last each method over all settings, if they have one reward model and critic.
+    """The rows of a grid in its order; last each method over all settings, unless they differ in `_kind`.
 
     Over all settings the seeds are resampled within each; a paired difference is averaged over the settings first, and
     only seeds that have all of them count, since one seed's cells share their prompts.
@@ -101,16 +101,17 @@ def method_table(study: Study, grid: str) -> list[MethodRow]:
     rows = []
     for setting, method in selected:
         rows.append(_row(setting, method, [selected[setting, method]], [selected.get((setting, BASELINE), [])]))
-    settled = {
-        (results[0].cell.settings.reward_model, outcomes.critic_of(results[0].cell)) for results in selected.values()
-    }
-    if len(settings) > 1 and len(settled) == 1:  # scores have each model's scale, and leads depend on the critic
-        for method in methods:
-            if all((setting, method) in selected for setting in settings):
-                strata = [selected[setting, method] for setting in settings]
-                baseline = [selected.get((setting, BASELINE), []) for setting in settings]
-                rows.append(_row(f"all {len(settings)} settings", method, strata, baseline))
+    for method in methods:
+        strata = [selected.get((setting, method), []) for setting in settings]
+        if len(settings) > 1 and all(strata) and len({_kind(group[0].cell) for group in strata}) == 1:
+            baseline = [selected.get((setting, BASELINE), []) for setting in settings]
+            rows.append(_row(f"all {len(settings)} settings", method, strata, baseline))
     return rows
+
+
+def _kind(cell: Cell) -> tuple[object, ...]:
+    """What no mean is taken over: scores have each model's scale, and leads depend on the critic and the rate."""
+    return cell.settings.reward_model, cell.settings.config.get("learning_rate"), outcomes.critic_of(cell)
 
 
 def equal_kl_table(study: Study, grid: str) -> list[tuple[str, ...]]:

@@ -22,21 +22,23 @@ from tokenmdp.study.statistics import level
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tokenmdp.study.results import CellResult
+
 
 def critic_section(study: Study) -> Section:
     """Each method's lead over sparse against the variance that sparse's critic explains, for every grid of critics."""
     section = Section(
         "critic",
         "Is it the credit, or the critic?",
-        f"Under {BASELINE} credit the critic alone tells the tokens of a response apart. So the same methods are "
-        "trained with critics that explain the returns to different degrees.",
+        f"Under {BASELINE} credit the score reaches the tokens only through the critic and GAE's discount by place. So "
+        "the same methods are trained with critics that explain the returns to different degrees.",
         missing=f"needs several critics, each with {BASELINE} credit: --critics",
     )
     for grid, found, every in families(study, CRITIC, lambda groups: critic_of(next(iter(groups.values()))[0].cell)):
         settings = {_name(name): groups for name, groups in found.items() if BASELINE in groups}
         if len(settings) < 2:
             continue
-        explained = {name: explained_variance(groups) for name, groups in settings.items()}
+        explained = {name: explained_variance(groups[BASELINE]) for name, groups in settings.items()}
         first, *others = sorted(settings, key=lambda name: explained[name].value)
         told = ", ".join(f"{name} {with_interval(explained[name])}" for name in (first, *others))
         caption = (
@@ -59,12 +61,12 @@ def critic_section(study: Study) -> Section:
     return section
 
 
-def explained_variance(groups: Groups) -> Estimate:
-    """What sparse's critic explains in the first third of the updates, where policies differ most in what they gain.
+def explained_variance(results: Sequence[CellResult]) -> Estimate:
+    """What the critic explains in the first third of the updates, over runs.
 
-    The median over each run's updates, because the first values are erratic.
+    Of each run the median over updates, because the first values are erratic.
     """
-    curves = [result.metrics["explained_variance"] for result in groups[BASELINE]]
+    curves = [result.metrics["explained_variance"] for result in results]
     return level([float(np.median(curve[: math.ceil(len(curve) / 3)])) for curve in curves])
 
 
