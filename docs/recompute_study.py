@@ -44,10 +44,8 @@ def told(values):
     if len(values) < 2:
         return "too few"
     half = T[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
-    mean, low, high = (
-        f"{round(end, 2) + 0.0:.2f}" for end in (values.mean(), values.mean() - half, values.mean() + half)
-    )
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = np.round(values.mean() + half * np.array([0, -1, 1]), 2) + 0.0  # no negative zero
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def within(low, high):
@@ -55,19 +53,19 @@ def within(low, high):
     return lambda score, kl, _: score[there].mean() if (there := (low <= kl) & (kl < high)).any() else np.nan
 
 
-print(
-    "setting | method | runs | mean | explained | less sparse | at 6 to 9 nats | at 9 to 12 | at 12 to 15 | their mean"
-)
+print("setting | method | runs | mean | explained | less sparse | 6 to 9 nats | 9 to 12 | 12 to 15 | their mean")
 for key, methods in settings.items():
-    for method, runs in methods.items() if "sparse" in methods else ():
+    name = " = ".join(sorted(names[key]))
+    if "sparse" not in methods:
+        print(f"{name} | no sparse, left out: {', '.join(methods)}")
+        continue
+    for method, runs in methods.items():
         mean = np.mean([score.mean() for score, _, _ in runs.values()])
         explained = np.mean([np.median(variance[: -(-len(variance) // 3)]) for _, _, variance in runs.values()])
-        row = [" = ".join(sorted(names[key])), method, str(len(runs)), f"{mean:.2f}", f"{explained:.2f}"]
+        row = [name, method, str(len(runs)), f"{mean:.2f}", f"{explained:.2f}"]
         if method != "sparse":
             row.append(told(differences(runs, methods["sparse"], lambda score, *_: score.mean())))
             bins = np.stack([differences(runs, methods["sparse"], within(*ends)) for ends in BINS])
             seeds = [column[np.isfinite(column)] for column in bins.T]  # each seed's mean over the bins that it has
             row += [*map(told, bins), told(np.array([some.mean() for some in seeds if len(some)]))]
         print(" | ".join(row))
-    if "sparse" not in methods:
-        print(f"{' = '.join(sorted(names[key]))} | no sparse, left out: {', '.join(methods)}")

@@ -66,6 +66,11 @@ def test_the_tables_are_recomputed_without_the_library(directory, grid):
     rows = method_table(study, grid)
     assert not any(row.setting.startswith("all ") for row in rows)  # no mean over several critics
     assert len(rows) >= 6
+    lines = [line for line in lines if len(line) > 2]  # the others are of settings without sparse
+    for names in {line[0] for line in lines}:  # every method that ran there is printed, and no other
+        cells = [result.cell for result in study.results.values() if result.cell.setting in names.split(" = ")]
+        ran = {cell.method for cell in cells if cell.updates == 150}  # 250 are those over credit_beta
+        assert {line[1] for line in lines if line[0] == names} == ran
     for row in rows:
         ours = [str(row.seeds), f"{row.mean.value:.2f}"]
         if row.method != "sparse":

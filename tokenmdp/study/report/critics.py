@@ -44,9 +44,9 @@ def critic_section(study: Study) -> Section:
         caption = (
             f"{' '.join(growth_answer(settings, first, other) for other in others)} Variance of {BASELINE}'s "
             f"returns that its critic explains: {told} (median over the first third of the updates, mean over runs). "
-            f"{seeds_of(every)}. Left: "
-            f"lead over {BASELINE} (same critic, same seed) in mean score over training; right: mean score over "
-            f"training; each with its 95% interval.{caption_remarks(lost_runs(settings, 'Runs'))}"
+            f"{seeds_of(every)}. Left: lead over {BASELINE} (same critic, same seed) in mean score over training; "
+            "right: mean score over training; each with its 95% interval."
+            f"{caption_remarks(lost_runs(settings, 'Runs'))}"
         )
         figure = critic_study(settings, explained)
         section.pictures.append(Picture(f"critic-{slug(grid)}", figure, f"grid {grid}: lead by critic", caption))
